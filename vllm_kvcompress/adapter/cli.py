@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command-line flags, and the checks between the user's arguments and the engine."""
+
+import argparse
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_kvcompress.adapter import refusals, telemetry
+from vllm_kvcompress.adapter.patching import wrap
+from vllm_kvcompress.allocation import ALLOCATORS
+from vllm_kvcompress.config import (
+    CONFIG_KEY,
+    KVCompressionConfig,
+    KVCompressionError,
+    parse_cli_json,
+)
+from vllm_kvcompress.scoring import SCORERS
+
+CPU_BLOCK_SIZE = 32
+"""vLLM's CPU default of 128 would round every small budget up to 128 tokens."""
+
+WORKER_EXTENSION = "vllm_kvcompress.adapter.worker.KVCompressionWorkerExtension"
+
+_FLAGS = {
+    "kv_compression": "method",
+    "kv_budget": "budget",
+    "kv_window": "window",
+}
+
+
+def install() -> None:
+    wrap(EngineArgs, "add_cli_args", _add_flags)
+    wrap(EngineArgs, "from_cli_args", _move_flags)
+    wrap(EngineArgs, "create_engine_config", _check_engine)
+
+
+def _add_flags(original):
+    def add_cli_args(parser):
+        parser = original(parser)
+        group = parser.add_argument_group(
+            "KV compression", "Compress the KV cache of each prompt when its prefill ends."
+        )
+        # absent unless given: other front ends must not meet flags that they do not know
+        group.add_argument(
+            "--kv-compression",
+            metavar="SCORER[+ALLOCATOR]",
+            default=argparse.SUPPRESS,
+            help=f"Turn compression on. Scorers: {', '.join(sorted(SCORERS))}. "
+            f"Allocators: {', '.join(sorted(ALLOCATORS))} (default: uniform).",
+        )
+        group.add_argument(
+            "--kv-budget",
+            metavar="N|P%",
+            default=argparse.SUPPRESS,
+            help="Prompt tokens that a KV head keeps, window included, or a share of the prompt "
+            f"such as 10%%. Default: {KVCompressionConfig.budget}.",
+        )
+        group.add_argument(
+            "--kv-window",
+            metavar="W",
+            default=argparse.SUPPRESS,
+            help="Observation window: the last W prompt tokens score the others and always stay. "
+            f"Default: {KVCompressionConfig.window}.",
+        )
+        group.add_argument(
+            "--kv-compression-config",
+            metavar="JSON",
+            default=argparse.SUPPRESS,
+            help="Options of the chosen methods, as a JSON object; see `vllm-kvcompress methods`.",
+        )
+        return parser
+
+    return add_cli_args
+
+
+def _move_flags(original):
+    def from_cli_args(cls, args: argparse.Namespace):
+        raw: dict[str, Any] = {}
+        if hasattr(args, "kv_compression_config"):
+            raw.update(parse_cli_json(args.kv_compression_config))
+            del args.kv_compression_config
+        for flag, key in _FLAGS.items():
+            if hasattr(args, flag):
+                raw[key] = getattr(args, flag)
+                delattr(args, flag)  # the settings travel on in additional_config
+        if raw:
+            args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: raw}
+        return original(cls, args)
+
+    return from_cli_args
+
+
+def _check_engine(original):
+    def create_engine_config(self: EngineArgs, *args, **kwargs):
+        raw = (self.additional_config or {}).get(CONFIG_KEY)
+        if raw is None:
+            return original(self, *args, **kwargs)
+        if not isinstance(raw, dict):
+            raise KVCompressionError(
+                f'additional_config["{CONFIG_KEY}"] must be an object such as '
+                f'{{"method": "bacon", "budget": 128}}, got {raw!r}.'
+            )
+        settings = KVCompressionConfig.parse(raw)
+        self.additional_config = {**self.additional_config, CONFIG_KEY: settings.to_json()}
+        if current_platform.is_cpu() and self.block_size is None:
+            self.block_size = CPU_BLOCK_SIZE
+        if not self.worker_extension_cls:
+            # named by path: a worker that cannot import the plugin fails instead of not compressing
+            self.worker_extension_cls = WORKER_EXTENSION
+        vllm_config = original(self, *args, **kwargs)
+        refusals.check(vllm_config, settings)
+        telemetry.publish()
+        return vllm_config
+
+    return create_engine_config

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compression cannot be combined with, and what the user can change. Checked before any request."""
+
+from vllm.config import VllmConfig
+
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+
+SUMMARY = (
+    "MLA, encoder-decoder and pooling models, speculative decoding, KV connectors and offloading, "
+    "context and pipeline parallelism, micro-batching, quantized KV caches, shared KV layers, "
+    "attention sinks, ALiBi"
+)
+
+
+def check(vllm_config: VllmConfig, settings: KVCompressionConfig) -> None:
+    """Raise one error with every reason why this engine cannot compress.
+
+    Raises:
+        KVCompressionError: at least one reason was found.
+    """
+    reasons = engine_reasons(vllm_config, settings)
+    if reasons:
+        raise KVCompressionError.from_reasons(reasons)
+
+
+def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> list[str]:
+    """Reasons that the engine's configuration shows; layers add theirs when they are built."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    block_size = cache.block_size
+    kept = settings.budget.tokens
+    checks = (
+        (model.use_mla, "the model uses MLA, whose latent cache has no KV heads: serve it without "
+         "--kv-compression"),
+        (model.is_encoder_decoder, "encoder-decoder models keep a cross-attention cache: serve it "
+         "without --kv-compression"),
+        (model.runner_type != "generate", "pooling models never decode: serve it without "
+         "--kv-compression"),
+        (vllm_config.speculative_config is not None, "speculative decoding: remove "
+         "--speculative-config"),
+        (vllm_config.kv_transfer_config is not None, "KV connectors and offloading store blocks by "
+         "position: remove --kv-transfer-config and --kv-offloading-size"),
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism: set "
+         "--decode-context-parallel-size 1"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism: set "
+         "--prefill-context-parallel-size 1"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),
+        (parallel.use_ubatching, "micro-batching: remove --enable-dbo and --ubatch-size"),
+        (cache.cache_dtype.startswith(("fp8", "nvfp4", "int")), f"--kv-cache-dtype "
+         f"{cache.cache_dtype}: use --kv-cache-dtype auto"),
+        (kept is not None and kept < block_size, f"--kv-budget {kept} is smaller than one block: "
+         f"set --kv-budget {block_size} or more, or a smaller --block-size than {block_size}"),
+        (settings.window > model.max_model_len, f"--kv-window {settings.window} is longer than "
+         f"--max-model-len {model.max_model_len}: lower the window"),
+        (vllm_config.attention_config.use_non_causal, "non-causal attention: serve the model "
+         "without --kv-compression"),
+        (cache.kv_sharing_fast_prefill, "layers that share KV: remove --kv-sharing-fast-prefill"),
+    )  # fmt: skip
+    return [reason + "." for refused, reason in checks if refused]
+
+
+def layer_reasons(*, sinks: bool, alibi: bool, kv_sharing: bool) -> list[str]:
+    """Reasons that one attention layer shows."""
+    advice = "serve the model without --kv-compression"
+    checks = (
+        (sinks, "attention sinks are per query head"),
+        (alibi, "ALiBi slopes depend on the position inside the cache"),
+        (kv_sharing, "a layer reads the KV cache of another layer"),
+    )
+    return [f"{reason}: {advice}." for refused, reason in checks if refused]

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker knows about the requests of the step it runs, for both of vLLM's model runners.
+
+An attention metadata builder sees lengths and block tables but no requests. Wrapping the runners'
+``execute_model`` tells which runner is at work and which requests have left; the rest is read from
+the runner's own tables when the builder asks.
+"""
+
+import contextvars
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
+
+from vllm_kvcompress.adapter.kv_cache import CompressedSpec
+from vllm_kvcompress.adapter.patching import wrap
+from vllm_kvcompress.adapter.settings import planner_of, settings_of
+from vllm_kvcompress.batch import StepRows
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.plan import BlockPlanner
+
+
+class RequestSlots:
+    """Numbers for requests, stable from their first step to their last.
+
+    A preempted request loses its slot and comes back as a new one: nothing that was kept for its
+    first life may be seen in its second.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._free = list(range(capacity - 1, -1, -1))
+        self._slot_of: dict[str, int] = {}
+        self.left: set[str] = set()
+
+    def assign(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Slots [R] int64 of the requests, and which of them are new [R] bool."""
+        fresh = np.array([req_id not in self._slot_of for req_id in req_ids], dtype=bool)
+        for req_id in req_ids:
+            if req_id not in self._slot_of:
+                self._slot_of[req_id] = self._free.pop()
+        slots = np.array([self._slot_of[req_id] for req_id in req_ids], dtype=np.int64)
+        return slots, fresh
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        for req_id in req_ids:
+            slot = self._slot_of.pop(req_id, None)
+            if slot is not None:
+                self._free.append(slot)
+                self.left.add(req_id)
+
+    def take_left(self) -> set[str]:
+        """Requests released since the last call."""
+        left, self.left = self.left, set()
+        return left
+
+
+@dataclass
+class RunnerState:
+    """Our side of one model runner."""
+
+    slots: RequestSlots
+    planner: BlockPlanner
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of ``execute_model`` that runs real requests."""
+
+    runner: "RunnerV1 | RunnerV2"
+    state: RunnerState
+
+    def rows(self, cam: CommonAttentionMetadata) -> StepRows:
+        """The step's rows in batch order, without padding."""
+        facts = _facts_v2 if isinstance(self.runner, RunnerV2) else _facts_v1
+        req_ids, prompt_lens, num_computed = facts(self.runner, cam)
+        starts = cam.query_start_loc_cpu.numpy()[: len(req_ids) + 1].astype(np.int64)
+        slots, fresh = self.state.slots.assign(req_ids)
+        planner = self.state.planner
+        return StepRows(
+            req_ids=req_ids,
+            slots=slots,
+            fresh=fresh,
+            prompt_lens=prompt_lens.astype(np.int64),
+            num_computed=num_computed.astype(np.int64),
+            query_lens=starts[1:] - starts[:-1],
+            query_starts=starts[:-1],
+            plans=[planner.plan(length) for length in prompt_lens.tolist()],
+        )
+
+
+def _facts_v1(runner: RunnerV1, cam: CommonAttentionMetadata):
+    batch = runner.input_batch
+    num = batch.num_reqs
+    return batch.req_ids[:num], batch.num_prompt_tokens[:num], batch.num_computed_tokens_cpu[:num]
+
+
+def _facts_v2(runner: RunnerV2, cam: CommonAttentionMetadata):
+    states = runner.req_states
+    index = cam.req_idx
+    assert index is not None, "runner V2 names the request of every row"
+    req_ids = [states.index_to_req_id[i] for i in index.tolist()]
+    return req_ids, states.prompt_len.np[index], states.num_computed_tokens_np[index]
+
+
+_current: contextvars.ContextVar[Step | None] = contextvars.ContextVar("step", default=None)
+_states: "weakref.WeakKeyDictionary[object, RunnerState]" = weakref.WeakKeyDictionary()
+
+
+def current_step() -> Step | None:
+    """None in dummy runs and graph capture."""
+    return _current.get()
+
+
+def _state_of(runner) -> RunnerState | None:
+    """Our state of a runner; None when its engine does not compress."""
+    if runner not in _states:
+        settings = settings_of(runner.vllm_config)
+        if settings is None:
+            return None
+        planner = planner_of(settings, runner.vllm_config.cache_config.block_size)
+        slots = RequestSlots(runner.vllm_config.scheduler_config.max_num_seqs)
+        _states[runner] = RunnerState(slots, planner)
+    return _states[runner]
+
+
+def _follow_requests(original):
+    def execute_model(self, scheduler_output, *args, **kwargs):
+        dummy = kwargs.get("dummy_run", args[1] if len(args) > 1 else False)
+        state = None if dummy else _state_of(self)
+        if state is None:
+            return original(self, scheduler_output, *args, **kwargs)
+        state.slots.release(scheduler_output.finished_req_ids)
+        state.slots.release(scheduler_output.preempted_req_ids or ())
+        state.slots.release(new.req_id for new in scheduler_output.scheduled_new_reqs)
+        token = _current.set(Step(self, state))
+        try:
+            return original(self, scheduler_output, *args, **kwargs)
+        finally:
+            _current.reset(token)
+
+    return execute_model
+
+
+def needs_python(
+    planner: BlockPlanner, prompt_lens: np.ndarray, num_computed: np.ndarray, query_lens: np.ndarray
+) -> bool:
+    """Whether some row brings queries of an observation window or ends its prompt.
+
+    Such a step must not be replayed from a full graph, where our Python does not run.
+    """
+    end = num_computed + query_lens
+    close = np.flatnonzero((num_computed < prompt_lens) & (end > prompt_lens - planner.window))
+    return any(planner.plan(length).compresses for length in prompt_lens[close].tolist())
+
+
+def _veto_full_graph_v2(original):
+    def gather_batch_req_state(self, scheduler_output, dummy_run):
+        batch, uniform = original(self, scheduler_output, dummy_run)
+        state = _state_of(self)
+        if batch is None or state is None:
+            return batch, uniform
+        states, index = self.req_states, batch.idx_mapping_np
+        if needs_python(
+            state.planner,
+            states.prompt_len.np[index],
+            states.num_computed_tokens_np[index],
+            batch.num_scheduled_tokens,
+        ):
+            # data-parallel ranks agree on the mode after this, so they cannot diverge
+            return batch._replace(decode_graph_eligible=False), None
+        return batch, uniform
+
+    return gather_batch_req_state
+
+
+def _veto_full_graph_v1(original):
+    def determine(self, num_tokens, num_reqs, num_scheduled_tokens_np, *args, **kwargs):
+        step = current_step()
+        if step is not None:
+            batch = self.input_batch
+            if needs_python(
+                step.state.planner,
+                batch.num_prompt_tokens[:num_reqs],
+                batch.num_computed_tokens_cpu[:num_reqs],
+                num_scheduled_tokens_np[:num_reqs],
+            ):
+                kwargs["force_uniform_decode"] = False
+        return original(self, num_tokens, num_reqs, num_scheduled_tokens_np, *args, **kwargs)
+
+    return determine
+
+
+def check_groups(kv_cache_config: KVCacheConfig) -> None:
+    """The engine's caches, as vLLM grouped them, must hold exactly one group that is compressed.
+
+    Raises:
+        KVCompressionError: vLLM would serve this model uncompressed, or in a way we cannot follow.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    if any(
+        isinstance(spec, UniformTypeKVCacheSpecs)
+        and any(isinstance(inner, CompressedSpec) for inner in spec.kv_cache_specs.values())
+        for spec in specs
+    ):
+        raise KVCompressionError(
+            "KV compression needs the same number of KV heads and head size in all full-attention "
+            "layers: serve the model without --kv-compression."
+        )
+    num_compressed = sum(isinstance(spec, CompressedSpec) for spec in specs)
+    if num_compressed != 1:
+        raise KVCompressionError(
+            "KV compression was asked for, but the model has "
+            f"{num_compressed} groups of full-attention layers that can be compressed, expected 1 "
+            f"(cache groups: {', '.join(type(spec).__name__ for spec in specs) or 'none'}): serve the "
+            "model without --kv-compression."
+        )
+
+
+def _check_groups(original):
+    def initialize_kv_cache(self, kv_cache_config, *args, **kwargs):
+        if settings_of(self.vllm_config) is not None:
+            check_groups(kv_cache_config)
+        return original(self, kv_cache_config, *args, **kwargs)
+
+    return initialize_kv_cache
+
+
+def install() -> None:
+    """Wrap both runners; they behave as before for engines that do not compress."""
+    for runner in (RunnerV1, RunnerV2):
+        wrap(runner, "execute_model", _follow_requests)
+        wrap(runner, "initialize_kv_cache", _check_groups)
+    wrap(RunnerV1, "_determine_batch_execution_and_padding", _veto_full_graph_v1)
+    wrap(RunnerV2, "gather_batch_req_state", _veto_full_graph_v2)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives full-attention decoder layers of a compressing engine our subclass of their backend.
+
+Sliding-window, chunked, encoder and cross-attention layers keep the stock backend, and so does every
+layer of an engine that does not compress.
+"""
+
+import functools
+import importlib
+import json
+
+from vllm.model_executor.layers.attention import attention as attention_layer
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
+
+from vllm_kvcompress.adapter.patching import wrap
+from vllm_kvcompress.adapter.settings import current_settings
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+
+_SUPPORTED = {
+    "CPU_ATTN": ("vllm_kvcompress.adapter.cpu", "CompressedCPUBackend"),
+    "FLASH_ATTN": ("vllm_kvcompress.adapter.flash", "CompressedFlashBackend"),
+}
+
+
+def install() -> None:
+    wrap(attention_layer, "get_attn_backend", _choose)
+
+
+def _choose(original):
+    def get_attn_backend(*args, **kwargs):
+        backend = original(*args, **kwargs)
+        attn_type = kwargs.get("attn_type") or AttentionType.DECODER
+        full = attn_type == AttentionType.DECODER and not kwargs.get("has_sliding_window")
+        settings = current_settings() if full else None
+        if settings is None:
+            return backend
+        return compressed(backend, json.dumps(settings.to_json()))
+
+    return get_attn_backend
+
+
+@functools.cache
+def compressed(backend: type[AttentionBackend], settings: str) -> type[AttentionBackend]:
+    """Our subclass of ``backend`` for an engine with these settings (JSON).
+
+    Raises:
+        KVCompressionError: there is none.
+    """
+    name = backend.get_name()
+    if name not in _SUPPORTED:
+        raise KVCompressionError(
+            f"KV compression does not support the attention backend {name} that vLLM chose: force "
+            "--attention-backend FLASH_ATTN (16-bit dtype, head size a multiple of 8 up to 256), or "
+            "serve the model without --kv-compression."
+        )
+    module, cls_name = _SUPPORTED[name]
+    cls = getattr(importlib.import_module(module), cls_name)
+    return type(cls_name, (cls,), {"settings": KVCompressionConfig.parse(json.loads(settings))})

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compression settings of an engine, found through its ``VllmConfig``."""
+
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+
+from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig
+from vllm_kvcompress.plan import BlockPlanner
+
+
+def settings_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:
+    """None when this engine does not compress."""
+    extra = vllm_config.additional_config if vllm_config is not None else None
+    raw = extra.get(CONFIG_KEY) if isinstance(extra, dict) else None
+    return KVCompressionConfig.parse(raw) if raw is not None else None
+
+
+def current_settings() -> KVCompressionConfig | None:
+    """Settings of the engine that is being set up right now."""
+    return settings_of(get_current_vllm_config_or_none())
+
+
+def planner_of(settings: KVCompressionConfig, block_size: int) -> BlockPlanner:
+    return BlockPlanner(
+        block_size, settings.window, settings.budget.tokens, settings.budget.ratio
+    )

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How one step's rows are cut up: host-side planning in numpy, no vLLM, no device.
+
+A row is one request's tokens of this step: positions [C, C + q) of a prompt of P tokens.
+
+    prompt part   [C, min(P, C + q))   natural attention over the uncompressed prompt
+    decode part   [max(P, C), C + q)   virtual attention over head pages
+
+Usually a row has one part. It has both when the outputs of a preempted request are replayed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_kvcompress.plan import PromptPlan
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a step, in batch order; every array is [R] int64.
+
+    Attributes:
+        req_ids: request of each row.
+        slots: state slot of each request.
+        fresh: [R] bool, the slot was handed out in this step.
+        prompt_lens: P.
+        num_computed: C, positions computed before this step.
+        query_lens: q, tokens in this step.
+        query_starts: index of the first token in the batch.
+        plans: one per row.
+    """
+
+    req_ids: Sequence[str]
+    slots: np.ndarray
+    fresh: np.ndarray
+    prompt_lens: np.ndarray
+    num_computed: np.ndarray
+    query_lens: np.ndarray
+    query_starts: np.ndarray
+    plans: Sequence[PromptPlan]
+
+    @property
+    def prompt_part(self) -> np.ndarray:
+        """Tokens of each row that belong to the prompt."""
+        return np.clip(self.prompt_lens - self.num_computed, 0, self.query_lens)
+
+    @property
+    def decode_part(self) -> np.ndarray:
+        return self.query_lens - self.prompt_part
+
+    @property
+    def ends_prompt(self) -> np.ndarray:
+        """[R] bool: the prompt's last token is in this step."""
+        part = self.prompt_part
+        return (part > 0) & (self.num_computed + part == self.prompt_lens)
+
+    @property
+    def compresses(self) -> np.ndarray:
+        return np.fromiter((plan.compresses for plan in self.plans), bool, len(self.plans))
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenated aranges: [start, start + length) of every entry."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
+
+
+def head_major_order(starts: np.ndarray, lengths: np.ndarray, num_heads: int) -> np.ndarray:
+    """Row order of a virtual batch's queries.
+
+    Token t and KV head h of the batch stand at t * num_heads + h; a virtual sequence wants all tokens
+    of one (row, head) together. Returns the source index of each of the lengths.sum() * num_heads.
+    """
+    tokens = np.repeat(lengths, num_heads)  # tokens of each virtual sequence
+    heads = np.tile(np.arange(num_heads), len(lengths))
+    first = np.repeat(starts, num_heads) * num_heads + heads
+    steps = ranges(np.zeros_like(tokens), tokens)
+    return np.repeat(first, tokens) + steps * num_heads
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Where the window queries of this step come from and go to; all arrays int64.
+
+    A window [P-W, P) usually lies in the chunk that ends the prompt. When it straddles chunks, the
+    earlier ones put their queries into a per-request store.
+
+    Attributes:
+        tokens: [N, W] batch token of each window row of the N ending prompts (0 where stored).
+        load: (row of N, window row, request row of this step) of queries that come from the store.
+        save: (request row of this step, window row, batch token) of queries that go to the store.
+    """
+
+    tokens: np.ndarray
+    load: tuple[np.ndarray, np.ndarray, np.ndarray]
+    save: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def plan_windows(rows: StepRows, ending: np.ndarray, window: int) -> WindowPlan:
+    """Plan the window queries of the rows ``ending`` [N] and of rows that stop inside their window."""
+    first = rows.prompt_lens - window  # position of window row 0
+    start, part = rows.num_computed, rows.prompt_part
+    offsets = np.arange(window)
+
+    position = first[ending, None] + offsets  # [N, W]
+    here = position >= start[ending, None]
+    token = rows.query_starts[ending, None] + position - start[ending, None]
+    entry, window_row = np.nonzero(~here)
+
+    partial = np.flatnonzero(rows.compresses & ~rows.ends_prompt & (start + part > first) & (part > 0))
+    low = np.maximum(start, first)[partial]
+    length = (start + part)[partial] - low
+    saved = ranges(low, length)
+    owner = np.repeat(partial, length)
+    return WindowPlan(
+        tokens=np.where(here, token, 0),
+        load=(entry, window_row, ending[entry]),
+        save=(owner, saved - first[owner], rows.query_starts[owner] + saved - start[owner]),
+    )

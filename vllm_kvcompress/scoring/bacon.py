@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boundary attention calibration."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_kvcompress import kernels
+from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
+from vllm_kvcompress.scoring.snapkv import SnapKV, mask_prefix, require_choice, require_odd, require_range
+
+
+@dataclass(frozen=True)
+class Bacon(SnapKV):
+    """Window attention, calibrated by what the very last prompt query sees more of.
+
+    Evidence E = max(last row - window mean, 0) is trusted more where neighbours agree (coherence) and
+    where previous layers agree (persistence), scaled to the spread of the window score, and added.
+    Source: BACON, arXiv 2606.14782 and its released code.
+
+    Adaptation notes: the trace over layers belongs to the requests of one step, never to the process;
+    arithmetic is float32; a layer's capacity is the nominal budget - W, not the head's own.
+
+    Options, besides those of snapkv:
+        mode: "e" (evidence), "el" (+ coherence), "elt" (+ persistence, gated), "rel" (attenuated).
+        local_k: odd width of the coherence pooling.
+        trace_r: how many previous layers persistence looks at; 0 turns it off.
+        lambda_c: strength of the calibration.
+        topk_frac: statistics are taken over the topk_frac * capacity largest scores.
+    """
+
+    name: ClassVar[str] = "bacon"
+    source: ClassVar[str] = "BACON, arXiv 2606.14782"
+    needs: ClassVar[Need] = SnapKV.needs | Need.LAYER_TRACE
+
+    mode: str = "elt"
+    local_k: int = 5
+    trace_r: int = 4
+    lambda_c: float = 0.5
+    topk_frac: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("mode", self.mode, ("e", "el", "elt", "rel"))
+        require_odd("local_k", self.local_k)
+        if not isinstance(self.trace_r, int) or isinstance(self.trace_r, bool) or self.trace_r < 0:
+            raise ValueError(f"trace_r must be a whole number >= 0, got {self.trace_r!r}")
+        require_range("lambda_c", self.lambda_c, 0, 1e6)
+        require_range("topk_frac", self.topk_frac, 0, 1e6)
+
+    def score(self, ctx: LayerContext) -> Scores:
+        base, last = self.window_and_last(ctx)
+        evidence = (last - base).clamp_min(0)
+        final = kernels.calibrate(
+            base,
+            evidence,
+            ctx.trace.previous(ctx.layer, self.trace_r),
+            ctx.num_scored,
+            ctx.capacity,
+            mode=self.mode,
+            local_k=self.local_k,
+            lambda_c=self.lambda_c,
+            topk_frac=self.topk_frac,
+        )
+        ctx.trace.record(ctx.layer, evidence)
+        return Scores(mask_prefix(base, ctx.num_scored), mask_prefix(final, ctx.num_scored))
