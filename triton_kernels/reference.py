@@ -263,12 +263,16 @@ def compact_pages(
     element = torch.cat([key_index[token], value_index[token]], dim=-1)  # [N, Hkv, K, 2 * D]
     staged = pages[source[..., None], element]
 
-    number = page_start[:, :, None] + torch.arange(max_kept // size, device=device)  # [N, Hkv, pages]
+    number = page_start[:, :, None] + torch.arange(
+        max_kept // size, device=device
+    )  # [N, Hkv, pages]
     kept_blocks = num_kept_blocks[:, None, None]
     target_block = num_full_blocks[:, None, None] - kept_blocks + number % kept_blocks
     target_head = number // kept_blocks
     target_block = target_block.clamp(0, last)
-    target = block_table.gather(1, target_block.view(num, -1)).view_as(number) * num_heads + target_head
+    target = (
+        block_table.gather(1, target_block.view(num, -1)).view_as(number) * num_heads + target_head
+    )
     owned = torch.arange(max_kept // size, device=device) < page_count[:, :, None]
     target = target.masked_fill(~owned, 0)
     element = torch.cat([key_index, value_index], dim=-1)  # [block_size, 2 * D]

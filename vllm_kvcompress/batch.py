@@ -109,7 +109,9 @@ def plan_windows(rows: StepRows, ending: np.ndarray, window: int) -> WindowPlan:
     token = rows.query_starts[ending, None] + position - start[ending, None]
     entry, window_row = np.nonzero(~here)
 
-    partial = np.flatnonzero(rows.compresses & ~rows.ends_prompt & (start + part > first) & (part > 0))
+    partial = np.flatnonzero(
+        rows.compresses & ~rows.ends_prompt & (start + part > first) & (part > 0)
+    )
     low = np.maximum(start, first)[partial]
     length = (start + part)[partial] - low
     saved = ranges(low, length)

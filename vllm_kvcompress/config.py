@@ -127,7 +127,7 @@ class KVCompressionConfig:
         method = raw.pop("method", None)
         if not isinstance(method, str) or not method:
             raise KVCompressionError.from_reasons(
-                ["'method' is missing: give a scorer, for example {\"method\": \"bacon\"}."]
+                ['\'method\' is missing: give a scorer, for example {"method": "bacon"}.']
             )
         scorer, _, allocator = method.partition("+")
         allocator = allocator or "uniform"
@@ -208,7 +208,6 @@ def parse_cli_json(text: str) -> dict[str, Any]:
         raise KVCompressionError(f"--kv-compression-config is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise KVCompressionError(
-            f"--kv-compression-config must be a JSON object such as "
-            f'{{"mode": "rel"}}, got {text}.'
+            f'--kv-compression-config must be a JSON object such as {{"mode": "rel"}}, got {text}.'
         )
     return value

@@ -362,7 +362,9 @@ class CompressedBuilder:
             num_kept_blocks=num_kept,
             tail=tail,
             block_table=cam.block_table_tensor[index, :num_blocks].long(),
-            max_pages=max(min(p, plan.num_full_blocks) for p, plan in zip(pages, plans, strict=True)),
+            max_pages=max(
+                min(p, plan.num_full_blocks) for p, plan in zip(pages, plans, strict=True)
+            ),
         )
 
     def _decode_batch(self, cam: CommonAttentionMetadata, slots: np.ndarray) -> VirtualBatch:

@@ -52,7 +52,9 @@ class CompressedSpec(FullAttentionSpec):
     @classmethod
     def of(cls, spec: FullAttentionSpec, **extra) -> "CompressedSpec":
         """``spec`` with our fields added."""
-        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(FullAttentionSpec) if f.init}
+        fields = {
+            f.name: getattr(spec, f.name) for f in dataclasses.fields(FullAttentionSpec) if f.init
+        }
         return cls(**fields, **extra)
 
     def plain(self) -> FullAttentionSpec:

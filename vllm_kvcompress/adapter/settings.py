@@ -20,6 +20,4 @@ def current_settings() -> KVCompressionConfig | None:
 
 
 def planner_of(settings: KVCompressionConfig, block_size: int) -> BlockPlanner:
-    return BlockPlanner(
-        block_size, settings.window, settings.budget.tokens, settings.budget.ratio
-    )
+    return BlockPlanner(block_size, settings.window, settings.budget.tokens, settings.budget.ratio)

@@ -62,9 +62,7 @@ class SchedulerTelemetry:
 
     def record(self, held_before: int, held_after: int, freed: int) -> None:
         """One request gave up blocks; ``freed`` is what the pool really gained (others may share)."""
-        self._counters.add(
-            blocks_before=held_before, blocks_after=held_after, blocks_freed=freed
-        )
+        self._counters.add(blocks_before=held_before, blocks_after=held_after, blocks_freed=freed)
         now = time.monotonic()
         directory = metrics_dir()
         if directory is not None and now - self._last_log >= LOG_INTERVAL_S:

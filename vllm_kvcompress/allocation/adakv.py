@@ -50,9 +50,7 @@ class AdaKV(Allocator):
             floor = (capacity * self.alpha).long()
             return torch.minimum((shares + floor[:, None]).round().long(), num_scored[:, None])
         shares = shares + capacity[:, None] * self.alpha
-        return apportion(
-            shares, capacity * base.shape[1], torch.zeros_like(num_scored), num_scored
-        )
+        return apportion(shares, capacity * base.shape[1], torch.zeros_like(num_scored), num_scored)
 
     def counts(self, base: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
         """Entries of each head among the layer's Hkv * b best, [N, Hkv] int64.

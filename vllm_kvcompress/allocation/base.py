@@ -59,8 +59,10 @@ def apportion(
     fraction = ((clipped - floor) * 1e9).round()  # equal shares tie in spite of float noise
     floor = floor.long()
     rest = torch.minimum(torch.maximum(total, count * low[:, 0]), count * high[:, 0]) - floor.sum(1)
-    give = _deal(rest.clamp_min(0), high - floor, fraction.argsort(1, descending=True, stable=True))
-    take = _deal((-rest).clamp_min(0), floor - low, fraction.argsort(1, stable=True))
+    give = _deal(
+        rest.clamp_min(0), high - floor, fraction.argsort(dim=1, descending=True, stable=True)
+    )
+    take = _deal((-rest).clamp_min(0), floor - low, fraction.argsort(dim=1, stable=True))
     return floor + give - take
 
 
@@ -75,7 +77,9 @@ def _deal(cards: torch.Tensor, room: torch.Tensor, order: torch.Tensor) -> torch
     filled = sorted_room.cumsum(1)  # held by entries 0..j once all of them are full
     still_open = count - 1 - torch.arange(count, device=room.device)
     after = filled + sorted_room * still_open  # cards dealt after sorted_room[j] rounds
-    num_full = (after <= cards[:, None]).sum(1, keepdim=True)  # entries full after the last full round
+    num_full = (after <= cards[:, None]).sum(
+        1, keepdim=True
+    )  # entries full after the last full round
     padded = torch.nn.functional.pad(filled, (1, 0))
     left_open = (count - num_full).clamp_min(1)
     rounds = (cards[:, None] - padded.gather(1, num_full)) // left_open

@@ -6,7 +6,13 @@ from typing import ClassVar
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
-from vllm_kvcompress.scoring.snapkv import SnapKV, mask_prefix, require_choice, require_odd, require_range
+from vllm_kvcompress.scoring.snapkv import (
+    SnapKV,
+    mask_prefix,
+    require_choice,
+    require_odd,
+    require_range,
+)
 
 
 @dataclass(frozen=True)
