@@ -16,8 +16,8 @@ class PageLayout(NamedTuple):
     """Where a head page keeps an element, as offsets inside the page.
 
     Attributes:
-        key_index, value_index: [block_size * D] int64, element (token, d) at token * D + d. None for
-            both: token rows of D key elements followed by D value elements.
+        key_index, value_index: [block_size * D] int64, element (token, d) at token * D + d. None
+            for both: token rows of D key elements followed by D value elements.
         block_size, head_size: tokens per page and D.
     """
 
@@ -80,8 +80,8 @@ def pool_prefix(
 ) -> torch.Tensor:
     """Pooling over the scored prefix, stride 1, same length.
 
-    "avg" divides by ``kernel`` everywhere: positions outside the prefix count as zeros. "max" ignores
-    them. Columns t >= n come back as 0.
+    "avg" divides by ``kernel`` everywhere: positions outside the prefix count as zeros. "max"
+    ignores them. Columns t >= n come back as 0.
 
     Args:
         scores: [N, Hkv, T] float32.
@@ -149,7 +149,11 @@ def calibrate(
 def _top_statistics(
     scores: torch.Tensor, num_scored: torch.Tensor, top: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and population deviation of the ``top`` [N] largest of each head's prefix: [N, Hkv] each."""
+    """Mean and population deviation of the ``top`` [N] largest of each head's prefix.
+
+    Returns:
+        [N, Hkv] each.
+    """
     position = torch.arange(scores.shape[2], device=scores.device)
     ranked = scores.masked_fill((position >= num_scored[:, None])[:, None], float("-inf"))
     ranked = ranked.sort(dim=2, descending=True).values
@@ -237,9 +241,9 @@ def compact_pages(
 ) -> None:
     """Copy the kept tokens, in order, into the head pages of the kept blocks. In place.
 
-    The n kept blocks offer a row of n * Hkv pages: number i is block i % n of them, head i // n. Head
-    h owns numbers [page_start, page_start + page_count). Sources and targets overlap; everything is
-    read before anything is written. Elements move as they are, whatever their type.
+    The n kept blocks offer a row of n * Hkv pages: number i is block i % n of them, head i // n.
+    Head h owns numbers [page_start, page_start + page_count). Sources and targets overlap;
+    everything is read before anything is written. Elements move as they are, whatever their type.
 
     Args:
         pages: [num_pages, block_size * 2 * D] head pages of one layer.
@@ -302,8 +306,8 @@ def head_page_tables(
 
         [ the head's compacted pages | tail page | decode pages ... ]
 
-    An uncompressed request has num_full_blocks 0, num_kept_blocks 1 and page_count 0: its table is the
-    natural one.
+    An uncompressed request has num_full_blocks 0, num_kept_blocks 1 and page_count 0: its table is
+    the natural one.
 
     Args:
         block_table: [R, B] int32.

@@ -70,8 +70,9 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def head_major_order(starts: np.ndarray, lengths: np.ndarray, num_heads: int) -> np.ndarray:
     """Row order of a virtual batch's queries.
 
-    Token t and KV head h of the batch stand at t * num_heads + h; a virtual sequence wants all tokens
-    of one (row, head) together. Returns the source index of each of the lengths.sum() * num_heads.
+    Token t and KV head h of the batch stand at t * num_heads + h; a virtual sequence wants all
+    tokens of one (row, head) together. Returns the source index of each of the lengths.sum() *
+    num_heads.
     """
     tokens = np.repeat(lengths, num_heads)  # tokens of each virtual sequence
     heads = np.tile(np.arange(num_heads), len(lengths))
@@ -99,7 +100,7 @@ class WindowPlan:
 
 
 def plan_windows(rows: StepRows, ending: np.ndarray, window: int) -> WindowPlan:
-    """Plan the window queries of the rows ``ending`` [N] and of rows that stop inside their window."""
+    """Plan the window queries of the rows ``ending`` [N] and of those that stop inside theirs."""
     first = rows.prompt_lens - window  # position of window row 0
     start, part = rows.num_computed, rows.prompt_part
     offsets = np.arange(window)

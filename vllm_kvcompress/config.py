@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.allocation import ALLOCATORS
-from vllm_kvcompress.scoring import SCORERS
+from vllm_kvcompress.allocation import ALLOCATORS, Allocator
+from vllm_kvcompress.scoring import SCORERS, Scorer
 
 CONFIG_KEY = "kv_compression"
 """Key of the compression settings inside vLLM's ``additional_config``."""
@@ -70,7 +70,9 @@ class Budget:
             raise ValueError(expected)
         text = str(value).strip()
         try:
-            if text.endswith("%"):
+            if isinstance(value, float):
+                ratio = value
+            elif text.endswith("%"):
                 ratio = float(text[:-1]) / 100
             elif "." in text:
                 ratio = float(text)
@@ -151,7 +153,8 @@ class KVCompressionConfig:
         elif budget.tokens is not None and budget.tokens <= window:
             reasons.append(
                 f"--kv-budget {budget} includes the window, so it must be larger than "
-                f"--kv-window {window}: raise the budget to at least {window + 1} or lower the window."
+                f"--kv-window {window}: raise the budget to at least {window + 1} or lower the "
+                "window."
             )
         if reasons:  # options can only be checked against methods that exist
             raise KVCompressionError.from_reasons(reasons)
@@ -169,24 +172,26 @@ class KVCompressionConfig:
         """The mapping that :meth:`parse` reads back to an equal object."""
         return {
             "method": self.method,
-            "budget": str(self.budget),
+            "budget": self.budget.tokens if self.budget.ratio is None else self.budget.ratio,
             "window": self.window,
             **self.scorer_options,
             **self.allocator_options,
         }
 
-    def make_scorer(self):
+    def make_scorer(self) -> Scorer:
         return SCORERS[self.scorer](**self.scorer_options)
 
-    def make_allocator(self):
+    def make_allocator(self) -> Allocator:
         return ALLOCATORS[self.allocator](**self.allocator_options)
 
 
-def _option_names(method: type) -> list[str]:
+def _option_names(method: type[Scorer] | type[Allocator]) -> list[str]:
     return [f.name for f in dataclasses.fields(method)]
 
 
-def _take_options(raw: dict[str, Any], method: type, reasons: list[str]) -> dict[str, Any]:
+def _take_options(
+    raw: dict[str, Any], method: type[Scorer] | type[Allocator], reasons: list[str]
+) -> dict[str, Any]:
     """Move the options of ``method`` out of ``raw`` and let the method check them."""
     options = {name: raw.pop(name) for name in _option_names(method) if name in raw}
     try:

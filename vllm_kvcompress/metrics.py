@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counters that the processes of a server share, and their Prometheus form.
 
-Each process owns one file of float64 counters; whoever exports sums the files. A counter is what was
-seen in the block pool and in the kept sets, never what the configuration promises.
+Each process owns one file of float64 counters; whoever exports sums the files. A counter is what
+was seen in the block pool and in the kept sets, never what the configuration promises.
 """
 
 import bisect

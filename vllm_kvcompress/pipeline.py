@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score, allocate, select and compact, for all prompts that end in a step. Knows tensors, not vLLM."""
+"""Score, allocate, select and compact, for all prompts that end in a step.
+
+Knows tensors, not vLLM.
+"""
 
 from dataclasses import dataclass, field
 
@@ -39,7 +42,7 @@ class HeadPageState:
         self.page_start[:, slots] = 0
 
     def set_pages(self, layer: int, slots: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Store the pages per head [N, Hkv] of one layer; returns the start of each head's pages."""
+        """Store the pages per head [N, Hkv] of one layer; return where each head's pages start."""
         start = count.cumsum(1) - count
         self.page_count[layer, slots] = count.int()
         self.page_start[layer, slots] = start.int()
@@ -54,7 +57,7 @@ class HeadPageState:
         block_size: int,
         width: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page tables and kv_len of the rows' virtual sequences, see ``kernels.head_page_tables``."""
+        """Page tables and kv_len of the rows' virtual sequences: ``kernels.head_page_tables``."""
         return kernels.head_page_tables(
             block_table,
             seq_lens,

@@ -7,8 +7,8 @@ A prompt of P tokens with block size bs has m = P // bs full blocks and a tail o
     | returned to the pool,      | head pages of the kept     | as stock vLLM writes them
     | still hashed for reuse     | tokens, private, unhashed  |
 
-A *head page* is the part of a block that belongs to one KV head: block_size tokens. The n kept blocks
-hold n * num_kv_heads head pages per layer, which the heads of that layer share out.
+A *head page* is the part of a block that belongs to one KV head: block_size tokens. The n kept
+blocks hold n * num_kv_heads head pages per layer, which the heads of that layer share out.
 """
 
 import functools

@@ -11,7 +11,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_kvcompress.adapter.backend import CompressedBackend, CompressedBuilder, CompressedImpl
+from vllm_kvcompress.adapter.backend import CompressedBackend, CompressedImpl
+from vllm_kvcompress.adapter.builder import CompressedBuilder
 from vllm_kvcompress.kernels import PageLayout
 
 

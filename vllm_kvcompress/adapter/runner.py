@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.patching import wrap
-from vllm_kvcompress.adapter.settings import planner_of, settings_of
+from vllm_kvcompress.adapter.settings import settings_of
 from vllm_kvcompress.batch import StepRows
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.plan import BlockPlanner
@@ -109,6 +109,7 @@ def _facts_v2(runner: RunnerV2, cam: CommonAttentionMetadata):
 
 _current: contextvars.ContextVar[Step | None] = contextvars.ContextVar("step", default=None)
 _states: "weakref.WeakKeyDictionary[object, RunnerState]" = weakref.WeakKeyDictionary()
+"""Runners of compressing engines, once they have a KV cache."""
 
 
 def current_step() -> Step | None:
@@ -116,22 +117,10 @@ def current_step() -> Step | None:
     return _current.get()
 
 
-def _state_of(runner) -> RunnerState | None:
-    """Our state of a runner; None when its engine does not compress."""
-    if runner not in _states:
-        settings = settings_of(runner.vllm_config)
-        if settings is None:
-            return None
-        planner = planner_of(settings, runner.vllm_config.cache_config.block_size)
-        slots = RequestSlots(runner.vllm_config.scheduler_config.max_num_seqs)
-        _states[runner] = RunnerState(slots, planner)
-    return _states[runner]
-
-
 def _follow_requests(original):
     def execute_model(self, scheduler_output, *args, **kwargs):
         dummy = kwargs.get("dummy_run", args[1] if len(args) > 1 else False)
-        state = None if dummy else _state_of(self)
+        state = None if dummy else _states.get(self)
         if state is None:
             return original(self, scheduler_output, *args, **kwargs)
         state.slots.release(scheduler_output.finished_req_ids)
@@ -161,7 +150,7 @@ def needs_python(
 def _veto_full_graph_v2(original):
     def gather_batch_req_state(self, scheduler_output, dummy_run):
         batch, uniform = original(self, scheduler_output, dummy_run)
-        state = _state_of(self)
+        state = _states.get(self)
         if batch is None or state is None:
             return batch, uniform
         states, index = self.req_states, batch.idx_mapping_np
@@ -195,8 +184,8 @@ def _veto_full_graph_v1(original):
     return determine
 
 
-def check_groups(kv_cache_config: KVCacheConfig) -> None:
-    """The engine's caches, as vLLM grouped them, must hold exactly one group that is compressed.
+def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
+    """The spec of the one group of layers that is compressed.
 
     Raises:
         KVCompressionError: vLLM would serve this model uncompressed, or in a way we cannot follow.
@@ -211,20 +200,21 @@ def check_groups(kv_cache_config: KVCacheConfig) -> None:
             "KV compression needs the same number of KV heads and head size in all full-attention "
             "layers: serve the model without --kv-compression."
         )
-    num_compressed = sum(isinstance(spec, CompressedSpec) for spec in specs)
-    if num_compressed != 1:
+    found = [spec for spec in specs if isinstance(spec, CompressedSpec)]
+    if len(found) != 1:
+        names = ", ".join(type(spec).__name__ for spec in specs) or "none"
         raise KVCompressionError(
-            "KV compression was asked for, but the model has "
-            f"{num_compressed} groups of full-attention layers that can be compressed, expected 1 "
-            f"(cache groups: {', '.join(type(spec).__name__ for spec in specs) or 'none'}): serve the "
-            "model without --kv-compression."
+            f"KV compression was asked for, but {len(found)} of the model's cache groups can be "
+            f"compressed, expected 1 (groups: {names}): serve the model without --kv-compression."
         )
+    return found[0]
 
 
-def _check_groups(original):
+def _know_groups(original):
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs):
         if settings_of(self.vllm_config) is not None:
-            check_groups(kv_cache_config)
+            slots = RequestSlots(self.vllm_config.scheduler_config.max_num_seqs)
+            _states[self] = RunnerState(slots, compressed_spec(kv_cache_config).planner)
         return original(self, kv_cache_config, *args, **kwargs)
 
     return initialize_kv_cache
@@ -234,6 +224,6 @@ def install() -> None:
     """Wrap both runners; they behave as before for engines that do not compress."""
     for runner in (RunnerV1, RunnerV2):
         wrap(runner, "execute_model", _follow_requests)
-        wrap(runner, "initialize_kv_cache", _check_groups)
+        wrap(runner, "initialize_kv_cache", _know_groups)
     wrap(RunnerV1, "_determine_batch_execution_and_padding", _veto_full_graph_v1)
     wrap(RunnerV2, "gather_batch_req_state", _veto_full_graph_v2)

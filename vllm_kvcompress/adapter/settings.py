@@ -4,7 +4,6 @@
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 
 from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig
-from vllm_kvcompress.plan import BlockPlanner
 
 
 def settings_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:
@@ -17,7 +16,3 @@ def settings_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:
 def current_settings() -> KVCompressionConfig | None:
     """Settings of the engine that is being set up right now."""
     return settings_of(get_current_vllm_config_or_none())
-
-
-def planner_of(settings: KVCompressionConfig, block_size: int) -> BlockPlanner:
-    return BlockPlanner(block_size, settings.window, settings.budget.tokens, settings.budget.ratio)

@@ -94,7 +94,7 @@ class WorkerTelemetry:
         self._on_host = device.type == "cpu"
         self._pages = torch.zeros((), dtype=torch.int64, device=device)
         self._seconds = 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         # (done, pages on the host, tokens per page, tail tokens, timed layers)
         self._pending: collections.deque = collections.deque()
 
@@ -117,7 +117,7 @@ class WorkerTelemetry:
             yield
             self._seconds += time.perf_counter() - start
         else:
-            events = torch.Event(enable_timing=True), torch.Event(enable_timing=True)
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
             yield
             events[1].record()
@@ -136,9 +136,8 @@ class WorkerTelemetry:
             self._publish(int(self._pages), tokens_per_page, tail_tokens, self._seconds)
             self._seconds = 0.0
         else:
-            done = torch.Event()
-            pages = torch.empty((), dtype=torch.int64, pin_memory=True)
-            pages.copy_(self._pages, non_blocking=True)
+            done = torch.cuda.Event()
+            pages = self._pages.to("cpu", non_blocking=True)  # pinned by torch
             done.record()
             self._pending.append((done, pages, tokens_per_page, tail_tokens, self._events))
             self._events = []

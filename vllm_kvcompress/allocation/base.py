@@ -2,11 +2,13 @@
 """What an allocator decides, and the integer arithmetic all of them share."""
 
 import abc
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 
+@dataclass(frozen=True)
 class Allocator(abc.ABC):
     """Shares a layer's budget out to its KV heads: a frozen dataclass whose fields are its options.
 
@@ -40,9 +42,9 @@ def apportion(
 ) -> torch.Tensor:
     """Round real shares to integers of a given sum, largest remainder first.
 
-    Shares are clipped to [low, high] and floored; a missing rest is handed out one by one in order of
-    decreasing fraction (ties: lower index), cyclically, to entries below ``high``; a surplus is taken
-    back in order of increasing fraction from entries above ``low``.
+    Shares are clipped to [low, high] and floored; a missing rest is handed out one by one in order
+    of decreasing fraction (ties: lower index), cyclically, to entries below ``high``; a surplus is
+    taken back in order of increasing fraction from entries above ``low``.
 
     Args:
         shares: [N, H] float64.
@@ -67,7 +69,7 @@ def apportion(
 
 
 def _deal(cards: torch.Tensor, room: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Deal ``cards`` [N] one at a time in ``order`` [N, H], cyclically, to entries with ``room`` left.
+    """Deal ``cards`` [N] one by one in ``order`` [N, H], cyclically, to entries with ``room`` left.
 
     Closed form of the loop, without asking the host: after k full rounds entry i holds
     min(k, room_i); k is the largest number of rounds that the cards pay for.
@@ -77,12 +79,12 @@ def _deal(cards: torch.Tensor, room: torch.Tensor, order: torch.Tensor) -> torch
     filled = sorted_room.cumsum(1)  # held by entries 0..j once all of them are full
     still_open = count - 1 - torch.arange(count, device=room.device)
     after = filled + sorted_room * still_open  # cards dealt after sorted_room[j] rounds
-    num_full = (after <= cards[:, None]).sum(
-        1, keepdim=True
-    )  # entries full after the last full round
+    # entries that are full after the last full round
+    num_full = (after <= cards[:, None]).sum(1, keepdim=True)
     padded = torch.nn.functional.pad(filled, (1, 0))
     left_open = (count - num_full).clamp_min(1)
     rounds = (cards[:, None] - padded.gather(1, num_full)) // left_open
+    rounds = torch.where(num_full < count, rounds, sorted_room[:, -1:])
     dealt = torch.minimum(room, rounds)
     remainder = cards[:, None] - dealt.sum(1, keepdim=True)
     is_open = (room > dealt).gather(1, order)
@@ -100,9 +102,9 @@ def pages_from_tokens(
 ) -> torch.Tensor:
     """Round scored tokens per head to whole head pages; the layer keeps exactly its n * Hkv pages.
 
-    A head holds its scored tokens and its window in pages, except for the window's tokens that lie in
-    the prompt's partial tail block. No head gets fewer pages than its part of the window needs, or
-    more than the prompt has.
+    A head holds its scored tokens and its window in pages, except for the window's tokens that lie
+    in the prompt's partial tail block. No head gets fewer pages than its part of the window needs,
+    or more than the prompt has.
 
     Args:
         tokens: [N, Hkv] int64 scored tokens per head.

@@ -19,12 +19,13 @@ from vllm_kvcompress.scoring.snapkv import (
 class Bacon(SnapKV):
     """Window attention, calibrated by what the very last prompt query sees more of.
 
-    Evidence E = max(last row - window mean, 0) is trusted more where neighbours agree (coherence) and
-    where previous layers agree (persistence), scaled to the spread of the window score, and added.
+    Evidence E = max(last row - window mean, 0) is trusted more where neighbours agree (coherence)
+    and where previous layers agree (persistence), scaled to the spread of the window score, and
+    added.
     Source: BACON, arXiv 2606.14782 and its released code.
 
-    Adaptation notes: the trace over layers belongs to the requests of one step, never to the process;
-    arithmetic is float32; a layer's capacity is the nominal budget - W, not the head's own.
+    Adaptation notes: the trace over layers belongs to the requests of one step, never to the
+    process; arithmetic is float32; a layer's capacity is the nominal budget - W, not the head's.
 
     Options, besides those of snapkv:
         mode: "e" (evidence), "el" (+ coherence), "elt" (+ persistence, gated), "rel" (attenuated).

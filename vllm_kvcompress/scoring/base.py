@@ -33,7 +33,7 @@ class LayerTrace:
         self._by_layer[layer] = value
 
     def previous(self, layer: int, reach: int) -> list[torch.Tensor]:
-        """Values of layers [layer - reach, layer), oldest first; layers without a record are left out."""
+        """Recorded values of layers [layer - reach, layer), oldest first."""
         for old in [j for j in self._by_layer if j < layer - reach]:
             del self._by_layer[old]
         return [self._by_layer[j] for j in sorted(self._by_layer) if j < layer]
@@ -83,6 +83,7 @@ class Scores(NamedTuple):
     final: torch.Tensor
 
 
+@dataclass(frozen=True)
 class Scorer(abc.ABC):
     """A scoring method: a frozen dataclass whose fields are its options."""
 

@@ -17,8 +17,9 @@ class SnapKV(Scorer):
     Softmax over all visible keys, mean over window rows and over the query heads of a KV head, then
     pooling over neighbouring positions. Source: SnapKV, arXiv 2404.14469.
 
-    Adaptation notes: KV heads share one kept set (the original keeps one per query head); the window
-    mean is divided by W (the original sums: same ranking); arithmetic is float32.
+    Adaptation notes: the query heads of a KV head share one kept set (the original keeps one per
+    query head); the window mean is divided by W (the original sums: same ranking); arithmetic is
+    float32.
 
     Options:
         kernel: odd pooling width in tokens.

@@ -114,7 +114,8 @@ def _remove(distribution: Distribution, site: Path) -> None:
     """
     # not Path.resolve(): behind a link lies the cache of the installer, which is not ours
     files = [
-        Path(os.path.normpath(distribution.locate_file(file))) for file in distribution.files or ()
+        Path(os.path.normpath(str(distribution.locate_file(file))))
+        for file in distribution.files or ()
     ]
     inside = [file for file in files if site in file.parents]
     folders = {folder for file in inside for folder in file.parents if site in folder.parents}

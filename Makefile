@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs in an environment of its own; `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+# for example PIP_FLAGS="--index-url ..." where pip needs to be told
+PIP_FLAGS ?=
+
+PY := $(VENV)/bin/python
+# -P keeps this folder off sys.path: vLLM would take triton_kernels/ for OpenAI's package of that name
+PYTEST := $(PY) -P -m pytest
+READY := $(VENV)/.ready
+
+# a second vLLM, as source only, that the contract test reads
+NEXT_VLLM := 0.33.0
+NEXT_SOURCE := .cache/vllm-$(NEXT_VLLM)
+
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint unit kernels integration bench wheel clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(READY) ## serve a small multimodal model with compression and ask it about an image
+	$(PY) examples/demo.py
+
+test: export VLLM_KVCOMPRESS_EXTRA_VLLM_SOURCE = $(CURDIR)/$(NEXT_SOURCE)
+test: lint $(NEXT_SOURCE) unit kernels integration ## everything that must pass
+
+lint: $(READY) ## style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -P -m mypy
+
+unit: $(READY) ## parts without an engine
+	$(PYTEST) tests/unit
+
+kernels: $(READY) ## tensor operations, on Triton's interpreter where there is no GPU
+	$(PYTEST) tests/kernels
+
+integration: $(READY) ## real vLLM on the CPU
+	$(PYTEST) tests/integration
+
+bench: $(READY) ## with and without compression, in pairs; writes a row set to benchmarks/results
+	$(PY) benchmarks/serving.py
+
+wheel: $(READY) ## wheel and source distribution, in dist/
+	rm -rf build dist
+	$(PY) -m pip wheel $(PIP_FLAGS) --quiet --no-deps --wheel-dir dist .
+	$(PY) -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > /dev/null
+	rm -rf build
+	@ls dist
+
+clean: ## remove what the other targets made, the environment included
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# pip brings back what the mend removes, so the two belong together
+$(READY): pyproject.toml setup.py vllm_kvcompress/tools/cpu_env.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(PIP_FLAGS) --editable '.[cpu,dev]'
+	$(VENV)/bin/vllm-kvcompress mend-cpu-env
+	@$(PY) -P -c 'import torch; torch.version.cuda and print("note: this is a CUDA build of torch;" \
+	  " if vLLM does not start, install the CPU build of torch into $(VENV) and try again")'
+	touch $@
+
+$(NEXT_SOURCE): | $(READY)
+	@echo "fetching the wheel of vLLM $(NEXT_VLLM) once, 336 MB, for its Python sources"
+	rm -rf .cache/download $@.part
+	$(PY) -m pip download $(PIP_FLAGS) --quiet --no-deps --no-cache-dir --only-binary=:all: \
+	  --dest .cache/download vllm==$(NEXT_VLLM)
+	$(PY) -c 'import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[2]); wheel.extractall(sys.argv[1], \
+	  [name for name in wheel.namelist() if name.endswith(".py")])' $@.part .cache/download/*.whl
+	rm -rf .cache/download
+	mv $@.part $@

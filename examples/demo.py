@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve the tiny model with compression, ask it about a page, show what was kept and given back.
+
+    make demo
+
+Exits with 0 only if the answer is right, the server says that it compresses, and its metrics show
+dropped tokens and returned blocks. Needs nothing but the environment that vLLM runs in.
+"""
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+EXAMPLE = Path(__file__).resolve().parent / "tiny-docvqa"
+BANNER = "KV compression is on"
+METRIC = "vllm:kv_compression_"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+START_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 30
+
+# a proxy of the environment has no business between two processes of this machine
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+class DemoError(Exception):
+    """Something is not as it should be; the message says what."""
+
+
+class Page(NamedTuple):
+    """A page on disk and a question about it."""
+
+    image: Path
+    question: str
+    answer: str
+
+
+def draw_page(folder: Path, seed: int) -> Page:
+    """Run the page generator of the example."""
+    command = [sys.executable, EXAMPLE / "pages.py", "--out", folder, "--count", "1"]
+    subprocess.run([*command, "--seed", str(seed)], check=True)
+    entry = json.loads((folder / "questions.json").read_text())[0]
+    return Page(folder / entry["image"], entry["question"], entry["answer"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(arguments: list[str], log: Path) -> Iterator[str]:
+    """Run ``vllm serve`` in a process group of its own; yields its address when it is ready.
+
+    However the block is left, every process of the group has ended afterwards.
+    """
+    port = free_port()
+    # the script beside this interpreter, so that it need not be on PATH
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    print("$", " ".join(["vllm", *command[1:]]), flush=True)
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **OFFLINE},
+            start_new_session=True,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until_ready(process, address)
+        yield address
+    finally:
+        stop(process)
+
+
+def wait_until_ready(process: subprocess.Popen, address: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DemoError(f"the server ended early, with status {process.returncode}")
+        with contextlib.suppress(OSError), _open(f"{address}/health", timeout=2):
+            return
+        time.sleep(0.5)
+    raise DemoError(f"the server was not ready after {START_TIMEOUT_S} s")
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ask politely, then end what is left of the group."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def ask(address: str, page: Page) -> str:
+    """Send the page and its question to the OpenAI chat endpoint; greedy decoding."""
+    png = base64.b64encode(page.image.read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
+    text = {"type": "text", "text": page.question}
+    body = {
+        "model": "tiny-docvqa",
+        "messages": [{"role": "user", "content": [image, text]}],
+        "temperature": 0,
+        "max_tokens": 8,
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with _open(request, timeout=120) as response:
+            return json.load(response)["choices"][0]["message"]["content"].strip()
+    except urllib.error.HTTPError as error:
+        raise DemoError(f"the request failed: {error.code} {error.read().decode()}") from error
+
+
+def read_metrics(address: str) -> dict[str, int]:
+    """The counters of this plugin on vLLM's own /metrics, by name and labels without the prefix."""
+    with _open(f"{address}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    return {
+        name: round(float(value))
+        for name, value in re.findall(rf"^{METRIC}(\S+) (\S+)$", text, re.MULTILINE)
+    }
+
+
+def check(log: Path, page: Page, answer: str, metrics: dict[str, int]) -> list[str]:
+    """Everything that is off, in sentences."""
+    kept, seen = metrics.get("kept_tokens_total", 0), metrics.get("prompt_tokens_total", 0)
+    before = metrics.get('request_blocks_total{when="before"}', 0)
+    after = metrics.get('request_blocks_total{when="after"}', 0)
+    checks = (
+        (answer == page.answer, f"the answer is {answer!r}, expected {page.answer!r}"),
+        (BANNER in log.read_text(), f"the server's log lacks the line {BANNER!r}"),
+        (metrics.get('requests_total{outcome="compressed"}') == 1, "no request was compressed"),
+        (0 < kept < seen, f"{kept} of {seen} prompt tokens were kept"),
+        (0 < after < before, f"{before} blocks were held before compression and {after} after"),
+        (metrics.get("blocks_freed_total", 0) > 0, "no block went back to the pool"),
+    )
+    return [problem for fine, problem in checks if not fine]
+
+
+def run(args: argparse.Namespace, serve_arguments: list[str]) -> list[str]:
+    """The whole demo; returns what was off."""
+    page = draw_page(args.out, args.seed)
+    log = args.out / "server.log"
+    arguments = [str(EXAMPLE / "model"), "--served-model-name", "tiny-docvqa"]
+    arguments += ["--kv-compression", args.method, "--kv-budget", args.budget]
+    # small numbers: vLLM would reserve most of the memory for the cache, and compile for a minute
+    arguments += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "8"]
+    arguments += ["--enforce-eager", *serve_arguments]
+    with server(arguments, log) as address:
+        answer = ask(address, page)
+        metrics = read_metrics(address)
+    problems = check(log, page, answer, metrics)
+
+    def shown(name: str) -> str:
+        return str(metrics.get(name, "missing"))
+
+    kept, seen = shown("kept_tokens_total"), shown("prompt_tokens_total")
+    before = shown('request_blocks_total{when="before"}')
+    after = shown('request_blocks_total{when="after"}')
+    freed = shown("blocks_freed_total")
+    print(f"image                {page.image}")
+    print(f"question             {page.question}")
+    print(f"answer               {answer}  (expected: {page.answer})")
+    print(f"prompt tokens kept   {kept} of {seen} per KV head")
+    print(f"KV blocks held       {before} before compression, {after} after; {freed} went back")
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Ask a compressed server about a page. Further flags go to `vllm serve`."
+    )
+    parser.add_argument("--method", default="bacon", help="value of --kv-compression")
+    parser.add_argument("--budget", default="64", help="value of --kv-budget")
+    parser.add_argument("--seed", type=int, default=0, help="which page")
+    parser.add_argument(
+        "--out", type=Path, default=Path(".cache/demo"), help="folder for the page and the log"
+    )
+    args, serve_arguments = parser.parse_known_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    # so that `finally` runs when somebody else ends this process, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        problems = run(args, serve_arguments)
+    except DemoError as error:
+        problems = [str(error)]
+    except KeyboardInterrupt:
+        print("interrupted; the server has been stopped", file=sys.stderr)
+        return 130
+    if problems:
+        print("\nThe demo failed:", *problems, sep="\n  - ", file=sys.stderr)
+        log = args.out / "server.log"
+        if log.exists():
+            print(f"\nThe server's log, {log}, ends with:", file=sys.stderr)
+            print(*log.read_text().splitlines()[-12:], sep="\n", file=sys.stderr)
+        return 1
+    print("The demo passed.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

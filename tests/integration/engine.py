@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines inside the test process, and what can be seen in them.
+
+An engine here is vLLM's own ``LLM`` with ``VLLM_ENABLE_V1_MULTIPROCESSING=0``: scheduler, block pool,
+model runner and KV tensors are all within reach.
+"""
+
+import gc
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_kvcompress.adapter import runner as adapter_runner
+from vllm_kvcompress.adapter.kv_cache import CompressedSpec
+
+BLOCK_SIZE = 32
+LOGPROB_TOLERANCE = 2e-5
+"""Float noise of two orders of summation. A lost or wrong token moves log-probabilities by > 1e-3."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What an engine is asked to do; ``None`` instead of a Method is stock vLLM."""
+
+    name: str = "snapkv"
+    budget: int | str = 96
+    window: int = 32
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def additional_config(self) -> dict[str, Any]:
+        settings = {"method": self.name, "budget": self.budget, "window": self.window}
+        return {"kv_compression": settings | dict(self.options)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished completion."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # of the chosen tokens
+    finish_reason: str | None = None
+    text: str = ""
+    num_cached_tokens: int | None = None
+
+
+@contextmanager
+def engine(model: str, method: Method | None = None, **settings) -> Iterator[LLM]:
+    """An ``LLM`` with small defaults, shut down at the end."""
+    llm = make_llm(model, method, **settings)
+    try:
+        yield llm
+    finally:
+        close(llm)
+
+
+def make_llm(model: str, method: Method | None = None, **settings) -> LLM:
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": 64 << 20,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if method is not None:
+        defaults["additional_config"] = method.additional_config
+    return LLM(model, **(defaults | settings))
+
+
+def close(llm: LLM) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+# prompts and requests
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Token ids of printable characters, which every tiny model has."""
+    rng = random.Random(1_000_003 * seed + length)
+    return [rng.randrange(94) for _ in range(length)]
+
+
+def greedy(max_tokens: int = 8, **settings) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=1, **settings
+    )
+
+
+def as_prompt(prompt: Any) -> Any:
+    """Token ids or anything ``LLM.generate`` takes."""
+    return {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
+
+
+def answer_of(output, index: int = 0) -> Answer:
+    completion = output.outputs[index]
+    chosen = zip(completion.token_ids, completion.logprobs or [], strict=False)
+    return Answer(
+        list(completion.token_ids),
+        [step[token].logprob for token, step in chosen],
+        completion.finish_reason,
+        completion.text,
+        output.num_cached_tokens,
+    )
+
+
+def generate(llm: LLM, prompts: Sequence[Any], params: Any = None) -> list[Answer]:
+    """Run all prompts as one wave; greedy, 8 tokens, unless ``params`` says otherwise."""
+    params = greedy() if params is None else params
+    outputs = llm.generate([as_prompt(p) for p in prompts], params, use_tqdm=False)
+    return [answer_of(output) for output in outputs]
+
+
+def assert_same(got: Sequence[Answer], expected: Sequence[Any], tolerance=LOGPROB_TOLERANCE):
+    """Equal tokens and, within float noise, equal log-probabilities, request by request.
+
+    ``expected``: answers, or outputs of the oracle.
+    """
+    assert len(got) == len(expected)
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.token_ids == list(b.token_ids), f"request {index}: {a.token_ids} != {b.token_ids}"
+        assert len(a.logprobs) == len(b.logprobs) == len(a.token_ids)
+        worst = max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True))
+        assert worst <= tolerance, f"request {index}: log-probabilities differ by {worst}"
+
+
+def differ(got: Sequence[Answer], expected: Sequence[Any]) -> bool:
+    """Whether at least one request's text or log-probabilities are off."""
+    try:
+        assert_same(got, expected)
+    except AssertionError:
+        return True
+    return False
+
+
+class Stepper:
+    """Requests added and stepped one engine step at a time, so that a test decides what happens when.
+
+    Attributes:
+        done: finished answers by the name the test gave.
+        peak_running: most requests in the running queue after any step.
+        preemptions: requests preempted so far.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.scheduler = scheduler_of(llm)
+        self.done: dict[str, Answer] = {}
+        self.partial: dict[str, list[int]] = {}
+        self.internal: dict[str, str] = {}
+        self.peak_running = 0
+        self.preemptions = 0
+        self.steps = 0
+
+    def add(self, name: str, prompt: Any, params: SamplingParams | None = None) -> None:
+        params = greedy() if params is None else params
+        self.internal[name] = self.engine.add_request(name, as_prompt(prompt), params)
+
+    def abort(self, *names: str) -> None:
+        self.engine.abort_request(list(names))
+
+    def request(self, name: str):
+        """vLLM's request; None once it has left the scheduler."""
+        return self.scheduler.requests.get(self.internal[name])
+
+    def num_computed(self, name: str) -> int:
+        request = self.request(name)
+        return request.num_computed_tokens if request is not None else -1
+
+    def step(self) -> None:
+        before = {r.request_id: r.num_preemptions for r in self.scheduler.requests.values()}
+        for output in self.engine.step():
+            self.partial[output.request_id] = list(output.outputs[0].token_ids)
+            if output.finished:
+                self.done[output.request_id] = answer_of(output)
+        for request in self.scheduler.requests.values():
+            self.preemptions += request.num_preemptions - before.get(request.request_id, 0)
+        self.peak_running = max(self.peak_running, len(self.scheduler.running))
+        self.steps += 1
+
+    def run_until(self, condition, limit: int = 2000) -> None:
+        """Step until ``condition()``; at most ``limit`` steps."""
+        for _ in range(limit):
+            if condition():
+                return
+            self.step()
+        raise AssertionError(f"nothing came of it in {limit} steps")
+
+    def run(self) -> dict[str, Answer]:
+        """Step until every request is finished."""
+        self.run_until(lambda: not self.engine.has_unfinished_requests(), limit=20_000)
+        self.flush()
+        return self.done
+
+    def flush(self) -> None:
+        """Let the worker hear of the last requests that left."""
+        core = self.engine.engine_core.engine_core
+        while core.scheduler.has_requests() or core.batch_queue:
+            self.engine.step()
+
+
+# what is inside
+
+
+def scheduler_of(llm: LLM) -> Scheduler:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def block_pool(llm: LLM):
+    return scheduler_of(llm).kv_cache_manager.block_pool
+
+
+def free_blocks(llm: LLM) -> int:
+    return block_pool(llm).get_num_free_blocks()
+
+
+def held_blocks(stepper: Stepper, name: str) -> int:
+    """Real (not null) blocks in the compressed group's table of one request."""
+    for manager in scheduler_of(stepper.llm).kv_cache_manager.coordinator.single_type_managers:
+        if isinstance(manager.kv_cache_spec, CompressedSpec):
+            blocks = manager.req_to_blocks.get(stepper.internal[name], [])
+            return sum(not block.is_null for block in blocks)
+    raise AssertionError("this engine does not compress")
+
+
+def cache_stats(llm: LLM) -> tuple[int, int]:
+    """(queried, hit) prefix-cache tokens since start, as vLLM reports them on /metrics."""
+    values = {metric.name: metric for metric in llm.get_metrics()}
+    return (
+        values["vllm:prefix_cache_queries"].value,
+        values["vllm:prefix_cache_hits"].value,
+    )
+
+
+def model_runner(llm: LLM):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def compressed_builder(llm: LLM):
+    """The worker's builder of the compressed group, owner of state and window store."""
+    for groups in model_runner(llm).attn_groups:
+        for group in groups:
+            if isinstance(group.kv_cache_spec, CompressedSpec):
+                return group.metadata_builders[0]
+    raise AssertionError("this engine does not compress")
+
+
+def request_slots(llm: LLM):
+    return adapter_runner._states[model_runner(llm)].slots
+
+
+def assert_clean(llm: LLM, free_before: int) -> None:
+    """No block, slot or window row is held by anybody."""
+    assert scheduler_of(llm).get_num_unfinished_requests() == 0
+    assert free_blocks(llm) == free_before
+    check_pool(block_pool(llm))
+    slots = request_slots(llm)
+    assert slots._slot_of == {}
+    assert sorted(slots._free) == list(range(compressed_builder(llm).max_num_rows))
+    store = compressed_builder(llm).window_store
+    # rows of requests that left are given back when the next batch is built
+    store.discard(slots.take_left())
+    assert store._row_of == {}
+    for manager in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers:
+        assert not any(manager.req_to_blocks.values())
+        assert not manager.num_cached_block
+
+
+def check_pool(pool) -> None:
+    """Every block is free or referenced, exactly once in the free list, and counts add up."""
+    free = pool.free_block_queue.get_all_free_blocks()
+    ids = [block.block_id for block in free]
+    assert len(ids) == len(set(ids)) == pool.get_num_free_blocks()
+    assert all(block.ref_cnt == 0 for block in free)
+    held = [b for b in pool.blocks if b.ref_cnt > 0 and not b.is_null]
+    assert len(held) + len(free) + 1 == pool.num_gpu_blocks  # the null block is neither
+    for key, cached in pool.cached_block_hash_to_block._cache.items():
+        for block in cached.values() if isinstance(cached, dict) else [cached]:
+            assert block.block_hash == key and not block.is_null
+
+
+@dataclass(frozen=True)
+class HeldPages:
+    """What one request holds in the cache right now, read through its head pages.
+
+    Attributes:
+        keys: [L][Hkv] arrays [kv_len, D] in page order.
+        page_ids: [L][Hkv] the pages that hold them.
+        num_computed: logical length.
+    """
+
+    keys: list[list[np.ndarray]]
+    page_ids: list[list[list[int]]]
+    num_computed: int
+
+
+def held_pages(stepper: Stepper, name: str) -> HeldPages:
+    """Read the head pages of a running request out of the worker's KV tensors (runner V1)."""
+    llm = stepper.llm
+    runner, builder = model_runner(llm), compressed_builder(llm)
+    req_id = stepper.internal[name]
+    row = runner.input_batch.req_id_to_index[req_id]
+    slot = request_slots(llm)._slot_of[req_id]
+    group = next(
+        index
+        for index, groups in enumerate(runner.attn_groups)
+        if any(isinstance(g.kv_cache_spec, CompressedSpec) for g in groups)
+    )
+    length = int(runner.input_batch.num_computed_tokens_cpu[row])
+    width = -(-length // builder.block_size)
+    table = torch.from_numpy(runner.input_batch.block_table[group].block_table.np[row][None, :width])
+    layout = builder.page_layout()
+    state, size, num_heads = builder.state, builder.block_size, builder.num_kv_heads
+    contexts = runner.compilation_config.static_forward_context
+    keys, ids = [], []
+    for layer, layer_row in sorted(builder.layer_rows.items(), key=lambda item: item[1]):
+        cache = contexts[layer].kv_cache
+        cache = cache[0] if isinstance(cache, list) else cache
+        pages = cache.view(cache.shape[0] * cache.shape[1], -1)
+        tables, kv_len = state.tables(
+            0 if builder.even else layer_row,
+            torch.tensor([slot]),
+            table,
+            torch.tensor([length], dtype=torch.int32),
+            size,
+            width,
+        )
+        keys.append([])
+        ids.append([])
+        for head in range(num_heads):
+            count = int(kv_len[head])
+            used = tables[head, : -(-count // size)].long()
+            rows = pages[used].float()
+            rows = (
+                rows[:, layout.key_index]
+                if layout.key_index is not None
+                else rows.unflatten(1, (size, 2, -1))[:, :, 0].flatten(1)
+            )
+            keys[-1].append(rows.reshape(-1, layout.head_size)[:count].numpy())
+            ids[-1].append(used.tolist())
+    return HeldPages(keys, ids, length)
+
+
+def positions_of(held: HeldPages, reference: np.ndarray) -> list[list[np.ndarray]]:
+    """Prompt positions that each head holds, in page order, found by matching keys.
+
+    Args:
+        held: of a request.
+        reference: [L, Hkv, P, D] keys of the whole prompt after RoPE, from the oracle.
+
+    Returns:
+        [L][Hkv] positions; what lies behind the prompt (decode tokens) is left out.
+    """
+    decoded = held.num_computed - reference.shape[2]
+    result: list[list[np.ndarray]] = []
+    for layer, heads in enumerate(held.keys):
+        result.append([])
+        for head, rows in enumerate(heads):
+            rows = rows[: len(rows) - decoded]
+            distance = np.abs(rows[:, None] - reference[layer, head][None]).max(axis=2)
+            nearest = distance.argmin(axis=1)
+            worst = distance[np.arange(len(rows)), nearest].max()
+            assert worst < 1e-4, f"layer {layer} head {head}: a page holds no key of this prompt"
+            result[-1].append(nearest)
+    return result
+
+
+def assert_kept(
+    held: HeldPages, reference: np.ndarray, kept: Iterable[Iterable[np.ndarray]]
+) -> None:
+    """The pages hold exactly the given positions, in ascending order, and no page has two owners."""
+    for layer, (got, expected) in enumerate(zip(positions_of(held, reference), kept, strict=True)):
+        for head, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert a.tolist() == list(b), f"layer {layer} head {head} keeps other positions"
+    for heads in held.page_ids:
+        every = [page for ids in heads for page in ids]
+        assert len(every) == len(set(every))

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small deterministic model behind the published worked examples of the scoring methods.
+
+L = 3 layers, Hq = 4, Hkv = 2, T = 12 positions, D = 4, window W = 3, so n = 9 scored positions.
+"""
+
+import functools
+
+import numpy as np
+import torch
+
+from vllm_kvcompress.scoring import LayerContext, LayerTrace
+
+LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, LENGTH, HEAD_SIZE, WINDOW = 3, 4, 2, 12, 4, 3
+NUM_SCORED = LENGTH - WINDOW
+SCALE = HEAD_SIZE**-0.5
+
+
+@functools.cache
+def queries_keys_values() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q [L, Hq, T, D], k and v [L, Hkv, T, D]: draws of a linear congruential generator."""
+    state = 7
+
+    def draw(*shape: int) -> np.ndarray:
+        nonlocal state
+        values = np.empty(shape)
+        for index in np.ndindex(*shape):
+            state = (1103515245 * state + 12345) % 2**31
+            values[index] = state / 2**31 * 4 - 2
+        return values
+
+    return (
+        draw(LAYERS, NUM_Q_HEADS, LENGTH, HEAD_SIZE),
+        draw(LAYERS, NUM_KV_HEADS, LENGTH, HEAD_SIZE),
+        draw(LAYERS, NUM_KV_HEADS, LENGTH, HEAD_SIZE),
+    )
+
+
+def layer_context(layer: int, capacity: int, trace: LayerTrace) -> LayerContext:
+    """One layer of the model as a batch of one request."""
+    q, k, v = (torch.from_numpy(x[layer]).float() for x in queries_keys_values())
+    return LayerContext(
+        layer=layer,
+        prompt_lens=torch.tensor([LENGTH]),
+        capacity=torch.tensor([capacity]),
+        window=WINDOW,
+        window_queries=q[:, -WINDOW:].transpose(0, 1)[None],
+        read_keys=lambda: k[None],
+        read_values=lambda: v[None],
+        scale=SCALE,
+        trace=trace,
+    )

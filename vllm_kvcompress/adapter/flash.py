@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compression on vLLM's FlashAttention backend (CUDA), full graphs included."""
+
+import copy
+
+import torch
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_kvcompress.adapter.backend import CompressedBackend, CompressedImpl
+from vllm_kvcompress.adapter.builder import CompressedBuilder
+from vllm_kvcompress.kernels import PageLayout
+
+
+class CompressedFlashImpl(CompressedImpl, FlashAttentionImpl):
+    """FlashAttention over natural prompts and virtual decode batches."""
+
+
+class CompressedFlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
+    """FlashAttention metadata for both.
+
+    Full graphs are captured as virtual batches. They read per-step tensors at fixed addresses: the
+    buffers made here, and vLLM's own block tables and sequence lengths.
+    """
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        num_rows, num_virtual = self.max_num_rows, self.max_num_rows * self.num_kv_heads
+        max_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
+        empty = torch.zeros
+        self._held = {
+            "slots": empty(num_rows, dtype=torch.int64, device=device),
+            "starts": empty(num_virtual + 1, dtype=torch.int32, device=device),
+            "kv_len": empty(num_virtual, dtype=torch.int32, device=device),
+        }
+        if self.even:
+            self._held["table"] = empty(num_virtual, max_blocks, dtype=torch.int32, device=device)
+
+    def hold(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        held = self._held[name][: value.shape[0]]
+        if name == "table":
+            held[:, : value.shape[1]].copy_(value)
+        else:
+            held.copy_(value)
+        return held
+
+    def make_virtual_builder(self, spec, vllm_config) -> FlashAttentionMetadataBuilder:
+        scaled = copy.copy(vllm_config)  # sizes of FlashAttention's own buffers
+        scaled.scheduler_config = copy.copy(vllm_config.scheduler_config)
+        scaled.compilation_config = copy.copy(vllm_config.compilation_config)
+        scaled.scheduler_config.max_num_seqs *= self.num_kv_heads
+        if scaled.compilation_config.max_cudagraph_capture_size is not None:
+            scaled.compilation_config.max_cudagraph_capture_size *= self.num_kv_heads
+        builder = FlashAttentionMetadataBuilder(spec, self.layer_names, scaled, self.device)
+        builder.num_heads_q = self.num_heads_q // self.num_kv_heads  # it counted the layers' own
+        return builder
+
+    def page_layout(self) -> PageLayout:
+        return PageLayout(self.block_size, self.headdim)
+
+
+class CompressedFlashBackend(CompressedBackend, FlashAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[CompressedFlashImpl]:
+        return CompressedFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CompressedFlashBuilder]:
+        return CompressedFlashBuilder

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compressing builder hands to the attention layers of one step."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kvcompress.pipeline import EndingPrompts
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.adapter.builder import CompressedBuilder
+
+
+@dataclass
+class WindowTransfer:
+    """Index tensors that move window queries in this step (see ``batch.WindowPlan``)."""
+
+    tokens: torch.Tensor | None  # [N, W]
+    load: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # row of N, window row, store row
+    save: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # store row, window row, token
+
+
+@dataclass
+class VirtualBatch:
+    """Decode rows as R * Hkv sequences.
+
+    Attributes:
+        slots: [R] int64 device, state slots.
+        seq_lens, block_table: of the rows, device.
+        order: [T * Hkv] int64 device, query rows of the batch in virtual order; None when the batch is
+            all decode rows of one token, whose memory already is in that order.
+        cam: ready-made common metadata, complete but for tables and lengths.
+        width: pages per table row.
+        prepared: the platform's metadata when all layers share one table.
+    """
+
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    order: torch.Tensor | None
+    cam: CommonAttentionMetadata
+    width: int
+    prepared: Any = None
+
+
+@dataclass
+class CompressedMetadata:
+    """One step's attention metadata of a compressing group: natural part, virtual part, compression.
+
+    Attributes:
+        builder: made this; owns state and pipeline.
+        natural: the platform's metadata of prompt rows; None when there are none.
+        natural_tokens: [T] int64 device, their tokens; None when they are the whole batch.
+        virtual: decode rows; None when there are none.
+        ending: prompts to compress; None when there are none.
+        windows: window queries to move; None when there are none.
+    """
+
+    builder: "CompressedBuilder"
+    num_actual_tokens: int
+    natural: Any = None
+    natural_tokens: torch.Tensor | None = None
+    virtual: VirtualBatch | None = None
+    ending: EndingPrompts | None = None
+    tail_tokens: int = 0
+    windows: WindowTransfer | None = None
