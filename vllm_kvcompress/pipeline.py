@@ -34,19 +34,25 @@ class HeadPageState:
         self.page_count = torch.zeros(shape, dtype=torch.int32, device=device)
         self.page_start = torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def begin(self, slots: torch.Tensor, num_full: torch.Tensor, num_kept: torch.Tensor) -> None:
-        """Set what the plan knows; pages follow layer by layer. All [N]; uncompressed: 0 and 1."""
+    def begin(
+        self, slots: torch.Tensor, num_full: torch.Tensor, num_kept: torch.Tensor, even: bool
+    ) -> None:
+        """Set what the plan knows of N requests; uncompressed ones have ``num_full`` 0, ``num_kept`` 1.
+
+        With an even budget that includes the pages, so that tables for the step in which a prompt
+        ends can be made before its layers run. Otherwise pages follow layer by layer.
+        """
         self.num_full_blocks[slots] = num_full.int()
         self.num_kept_blocks[slots] = num_kept.int()
-        self.page_count[:, slots] = 0
-        self.page_start[:, slots] = 0
+        pages = num_kept * (num_full > 0) if even else torch.zeros_like(num_kept)
+        count = pages[:, None].expand(-1, self.page_count.shape[2])
+        self.page_count[:, slots] = count.int()
+        self.page_start[:, slots] = page_starts(count).int()
 
-    def set_pages(self, layer: int, slots: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Store the pages per head [N, Hkv] of one layer; return where each head's pages start."""
-        start = count.cumsum(1) - count
+    def set_pages(self, layer: int, slots: torch.Tensor, count: torch.Tensor) -> None:
+        """Store the pages per head [N, Hkv] of one layer."""
         self.page_count[layer, slots] = count.int()
-        self.page_start[layer, slots] = start.int()
-        return start
+        self.page_start[layer, slots] = page_starts(count).int()
 
     def tables(
         self,
@@ -68,6 +74,11 @@ class HeadPageState:
             block_size,
             width,
         )
+
+
+def page_starts(count: torch.Tensor) -> torch.Tensor:
+    """Number of each head's first page among its layer's pages. ``count`` [N, Hkv]."""
+    return count.cumsum(1) - count
 
 
 @dataclass
@@ -171,7 +182,7 @@ class CompressionPipeline:
                 batch.num_full_blocks,
                 block_size,
             )
-        start = self.state.set_pages(row, batch.slots, count)
+            self.state.set_pages(row, batch.slots, count)
         in_pages = batch.num_full_blocks * block_size
         kept = kernels.select_tokens(
             scores.final,
@@ -185,7 +196,7 @@ class CompressionPipeline:
             batch.block_table,
             kept,
             count,
-            start,
+            page_starts(count),
             batch.num_full_blocks,
             batch.num_kept_blocks,
             self.layout,

@@ -61,6 +61,7 @@ class CompressedImpl:
             sinks=self.sinks is not None,  # type: ignore[attr-defined]
             alibi=self.alibi_slopes is not None,  # type: ignore[attr-defined]
             kv_sharing=self.kv_sharing_target_layer_name is not None,  # type: ignore[attr-defined]
+            kv_cache_dtype=self.kv_cache_dtype,  # type: ignore[attr-defined]
         )
         if reasons:
             raise KVCompressionError.from_reasons(reasons)

@@ -164,7 +164,7 @@ class CompressedBuilder:
         packed = self.upload(
             np.stack([rows.slots[begin], np.where(done, num_full, 0), np.where(done, num_kept, 1)])
         )
-        self.state.begin(packed[0], packed[1], packed[2])
+        self.state.begin(packed[0], packed[1], packed[2], self.even)
 
     def _natural_part(
         self, meta: CompressedMetadata, cam: CommonAttentionMetadata, rows: StepRows

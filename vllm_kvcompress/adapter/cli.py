@@ -6,9 +6,11 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress.adapter import refusals, telemetry
 from vllm_kvcompress.adapter.patching import wrap
+from vllm_kvcompress.adapter.settings import settings_of
 from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.config import (
     CONFIG_KEY,
@@ -34,6 +36,7 @@ def install() -> None:
     wrap(EngineArgs, "add_cli_args", _add_flags)
     wrap(EngineArgs, "from_cli_args", _move_flags)
     wrap(EngineArgs, "create_engine_config", _check_engine)
+    wrap(InputProcessor, "process_inputs", _refuse_growing_prompts)
 
 
 def _add_flags(original):
@@ -115,3 +118,16 @@ def _check_engine(original):
         return vllm_config
 
     return create_engine_config
+
+
+def _refuse_growing_prompts(original):
+    def process_inputs(self: InputProcessor, *args, **kwargs):
+        if kwargs.get("resumable") and settings_of(self.vllm_config) is not None:
+            raise KVCompressionError(
+                "KV compression happens when a prompt ends, so a streaming-input session cannot "
+                "append to it: send the whole prompt in one request, or serve without "
+                "--kv-compression."
+            )
+        return original(self, *args, **kwargs)
+
+    return process_inputs

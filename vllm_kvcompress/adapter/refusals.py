@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What compression cannot be combined with, and what the user can change. Checked before any request."""
 
-from vllm.config import VllmConfig
+import importlib.util
 
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import is_quantized_kv_cache
+
+from vllm_kvcompress import kernels
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 SUMMARY = (
@@ -46,7 +50,7 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
          "--prefill-context-parallel-size 1"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),
         (parallel.use_ubatching, "micro-batching: remove --enable-dbo and --ubatch-size"),
-        (cache.cache_dtype.startswith(("fp8", "nvfp4", "int")), f"--kv-cache-dtype "
+        (is_quantized_kv_cache(cache.cache_dtype), f"--kv-cache-dtype "
          f"{cache.cache_dtype}: use --kv-cache-dtype auto"),
         (kept is not None and kept < block_size, f"--kv-budget {kept} is smaller than one block: "
          f"set --kv-budget {block_size} or more, or a smaller --block-size than {block_size}"),
@@ -54,17 +58,29 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
          f"--max-model-len {model.max_model_len}: lower the window"),
         (vllm_config.attention_config.use_non_causal, "non-causal attention: serve the model "
          "without --kv-compression"),
+        (_shadows_triton_kernels(), "the folder triton_kernels of this project is on sys.path, where "
+         "vLLM takes it for OpenAI's package of that name: start vLLM from another folder, or with "
+         "python -P"),
         (cache.kv_sharing_fast_prefill, "layers that share KV: remove --kv-sharing-fast-prefill"),
     )  # fmt: skip
     return [reason + "." for refused, reason in checks if refused]
 
 
-def layer_reasons(*, sinks: bool, alibi: bool, kv_sharing: bool) -> list[str]:
+def layer_reasons(*, sinks: bool, alibi: bool, kv_sharing: bool, kv_cache_dtype: str) -> list[str]:
     """Reasons that one attention layer shows."""
     advice = "serve the model without --kv-compression"
     checks = (
         (sinks, "attention sinks are per query head"),
         (alibi, "ALiBi slopes depend on the position inside the cache"),
         (kv_sharing, "a layer reads the KV cache of another layer"),
+        (
+            is_quantized_kv_cache(kv_cache_dtype),
+            f"the checkpoint asks for a {kv_cache_dtype} cache",
+        ),
     )
     return [f"{reason}: {advice}." for refused, reason in checks if refused]
+
+
+def _shadows_triton_kernels() -> bool:
+    found = importlib.util.find_spec("triton_kernels")
+    return found is not None and found.origin == kernels.__file__

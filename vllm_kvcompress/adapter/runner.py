@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
@@ -191,23 +191,22 @@ def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
         KVCompressionError: vLLM would serve this model uncompressed, or in a way we cannot follow.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    if any(
-        isinstance(spec, UniformTypeKVCacheSpecs)
-        and any(isinstance(inner, CompressedSpec) for inner in spec.kv_cache_specs.values())
-        for spec in specs
-    ):
-        raise KVCompressionError(
-            "KV compression needs the same number of KV heads and head size in all full-attention "
-            "layers: serve the model without --kv-compression."
-        )
     found = [spec for spec in specs if isinstance(spec, CompressedSpec)]
-    if len(found) != 1:
+    others = {type(spec) for spec in specs} - {CompressedSpec, SlidingWindowSpec}
+    if len(found) != 1 or others:
         names = ", ".join(type(spec).__name__ for spec in specs) or "none"
         raise KVCompressionError(
-            f"KV compression was asked for, but {len(found)} of the model's cache groups can be "
-            f"compressed, expected 1 (groups: {names}): serve the model without --kv-compression."
+            "KV compression needs one group of like full-attention layers, beside which only "
+            f"sliding-window layers may stand; this model's cache groups are: {names}. Serve it "
+            "without --kv-compression, or keep the hybrid KV cache manager on if it was turned off."
         )
-    return found[0]
+    spec = found[0]
+    if spec.budget_tokens is not None and spec.budget_tokens < spec.block_size:
+        raise KVCompressionError(
+            f"--kv-budget {spec.budget_tokens} is smaller than one block, and this model's hybrid "
+            f"cache has blocks of {spec.block_size} tokens: set --kv-budget {spec.block_size} or more."
+        )
+    return spec
 
 
 def _know_groups(original):
