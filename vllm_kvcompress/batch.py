@@ -11,6 +11,7 @@ Usually a row has one part. It has both when the outputs of a preempted request 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -41,22 +42,22 @@ class StepRows:
     query_starts: np.ndarray
     plans: Sequence[PromptPlan]
 
-    @property
+    @cached_property
     def prompt_part(self) -> np.ndarray:
         """Tokens of each row that belong to the prompt."""
         return np.clip(self.prompt_lens - self.num_computed, 0, self.query_lens)
 
-    @property
+    @cached_property
     def decode_part(self) -> np.ndarray:
         return self.query_lens - self.prompt_part
 
-    @property
+    @cached_property
     def ends_prompt(self) -> np.ndarray:
         """[R] bool: the prompt's last token is in this step."""
         part = self.prompt_part
         return (part > 0) & (self.num_computed + part == self.prompt_lens)
 
-    @property
+    @cached_property
     def compresses(self) -> np.ndarray:
         return np.fromiter((plan.compresses for plan in self.plans), bool, len(self.plans))
 

@@ -16,7 +16,7 @@ CONFIG_KEY = "kv_compression"
 """Key of the compression settings inside vLLM's ``additional_config``."""
 
 
-METRICS_DIR_VARIABLE = "VLLM_KVCOMPRESS_METRICS_DIR"
+METRICS_DIR_VARIABLE = "KVCOMPRESS_METRICS_DIR"
 """Environment variable that tells the processes of a server where they count; set by the first."""
 
 

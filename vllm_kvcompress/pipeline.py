@@ -37,7 +37,7 @@ class HeadPageState:
     def begin(
         self, slots: torch.Tensor, num_full: torch.Tensor, num_kept: torch.Tensor, even: bool
     ) -> None:
-        """Set what the plan knows of N requests; uncompressed ones have ``num_full`` 0, ``num_kept`` 1.
+        """Set what the plan knows of N requests; uncompressed: ``num_full`` 0, ``num_kept`` 1.
 
         With an even budget that includes the pages, so that tables for the step in which a prompt
         ends can be made before its layers run. Otherwise pages follow layer by layer.

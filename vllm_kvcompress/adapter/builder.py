@@ -35,8 +35,8 @@ logger = init_logger("vllm.kvcompress")
 class CompressedBuilder:
     """Mixin of a platform's metadata builder.
 
-    The platform class supplies ``make_virtual_builder`` (a second builder of the platform, for one KV
-    head), ``page_layout``, and ``hold`` where steps are replayed from full graphs.
+    The platform class supplies ``make_virtual_builder`` (a second builder of the platform, for one
+    KV head), ``page_layout``, and ``hold`` where steps are replayed from full graphs.
     """
 
     supports_update_block_table = False
@@ -98,8 +98,9 @@ class CompressedBuilder:
     def _announce(self, vllm_config) -> None:
         runner = "V2" if vllm_config.use_v2_model_runner else "V1"
         logger.info_once(
-            "KV compression is on: scorer %s, allocator %s, budget %s tokens per KV head, window %d, "
-            "block size %d, %d layers x %d KV heads, backend %s on %s, model runner %s. Refused: %s.",
+            "KV compression is on: scorer %s, allocator %s, budget %s tokens per KV head, "
+            "window %d, block size %d, %d layers x %d KV heads, backend %s on %s, model runner %s. "
+            "Refused: %s.",
             self.settings.scorer,
             self.settings.allocator,
             self.settings.budget,
@@ -274,7 +275,7 @@ class CompressedBuilder:
         return self._share_table(virtual)
 
     def _mixed_batch(self, cam: CommonAttentionMetadata, rows: StepRows) -> VirtualBatch:
-        """Decode parts of a step that also has prompt parts, or has more than one token in a row."""
+        """Decode parts of a step that also has prompt parts, or has rows of several tokens."""
         part = rows.decode_part
         chosen = np.flatnonzero(part)
         lens = part[chosen]

@@ -16,7 +16,7 @@ from vllm_kvcompress.adapter.builder import CompressedBuilder
 from vllm_kvcompress.kernels import PageLayout
 
 
-class CompressedCPUImpl(CompressedImpl, CPUAttentionBackendImpl):
+class CompressedCPUImpl(CompressedImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
     """CPU attention over natural prompts and virtual decode batches."""
 
 
@@ -46,8 +46,8 @@ class CompressedCPUBackend(CompressedBackend, CPUAttentionBackend):
 def learn_layout(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> PageLayout:
     """Where vLLM's CPU kernel keeps each element of a head page, found by asking it.
 
-    Keys are stored transposed or packed, depending on the instruction set. The kernel writes numbered
-    elements into a scratch page; where the numbers come out is the layout.
+    Keys are stored transposed or packed, depending on the instruction set. The kernel writes
+    numbered elements into a scratch page; where the numbers come out is the layout.
     """
     numel = block_size * head_size
     numbers = torch.arange(numel, dtype=torch.int32)

@@ -15,7 +15,7 @@ from vllm_kvcompress.adapter.builder import CompressedBuilder
 from vllm_kvcompress.kernels import PageLayout
 
 
-class CompressedFlashImpl(CompressedImpl, FlashAttentionImpl):
+class CompressedFlashImpl(CompressedImpl, FlashAttentionImpl):  # type: ignore[misc]
     """FlashAttention over natural prompts and virtual decode batches."""
 
 

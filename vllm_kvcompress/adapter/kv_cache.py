@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scheduler side: the spec of a compressed layer and the manager of its blocks.
 
-Importing this module registers both with vLLM. A process that holds a compressed spec has imported it,
-and no other process is touched.
+Importing this module registers both with vLLM. A process that holds a compressed spec has imported
+it, and no other process is touched.
 """
 
 import contextvars
@@ -63,7 +63,7 @@ class CompressedSpec(FullAttentionSpec):
 
 
 class CompressedManager(FullAttentionManager):
-    """Returns the blocks that compaction empties, and keeps private blocks out of the prefix cache."""
+    """Returns the blocks that compaction empties; keeps private ones out of the prefix cache."""
 
     def __init__(self, kv_cache_spec: CompressedSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
@@ -78,8 +78,8 @@ class CompressedManager(FullAttentionManager):
     ) -> None:
         """Free what precedes the kept blocks once a worker has surely compacted the prompt.
 
-        ``processed_computed_tokens`` counts tokens of finished steps only, so nothing in flight still
-        reads the freed blocks.
+        ``processed_computed_tokens`` counts tokens of finished steps only, so nothing in flight
+        still reads the freed blocks.
         """
         assert num_prompt_tokens is not None, "vLLM always passes the prompt length"
         if processed_computed_tokens < num_prompt_tokens:

@@ -18,8 +18,8 @@ class WindowTransfer:
     """Index tensors that move window queries in this step (see ``batch.WindowPlan``)."""
 
     tokens: torch.Tensor | None  # [N, W]
-    load: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # row of N, window row, store row
-    save: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # store row, window row, token
+    load: tuple[torch.Tensor, ...] | None  # row of N, window row, store row
+    save: tuple[torch.Tensor, ...] | None  # store row, window row, token
 
 
 @dataclass
@@ -29,8 +29,8 @@ class VirtualBatch:
     Attributes:
         slots: [R] int64 device, state slots.
         seq_lens, block_table: of the rows, device.
-        order: [T * Hkv] int64 device, query rows of the batch in virtual order; None when the batch is
-            all decode rows of one token, whose memory already is in that order.
+        order: [T * Hkv] int64 device, query rows of the batch in virtual order; None when the batch
+            is all decode rows of one token, whose memory already is in that order.
         cam: ready-made common metadata, complete but for tables and lengths.
         width: pages per table row.
         prepared: the platform's metadata when all layers share one table.
@@ -47,7 +47,7 @@ class VirtualBatch:
 
 @dataclass
 class CompressedMetadata:
-    """One step's attention metadata of a compressing group: natural part, virtual part, compression.
+    """One step's attention metadata of a compressing group.
 
     Attributes:
         builder: made this; owns state and pipeline.

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compression cannot be combined with, and what the user can change. Checked before any request."""
+"""What compression cannot be combined with, and what the user can change.
+
+Checked before any request.
+"""
 
 import importlib.util
 
@@ -48,7 +51,8 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
          "--decode-context-parallel-size 1"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism: set "
          "--prefill-context-parallel-size 1"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set "
+         "--pipeline-parallel-size 1"),
         (parallel.use_ubatching, "micro-batching: remove --enable-dbo and --ubatch-size"),
         (is_quantized_kv_cache(cache.cache_dtype), f"--kv-cache-dtype "
          f"{cache.cache_dtype}: use --kv-cache-dtype auto"),
@@ -58,9 +62,11 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
          f"--max-model-len {model.max_model_len}: lower the window"),
         (vllm_config.attention_config.use_non_causal, "non-causal attention: serve the model "
          "without --kv-compression"),
-        (_shadows_triton_kernels(), "the folder triton_kernels of this project is on sys.path, where "
-         "vLLM takes it for OpenAI's package of that name: start vLLM from another folder, or with "
-         "python -P"),
+        (_shadows_triton_kernels(), "the folder triton_kernels of this project is on sys.path, "
+         "where vLLM takes it for OpenAI's package of that name: start vLLM from another folder, "
+         "or with python -P"),
+        (model.is_mm_prefix_lm, "the model attends to images in both directions: serve it without "
+         "--kv-compression"),
         (cache.kv_sharing_fast_prefill, "layers that share KV: remove --kv-sharing-fast-prefill"),
     )  # fmt: skip
     return [reason + "." for refused, reason in checks if refused]

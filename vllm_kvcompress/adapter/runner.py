@@ -8,8 +8,8 @@ the runner's own tables when the builder asks.
 
 import contextvars
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -22,7 +22,7 @@ from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.settings import settings_of
 from vllm_kvcompress.batch import StepRows
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.plan import BlockPlanner
+from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 
 
 class RequestSlots:
@@ -37,14 +37,14 @@ class RequestSlots:
         self._slot_of: dict[str, int] = {}
         self.left: set[str] = set()
 
-    def assign(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Slots [R] int64 of the requests, and which of them are new [R] bool."""
-        fresh = np.array([req_id not in self._slot_of for req_id in req_ids], dtype=bool)
-        for req_id in req_ids:
-            if req_id not in self._slot_of:
-                self._slot_of[req_id] = self._free.pop()
-        slots = np.array([self._slot_of[req_id] for req_id in req_ids], dtype=np.int64)
-        return slots, fresh
+    def assign(self, req_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Slots [R] int64 of the requests, and the rows [F] of those that are new."""
+        known = self._slot_of
+        fresh = [row for row, req_id in enumerate(req_ids) if req_id not in known]
+        for row in fresh:
+            known[req_ids[row]] = self._free.pop()
+        slots = np.array([known[req_id] for req_id in req_ids], dtype=np.int64)
+        return slots, np.array(fresh, dtype=np.int64)
 
     def release(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
@@ -61,10 +61,15 @@ class RequestSlots:
 
 @dataclass
 class RunnerState:
-    """Our side of one model runner."""
+    """Our side of one model runner.
+
+    Attributes:
+        plans: of the request in each slot.
+    """
 
     slots: RequestSlots
     planner: BlockPlanner
+    plans: dict[int, PromptPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,16 @@ class Step:
 
     def rows(self, cam: CommonAttentionMetadata) -> StepRows:
         """The step's rows in batch order, without padding."""
-        facts = _facts_v2 if isinstance(self.runner, RunnerV2) else _facts_v1
-        req_ids, prompt_lens, num_computed = facts(self.runner, cam)
+        runner = self.runner
+        facts = _facts_v2(runner, cam) if isinstance(runner, RunnerV2) else _facts_v1(runner, cam)
+        req_ids, prompt_lens, num_computed = facts
         starts = cam.query_start_loc_cpu.numpy()[: len(req_ids) + 1].astype(np.int64)
-        slots, fresh = self.state.slots.assign(req_ids)
-        planner = self.state.planner
+        slots, new = self.state.slots.assign(req_ids)
+        plans = self.state.plans
+        for row in new.tolist():
+            plans[int(slots[row])] = self.state.planner.plan(int(prompt_lens[row]))
+        fresh = np.zeros(len(req_ids), dtype=bool)
+        fresh[new] = True
         return StepRows(
             req_ids=req_ids,
             slots=slots,
@@ -89,7 +99,7 @@ class Step:
             num_computed=num_computed.astype(np.int64),
             query_lens=starts[1:] - starts[:-1],
             query_starts=starts[:-1],
-            plans=[planner.plan(length) for length in prompt_lens.tolist()],
+            plans=[plans[slot] for slot in slots.tolist()],
         )
 
 
@@ -193,18 +203,20 @@ def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     found = [spec for spec in specs if isinstance(spec, CompressedSpec)]
     others = {type(spec) for spec in specs} - {CompressedSpec, SlidingWindowSpec}
-    if len(found) != 1 or others:
+    if len(found) != 1 or others or found[0].non_causal:
         names = ", ".join(type(spec).__name__ for spec in specs) or "none"
         raise KVCompressionError(
-            "KV compression needs one group of like full-attention layers, beside which only "
-            f"sliding-window layers may stand; this model's cache groups are: {names}. Serve it "
-            "without --kv-compression, or keep the hybrid KV cache manager on if it was turned off."
+            "KV compression needs one group of like causal full-attention layers, beside which "
+            f"only sliding-window layers may stand; this model's cache groups are: {names}. Serve "
+            "it without --kv-compression, or keep the hybrid KV cache manager on if it was turned "
+            "off."
         )
     spec = found[0]
     if spec.budget_tokens is not None and spec.budget_tokens < spec.block_size:
         raise KVCompressionError(
             f"--kv-budget {spec.budget_tokens} is smaller than one block, and this model's hybrid "
-            f"cache has blocks of {spec.block_size} tokens: set --kv-budget {spec.block_size} or more."
+            f"cache has blocks of {spec.block_size} tokens: set --kv-budget {spec.block_size} or "
+            "more."
         )
     return spec
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gives full-attention decoder layers of a compressing engine our subclass of their backend.
 
-Sliding-window, chunked, encoder and cross-attention layers keep the stock backend, and so does every
-layer of an engine that does not compress.
+Sliding-window, chunked, encoder and cross-attention layers keep the stock backend, and so does
+every layer of an engine that does not compress.
 """
 
 import functools
@@ -50,8 +50,8 @@ def compressed(backend: type[AttentionBackend], settings: str) -> type[Attention
     if name not in _SUPPORTED:
         raise KVCompressionError(
             f"KV compression does not support the attention backend {name} that vLLM chose: force "
-            "--attention-backend FLASH_ATTN (16-bit dtype, head size a multiple of 8 up to 256), or "
-            "serve the model without --kv-compression."
+            "--attention-backend FLASH_ATTN (16-bit dtype, head size a multiple of 8 up to 256), "
+            "or serve the model without --kv-compression."
         )
     module, cls_name = _SUPPORTED[name]
     cls = getattr(importlib.import_module(module), cls_name)

@@ -61,7 +61,7 @@ class SchedulerTelemetry:
         self._last_log = time.monotonic()
 
     def record(self, held_before: int, held_after: int, freed: int) -> None:
-        """One request gave up blocks; ``freed`` is what the pool really gained (others may share)."""
+        """One request gave up blocks; the pool gained ``freed``, as others may share them."""
         self._counters.add(blocks_before=held_before, blocks_after=held_after, blocks_freed=freed)
         now = time.monotonic()
         directory = metrics_dir()
