@@ -42,7 +42,7 @@ def window_scores(
 
     Args:
         queries: [N, W, Hq, D] of positions P-W .. P-1.
-        keys: [N, Hkv, T, D], finite at t < P.
+        keys: [N, Hkv, T, D] with T >= W; anything at t >= P.
         prompt_lens: [N] int64, P.
         softcap: cap * tanh(logit / cap) when not 0.
         reduction: over the G query heads of a KV head, "mean" or "max".
@@ -53,24 +53,21 @@ def window_scores(
     num, window, num_q_heads, head_size = queries.shape
     num_kv_heads, length = keys.shape[1:3]
     group = num_q_heads // num_kv_heads
-    q = queries.float().view(num, window, num_kv_heads, group, head_size).permute(0, 2, 3, 1, 4)
-    k = keys.float()
-    position = torch.arange(length, device=keys.device)
-    in_prompt = position < prompt_lens[:, None]  # [N, T]
-    k = k.masked_fill(~in_prompt[:, None, :, None], 0.0)  # stale pages may hold NaN
-    rows = q.reshape(num, num_kv_heads, group * window, head_size)
-    logits = torch.matmul(rows, k.transpose(2, 3)).mul_(scale)
+    rows = (queries.float() * scale).view(num, window, num_kv_heads, group, head_size)
+    rows = rows.permute(0, 2, 3, 1, 4).reshape(num, num_kv_heads, group * window, head_size)
+    logits = torch.matmul(rows, keys.float().transpose(2, 3))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.view(num, num_kv_heads, group, window, length)
-    query_pos = prompt_lens[:, None] - window + torch.arange(window, device=keys.device)  # [N, W]
-    hidden = position > query_pos[:, :, None]  # [N, W, T]
+    position = torch.arange(length, device=keys.device)
+    query_pos = prompt_lens[:, None] - window + position[:window]  # [N, W]
+    hidden = position > query_pos[:, :, None]  # [N, W, T]; stale keys at t >= P, even NaN, go too
     probs = logits.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
-    mean, last = probs.mean(3), probs[:, :, :, -1]  # [N, Hkv, G, T]
+    last = probs[:, :, :, -1]
     if reduction == "mean":
-        mean, last = mean.mean(2), last.mean(2)
+        mean, last = probs.mean((2, 3)), last.mean(2)
     else:
-        mean, last = mean.amax(2), last.amax(2)
+        mean, last = probs.mean(3).amax(2), last.amax(2)
     outside = (position >= prompt_lens[:, None] - window)[:, None]
     return mean.masked_fill(outside, 0.0), last.masked_fill(outside, 0.0)
 

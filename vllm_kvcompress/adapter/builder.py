@@ -7,7 +7,7 @@ sequences through the platform's own attention kernel, while prompts run as stoc
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from vllm.utils import torch_utils
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_kvcompress import kernels
 from vllm_kvcompress.adapter import refusals
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata, VirtualBatch, WindowTransfer
@@ -39,6 +40,7 @@ class CompressedBuilder:
     KV head), ``page_layout``, and ``hold`` where steps are replayed from full graphs.
     """
 
+    platform_backend: ClassVar[str]
     supports_update_block_table = False
     block_size: int
     device: torch.device
@@ -99,8 +101,8 @@ class CompressedBuilder:
         runner = "V2" if vllm_config.use_v2_model_runner else "V1"
         logger.info_once(
             "KV compression is on: scorer %s, allocator %s, budget %s tokens per KV head, "
-            "window %d, block size %d, %d layers x %d KV heads, backend %s on %s, model runner %s. "
-            "Refused: %s.",
+            "window %d, block size %d, %d layers x %d KV heads, backend %s on %s, model runner %s, "
+            "kernels: %s. Refused: %s.",
             self.settings.scorer,
             self.settings.allocator,
             self.settings.budget,
@@ -108,9 +110,10 @@ class CompressedBuilder:
             self.block_size,
             len(self.layer_rows),
             self.num_kv_heads,
-            type(self).__mro__[2].__name__.removesuffix("MetadataBuilder"),
+            self.platform_backend,
             self.device,
             runner,
+            kernels.describe(self.device.type),
             refusals.SUMMARY,
         )
 

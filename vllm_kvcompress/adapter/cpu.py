@@ -23,6 +23,8 @@ class CompressedCPUImpl(CompressedImpl, CPUAttentionBackendImpl):  # type: ignor
 class CompressedCPUBuilder(CompressedBuilder, CPUAttentionMetadataBuilder):
     """CPU metadata for both; the virtual one has G query heads and one KV head."""
 
+    platform_backend = "CPU_ATTN"
+
     def make_virtual_builder(self, spec, vllm_config) -> CPUAttentionMetadataBuilder:
         builder = CPUAttentionMetadataBuilder(spec, self.layer_names, vllm_config, self.device)
         builder.num_heads = self.num_heads // self.num_kv_heads  # it counted the layers' own

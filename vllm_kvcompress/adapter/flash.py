@@ -26,6 +26,8 @@ class CompressedFlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
     buffers made here, and vLLM's own block tables and sequence lengths.
     """
 
+    platform_backend = "FLASH_ATTN"
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         num_rows, num_virtual = self.max_num_rows, self.max_num_rows * self.num_kv_heads

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ operations of csrc/cpu, when this installation was built with them."""
+
+import importlib.util
+
+import torch
+
+from vllm_kvcompress.kernels.reference import PageLayout
+
+_library = importlib.util.find_spec("vllm_kvcompress._cpu")
+AVAILABLE = _library is not None
+if _library is not None:
+    torch.ops.load_library(_library.origin)
+
+
+def read_prompt(
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    num_kv_heads: int,
+    layout: PageLayout,
+    part: str,
+) -> torch.Tensor:
+    """See ``reference.read_prompt``; the result is float32."""
+    index = layout.key_index if part == "key" else layout.value_index
+    return torch.ops.vllm_kvcompress.read_prompt(
+        pages, block_table, num_kv_heads, index, layout.head_size
+    )
+
+
+def compact_pages(
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    kept: torch.Tensor,
+    page_count: torch.Tensor,
+    page_start: torch.Tensor,
+    num_full_blocks: torch.Tensor,
+    num_kept_blocks: torch.Tensor,
+    layout: PageLayout,
+) -> None:
+    """See ``reference.compact_pages``; pages that no head owns are not touched."""
+    torch.ops.vllm_kvcompress.compact_pages(
+        pages,
+        block_table,
+        kept,
+        page_count,
+        page_start,
+        num_full_blocks,
+        num_kept_blocks,
+        layout.key_index,
+        layout.value_index,
+        layout.block_size,
+        layout.head_size,
+    )
