@@ -7,8 +7,8 @@ Layouts and terms:
     block_table [R, B] block ids of each request
     T           positions 0 .. T-1 of the longest prompt of a batch, rounded up to blocks
 
-Every operation is defined in ``reference.py``. Where the device has a faster one, the name here picks
-it: Triton on a GPU, C++ on a CPU.
+Every operation is defined in ``reference.py``. Where the device has a faster one, the name here
+picks it: Triton on a GPU, C++ on a CPU.
 """
 
 import torch
@@ -42,7 +42,7 @@ def read_prompt(
     part: str,
 ) -> torch.Tensor:
     """See ``reference.read_prompt``; C++ for the page layouts of a CPU, which returns float32."""
-    if pages.is_cuda or layout.key_index is None or not native.AVAILABLE:
+    if pages.is_cuda or layout.key_index is None or not native.available():
         return reference.read_prompt(pages, block_table, num_kv_heads, layout, part)
     return native.read_prompt(pages, block_table, num_kv_heads, layout, part)
 
@@ -50,7 +50,7 @@ def read_prompt(
 def compact_pages(pages: torch.Tensor, *args) -> None:
     """See ``reference.compact_pages``; C++ for the page layouts of a CPU."""
     layout = args[-1]
-    if pages.is_cuda or layout.key_index is None or not native.AVAILABLE:
+    if pages.is_cuda or layout.key_index is None or not native.available():
         reference.compact_pages(pages, *args)
     else:
         native.compact_pages(pages, *args)
@@ -60,7 +60,7 @@ def describe(device_type: str) -> str:
     """What runs on a device, for the start-up line."""
     if device_type == "cuda":
         return "head_page_tables in Triton, the rest in torch"
-    if native.AVAILABLE:
+    if native.available():
         return "read_prompt and compact_pages in C++, the rest in torch"
     return "torch (C++ was not built: install with --no-build-isolation and a compiler)"
 

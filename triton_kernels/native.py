@@ -1,16 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C++ operations of csrc/cpu, when this installation was built with them."""
 
+import functools
 import importlib.util
 
 import torch
 
 from vllm_kvcompress.kernels.reference import PageLayout
 
-_library = importlib.util.find_spec("vllm_kvcompress._cpu")
-AVAILABLE = _library is not None
-if _library is not None:
-    torch.ops.load_library(_library.origin)
+
+@functools.cache
+def available() -> bool:
+    """Whether the operations were built; loads them.
+
+    Raises:
+        RuntimeError: they were built for another torch.
+    """
+    library = importlib.util.find_spec("vllm_kvcompress._cpu")
+    if library is None:
+        return False
+    try:
+        torch.ops.load_library(library.origin)
+    except OSError as error:
+        raise RuntimeError(
+            f"vllm-kvcompress was built for another torch than {torch.__version__}: reinstall it "
+            "with pip install --no-build-isolation --force-reinstall --no-deps"
+        ) from error
+    return True
 
 
 def read_prompt(

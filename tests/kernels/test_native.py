@@ -17,7 +17,7 @@ def permuted_layout(block_size: int, generator: torch.Generator) -> PageLayout:
 
 
 def test_this_installation_has_them():
-    assert native.AVAILABLE, "csrc/ was not built: install with --no-build-isolation"
+    assert native.available(), "csrc/ was not built: install with --no-build-isolation"
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
@@ -35,7 +35,7 @@ def test_read_prompt(block_size, dtype, part):
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_compact_pages(block_size, dtype):
-    """Ragged heads, sources inside the targets, several requests; nobody's pages stay as they are."""
+    """Ragged heads, sources inside the targets, several requests; other pages stay as they are."""
     generator = torch.Generator().manual_seed(block_size)
     layout = permuted_layout(block_size, generator)
     num_full, num_kept = torch.tensor([9, 4, 30]), torch.tensor([2, 3, 5])
