@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Window scores straight from paged keys: K is read twice, nothing of size W x T is stored."""
+
+import torch
+import triton
+import triton.language as tl
+
+_KEYS_PER_SPLIT = 1024
+
+
+@triton.jit
+def _logits(
+    q_ptr,
+    pages_ptr,
+    table_ptr,
+    i_row,
+    i_head,
+    i_group,
+    o_key,
+    prompt_len,
+    scale,
+    softcap,
+    num_q_heads,
+    num_kv_heads,
+    num_blocks,
+    WINDOW: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Logits [BLOCK_W, keys] of one query head's window rows, -inf where hidden."""
+    o_w, o_d = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_D)
+    m_w, m_d = o_w < WINDOW, o_d < HEAD_SIZE
+    m_key = o_key < prompt_len
+    p_q = ((i_row * WINDOW + o_w[:, None]) * num_q_heads + i_group) * HEAD_SIZE + o_d[None, :]
+    b_q = tl.load(q_ptr + p_q, mask=m_w[:, None] & m_d[None, :], other=0.0)
+    page = tl.load(table_ptr + i_row * num_blocks + o_key // PAGE_TOKENS, mask=m_key, other=0)
+    page = page.to(tl.int64) * num_kv_heads + i_head
+    p_k = (page * PAGE_TOKENS + o_key % PAGE_TOKENS) * (2 * HEAD_SIZE)
+    b_k = tl.load(
+        pages_ptr + p_k[None, :] + o_d[:, None], mask=m_d[:, None] & m_key[None, :], other=0.0
+    )
+    if EXACT:
+        b_z = tl.dot(b_q.to(tl.float32), b_k.to(tl.float32), input_precision="ieee") * scale
+    else:
+        b_z = tl.dot(b_q, b_k) * scale
+    if HAS_SOFTCAP:
+        half = tl.exp(-2.0 * tl.abs(b_z / softcap))  # tanh from a decaying exponential
+        b_z = tl.where(b_z < 0, -1.0, 1.0) * softcap * (1.0 - half) / (1.0 + half)
+    visible = o_key[None, :] <= prompt_len - WINDOW + o_w[:, None]
+    return tl.where(visible & m_w[:, None] & m_key[None, :], b_z, float("-inf"))
+
+
+@triton.jit
+def _row_sums_kernel(
+    q_ptr,  # [N, W, Hq, D]
+    pages_ptr,  # [num_pages, block_size * 2 * D]
+    table_ptr,  # [N, B] int64
+    prompt_lens_ptr,  # [N] int64
+    max_ptr,  # [N, Hq, splits, W] float32
+    sum_ptr,  # [N, Hq, splits, W] float32
+    scale,
+    softcap,
+    num_q_heads,
+    num_kv_heads,
+    num_blocks,
+    num_splits,
+    WINDOW: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    KEYS_PER_SPLIT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Maximum and sum of exponentials of each window row, over one split of the keys."""
+    i_row = tl.program_id(0).to(tl.int64) // num_q_heads
+    i_group = tl.program_id(0) % num_q_heads
+    i_split = tl.program_id(1)
+    i_head = i_group // (num_q_heads // num_kv_heads)
+    prompt_len = tl.load(prompt_lens_ptr + i_row)
+    b_max = tl.full((BLOCK_W,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_W,), tl.float32)
+    for tile in range(KEYS_PER_SPLIT // BLOCK_T):
+        o_key = i_split * KEYS_PER_SPLIT + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        b_z = _logits(
+            q_ptr, pages_ptr, table_ptr, i_row, i_head, i_group, o_key, prompt_len, scale, softcap,
+            num_q_heads, num_kv_heads, num_blocks, WINDOW, HEAD_SIZE, PAGE_TOKENS, BLOCK_W, BLOCK_D,
+            HAS_SOFTCAP, EXACT,
+        )  # fmt: skip
+        new_max = tl.maximum(b_max, tl.max(b_z, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see nothing here
+        b_sum = b_sum * tl.exp(b_max - shift) + tl.sum(tl.exp(b_z - shift[:, None]), 1)
+        b_max = new_max
+    o_w = tl.arange(0, BLOCK_W)
+    offset = ((i_row * num_q_heads + i_group) * num_splits + i_split) * WINDOW + o_w
+    tl.store(max_ptr + offset, b_max, mask=o_w < WINDOW)
+    tl.store(sum_ptr + offset, b_sum, mask=o_w < WINDOW)
+
+
+@triton.jit
+def _scores_kernel(
+    q_ptr,  # [N, W, Hq, D]
+    pages_ptr,  # [num_pages, block_size * 2 * D]
+    table_ptr,  # [N, B] int64
+    prompt_lens_ptr,  # [N] int64
+    lse_ptr,  # [N, Hq, W] float32
+    mean_ptr,  # [N, Hkv, T] float32
+    last_ptr,  # [N, Hkv, T] float32
+    scale,
+    softcap,
+    num_q_heads,
+    num_kv_heads,
+    num_blocks,
+    length,  # T
+    WINDOW: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TAKE_MAX: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Probabilities of one tile of keys, reduced over window rows and query heads."""
+    i_row = tl.program_id(0).to(tl.int64) // num_kv_heads
+    i_head = tl.program_id(0) % num_kv_heads
+    group = num_q_heads // num_kv_heads
+    o_key = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_w = tl.arange(0, BLOCK_W)
+    m_w = o_w < WINDOW
+    prompt_len = tl.load(prompt_lens_ptr + i_row)
+    b_mean = tl.zeros((BLOCK_T,), tl.float32)
+    b_last = tl.zeros((BLOCK_T,), tl.float32)
+    for g in range(group):
+        i_group = i_head * group + g
+        b_z = _logits(
+            q_ptr, pages_ptr, table_ptr, i_row, i_head, i_group, o_key, prompt_len, scale, softcap,
+            num_q_heads, num_kv_heads, num_blocks, WINDOW, HEAD_SIZE, PAGE_TOKENS, BLOCK_W, BLOCK_D,
+            HAS_SOFTCAP, EXACT,
+        )  # fmt: skip
+        p_lse = lse_ptr + (i_row * num_q_heads + i_group) * WINDOW + o_w
+        b_p = tl.exp(b_z - tl.load(p_lse, mask=m_w, other=0.0)[:, None])
+        mean = tl.sum(b_p, 0) / WINDOW
+        last = tl.sum(tl.where(o_w[:, None] == WINDOW - 1, b_p, 0.0), 0)
+        if TAKE_MAX:
+            b_mean, b_last = tl.maximum(b_mean, mean), tl.maximum(b_last, last)
+        else:
+            b_mean += mean / group
+            b_last += last / group
+    scored = o_key < prompt_len - WINDOW
+    offset = (i_row * num_kv_heads + i_head) * length + o_key
+    tl.store(mean_ptr + offset, tl.where(scored, b_mean, 0.0), mask=o_key < length)
+    tl.store(last_ptr + offset, tl.where(scored, b_last, 0.0), mask=o_key < length)
+
+
+def window_scores(
+    queries: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    num_kv_heads: int,
+    block_size: int,
+    prompt_lens: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.window_scores``; keys are read through the block table, twice.
+
+    Args:
+        queries: [N, W, Hq, D].
+        pages: [num_pages, block_size * 2 * D], rows of D key elements and D value elements.
+        block_table: [N, B] int64.
+
+    Returns:
+        Mean over the window and last row, each [N, Hkv, B * block_size] float32.
+    """
+    num, window, num_q_heads, head_size = queries.shape
+    num_blocks = block_table.shape[1]
+    length = num_blocks * block_size
+    queries, block_table = queries.contiguous(), block_table.contiguous()
+    sizes = {
+        "WINDOW": window,
+        "HEAD_SIZE": head_size,
+        "PAGE_TOKENS": block_size,
+        "BLOCK_W": max(16, triton.next_power_of_2(window)),
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_T": 64,
+        "HAS_SOFTCAP": softcap != 0,
+        "EXACT": queries.dtype == torch.float32,
+    }
+    inputs = (queries, pages, block_table, prompt_lens)
+    numbers = (scale, softcap, num_q_heads, num_kv_heads, num_blocks)
+
+    num_splits = triton.cdiv(length, _KEYS_PER_SPLIT)
+    partial = queries.new_empty((2, num, num_q_heads, num_splits, window), dtype=torch.float32)
+    _row_sums_kernel[(num * num_q_heads, num_splits)](
+        *inputs, partial[0], partial[1], *numbers, num_splits,
+        KEYS_PER_SPLIT=_KEYS_PER_SPLIT, **sizes,
+    )  # fmt: skip
+    peak = partial[0].amax(2, keepdim=True)
+    lse = peak[:, :, 0] + ((partial[0] - peak).exp() * partial[1]).sum(2).log()
+
+    scores = queries.new_empty((2, num, num_kv_heads, length), dtype=torch.float32)
+    _scores_kernel[(num * num_kv_heads, triton.cdiv(length, sizes["BLOCK_T"]))](
+        *inputs, lse, scores[0], scores[1], *numbers, length,
+        TAKE_MAX=reduction == "max", **sizes,
+    )  # fmt: skip
+    return scores[0], scores[1]
