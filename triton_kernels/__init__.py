@@ -16,10 +16,10 @@ import torch
 from vllm_kvcompress.kernels import native, reference
 from vllm_kvcompress.kernels.reference import (
     PageLayout,
+    PromptPages,
     calibrate,
     pool_prefix,
     select_tokens,
-    window_scores,
 )
 
 
@@ -34,32 +34,52 @@ def head_page_tables(
     return reference.head_page_tables(block_table, *args)
 
 
-def read_prompt(
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    num_kv_heads: int,
-    layout: PageLayout,
-    part: str,
-) -> torch.Tensor:
+def window_scores(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.window_scores``, on paged keys; Triton on a GPU."""
+    if prompts.pages.is_cuda:
+        from vllm_kvcompress.kernels import window_attention
+
+        return window_attention.window_scores(
+            queries, prompts, prompt_lens, scale, softcap, reduction
+        )
+    keys = read_prompt(prompts, "key")
+    return reference.window_scores(queries, keys, prompt_lens, scale, softcap, reduction)
+
+
+def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """See ``reference.read_prompt``; C++ for the page layouts of a CPU, which returns float32."""
-    if pages.is_cuda or layout.key_index is None or not native.available():
-        return reference.read_prompt(pages, block_table, num_kv_heads, layout, part)
-    return native.read_prompt(pages, block_table, num_kv_heads, layout, part)
+    if _native(prompts.pages, prompts.layout):
+        return native.read_prompt(prompts, part)
+    return reference.read_prompt(prompts, part)
 
 
-def compact_pages(pages: torch.Tensor, *args) -> None:
-    """See ``reference.compact_pages``; C++ for the page layouts of a CPU."""
-    layout = args[-1]
-    if pages.is_cuda or layout.key_index is None or not native.available():
-        reference.compact_pages(pages, *args)
+def compact_pages(prompts: PromptPages, *args: torch.Tensor) -> None:
+    """See ``reference.compact_pages``; Triton on a GPU, C++ for the page layouts of a CPU."""
+    if prompts.pages.is_cuda:
+        from vllm_kvcompress.kernels import compaction
+
+        compaction.compact_pages(prompts, *args)
+    elif _native(prompts.pages, prompts.layout):
+        native.compact_pages(prompts, *args)
     else:
-        native.compact_pages(pages, *args)
+        reference.compact_pages(prompts, *args)
+
+
+def _native(pages: torch.Tensor, layout: PageLayout) -> bool:
+    return not pages.is_cuda and layout.key_index is not None and native.available()
 
 
 def describe(device_type: str) -> str:
     """What runs on a device, for the start-up line."""
     if device_type == "cuda":
-        return "head_page_tables in Triton, the rest in torch"
+        return "window_scores, compact_pages and head_page_tables in Triton, the rest in torch"
     if native.available():
         return "read_prompt and compact_pages in C++, the rest in torch"
     return "torch (C++ was not built: install with --no-build-isolation and a compiler)"
@@ -67,6 +87,7 @@ def describe(device_type: str) -> str:
 
 __all__ = [
     "PageLayout",
+    "PromptPages",
     "calibrate",
     "compact_pages",
     "describe",

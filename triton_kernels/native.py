@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from vllm_kvcompress.kernels.reference import PageLayout
+from vllm_kvcompress.kernels.reference import PromptPages
 
 
 @functools.cache
@@ -29,14 +29,9 @@ def available() -> bool:
     return True
 
 
-def read_prompt(
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    num_kv_heads: int,
-    layout: PageLayout,
-    part: str,
-) -> torch.Tensor:
+def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """See ``reference.read_prompt``; the result is float32."""
+    pages, block_table, num_kv_heads, layout = prompts
     index = layout.key_index if part == "key" else layout.value_index
     return torch.ops.vllm_kvcompress.read_prompt(
         pages, block_table, num_kv_heads, index, layout.head_size
@@ -44,16 +39,15 @@ def read_prompt(
 
 
 def compact_pages(
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
+    prompts: PromptPages,
     kept: torch.Tensor,
     page_count: torch.Tensor,
     page_start: torch.Tensor,
     num_full_blocks: torch.Tensor,
     num_kept_blocks: torch.Tensor,
-    layout: PageLayout,
 ) -> None:
     """See ``reference.compact_pages``; pages that no head owns are not touched."""
+    pages, block_table, _, layout = prompts
     torch.ops.vllm_kvcompress.compact_pages(
         pages,
         block_table,

@@ -27,6 +27,22 @@ class PageLayout(NamedTuple):
     value_index: torch.Tensor | None = None
 
 
+class PromptPages(NamedTuple):
+    """Where the keys and values of N prompts stand in one layer.
+
+    Attributes:
+        pages: [num_pages, block_size * 2 * D] head pages of the layer.
+        block_table: [N, B] int64; blocks past a prompt's end are arbitrary.
+        num_kv_heads: Hkv; head h of block b is page b * Hkv + h.
+        layout: of every page.
+    """
+
+    pages: torch.Tensor
+    block_table: torch.Tensor
+    num_kv_heads: int
+    layout: PageLayout
+
+
 def window_scores(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -196,23 +212,16 @@ def select_tokens(
     return ranked.masked_fill(rank >= count[:, :, None], length).sort(dim=2).values
 
 
-def read_prompt(
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    num_kv_heads: int,
-    layout: PageLayout,
-    part: str,
-) -> torch.Tensor:
+def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """Keys or values of whole prompts in token order.
 
     Args:
-        pages: [num_pages, block_size * 2 * D] head pages of one layer.
-        block_table: [N, B] int64.
         part: "key" or "value".
 
     Returns:
         [N, Hkv, B * block_size, D].
     """
+    pages, block_table, num_kv_heads, layout = prompts
     num, num_blocks = block_table.shape
     heads = torch.arange(num_kv_heads, device=pages.device)
     page = block_table[:, None, :] * num_kv_heads + heads[:, None]  # [N, Hkv, B]
@@ -227,14 +236,12 @@ def read_prompt(
 
 
 def compact_pages(
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
+    prompts: PromptPages,
     kept: torch.Tensor,
     page_count: torch.Tensor,
     page_start: torch.Tensor,
     num_full_blocks: torch.Tensor,
     num_kept_blocks: torch.Tensor,
-    layout: PageLayout,
 ) -> None:
     """Copy the kept tokens, in order, into the head pages of the kept blocks. In place.
 
@@ -243,14 +250,14 @@ def compact_pages(
     everything is read before anything is written. Elements move as they are, whatever their type.
 
     Args:
-        pages: [num_pages, block_size * 2 * D] head pages of one layer.
-        block_table: [N, B] int64.
+        prompts: whose pages are rewritten.
         kept: [N, Hkv, K] int64 positions, ascending, K a multiple of block_size; entries beyond
             page_count * block_size go to page 0, which belongs to a block that nobody reads (vLLM's
             null block): cheaper than asking the host which of them there are.
         page_count, page_start: [N, Hkv] int64.
         num_full_blocks, num_kept_blocks: [N] int64, m and n.
     """
+    pages, block_table, _, layout = prompts
     num, num_heads, max_kept = kept.shape
     size, head_size = layout.block_size, layout.head_size
     device = pages.device

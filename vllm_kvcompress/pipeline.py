@@ -150,10 +150,7 @@ class CompressionPipeline:
             [N, Hkv] int64, pages per head.
         """
         block_size = self.layout.block_size
-
-        def read(part: str) -> torch.Tensor:
-            return kernels.read_prompt(pages, batch.block_table, num_kv_heads, self.layout, part)
-
+        prompts = kernels.PromptPages(pages, batch.block_table, num_kv_heads, self.layout)
         scores = self.scorer.score(
             LayerContext(
                 layer=layer,
@@ -161,8 +158,7 @@ class CompressionPipeline:
                 capacity=batch.capacity,
                 window=self.window,
                 window_queries=queries,
-                read_keys=lambda: read("key"),
-                read_values=lambda: read("value"),
+                prompts=prompts,
                 scale=scale,
                 softcap=softcap,
                 trace=batch.trace,
@@ -192,13 +188,11 @@ class CompressionPipeline:
             max_count=batch.max_pages * block_size,
         )
         kernels.compact_pages(
-            pages,
-            batch.block_table,
+            prompts,
             kept,
             count,
             page_starts(count),
             batch.num_full_blocks,
             batch.num_kept_blocks,
-            self.layout,
         )
         return count

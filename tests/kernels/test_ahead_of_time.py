@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-# kernel: (module, non-int32 arguments, constants, most shared bytes on sm_80 and on sm_90)
 SCORE_CONSTANTS = {
     "WINDOW": 32,
     "HEAD_SIZE": 128,
@@ -32,15 +31,27 @@ SCORE_TYPES = {
     "scale": "fp32",
     "softcap": "fp32",
 }
+COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
+COPY_TYPES = dict.fromkeys(
+    ("table_ptr", "kept_ptr", "count_ptr", "start_ptr", "num_full_ptr", "num_kept_ptr"), "*i64"
+) | {"pages_ptr": "*bf16", "staged_ptr": "*bf16"}
+# kernel: (module, arguments that are not int32, constants, most bytes of shared memory)
 KERNELS = {
+    "_stage_kernel": ("compaction", COPY_TYPES, COPY_CONSTANTS, 0),
+    "_write_kernel": ("compaction", COPY_TYPES, COPY_CONSTANTS, 0),
     "_head_page_tables_kernel": ("page_tables", {}, {"BLOCK_SIZE": 16, "TILE": 1024}, 0),
     "_row_sums_kernel": (
-        "window_scores",
+        "window_attention",
         SCORE_TYPES,
         {**SCORE_CONSTANTS, "KEYS_PER_SPLIT": 1024},
         65536,
     ),
-    "_scores_kernel": ("window_scores", SCORE_TYPES, {**SCORE_CONSTANTS, "TAKE_MAX": False}, 65536),
+    "_scores_kernel": (
+        "window_attention",
+        SCORE_TYPES,
+        {**SCORE_CONSTANTS, "TAKE_MAX": False},
+        65536,
+    ),
 }
 
 COMPILE = """

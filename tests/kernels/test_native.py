@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_kvcompress.kernels import PageLayout, native, reference
+from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference
 
 HEADS, HEAD_SIZE = 3, 24
 
@@ -28,8 +28,9 @@ def test_read_prompt(block_size, dtype, part):
     layout = permuted_layout(block_size, generator)
     pages = torch.randn(40 * HEADS, 2 * block_size * HEAD_SIZE, generator=generator).to(dtype)
     table = torch.randint(0, 40, (5, 70), generator=generator)[:, :63]
-    expected = reference.read_prompt(pages, table, HEADS, layout, part)
-    assert torch.equal(native.read_prompt(pages, table, HEADS, layout, part), expected.float())
+    prompts = PromptPages(pages, table, HEADS, layout)
+    expected = reference.read_prompt(prompts, part)
+    assert torch.equal(native.read_prompt(prompts, part), expected.float())
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
@@ -52,9 +53,9 @@ def test_compact_pages(block_size, dtype):
     shape = (100 * HEADS, 2 * block_size * HEAD_SIZE)
     pages = torch.randint(0, 200, shape, generator=generator).to(dtype)
     expected, found = pages.clone(), pages.clone()
-    arguments = (blocks, kept, count, start, num_full, num_kept, layout)
-    reference.compact_pages(expected, *arguments)
-    native.compact_pages(found, *arguments)
+    tables = (kept, count, start, num_full, num_kept)
+    reference.compact_pages(PromptPages(expected, blocks, HEADS, layout), *tables)
+    native.compact_pages(PromptPages(found, blocks, HEADS, layout), *tables)
     assert torch.equal(found[HEADS:], expected[HEADS:])
     assert torch.equal(found[:HEADS], pages[:HEADS])
     assert not torch.equal(found, pages)

@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 
-from vllm_kvcompress.kernels import PageLayout, reference
+from vllm_kvcompress.kernels import PageLayout, PromptPages, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -17,7 +17,7 @@ def kernels():
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("vllm_kvcompress.kernels.window_scores")
+        yield importlib.import_module("vllm_kvcompress.kernels.window_attention")
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_equals_the_reference(
         table[row, -(-length // size) :] = 0
     lens = torch.tensor(prompt_lens)
     scale = head_size**-0.5
-    layout = PageLayout(size, head_size)
-    keys = reference.read_prompt(pages, table, num_kv_heads, layout, "key")
+    prompts = PromptPages(pages, table, num_kv_heads, PageLayout(size, head_size))
+    keys = reference.read_prompt(prompts, "key")
     expected = reference.window_scores(queries, keys, lens, scale, softcap, reduction)
-    on_device = [t.to(DEVICE) for t in (queries, pages, table)]
+    prompts = prompts._replace(pages=pages.to(DEVICE), block_table=table.to(DEVICE))
     found = kernels.window_scores(
-        *on_device, num_kv_heads, size, lens.to(DEVICE), scale, softcap, reduction
+        queries.to(DEVICE), prompts, lens.to(DEVICE), scale, softcap, reduction
     )
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a.cpu(), b, rtol=1e-5, atol=1e-7)

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import torch
 
+from vllm_kvcompress.kernels import PageLayout, PromptPages
 from vllm_kvcompress.scoring import LayerContext, LayerTrace
 
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, LENGTH, HEAD_SIZE, WINDOW = 3, 4, 2, 12, 4, 3
@@ -36,6 +37,14 @@ def queries_keys_values() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
+def dense_prompts(keys: torch.Tensor, values: torch.Tensor) -> PromptPages:
+    """Pages of one block per request for keys and values [N, Hkv, T, D]."""
+    num, num_heads, length, head_size = keys.shape
+    pages = torch.cat([keys, values], dim=-1).reshape(num * num_heads, length * 2 * head_size)
+    table = torch.arange(num)[:, None]
+    return PromptPages(pages, table, num_heads, PageLayout(length, head_size))
+
+
 def layer_context(layer: int, capacity: int, trace: LayerTrace) -> LayerContext:
     """One layer of the model as a batch of one request."""
     q, k, v = (torch.from_numpy(x[layer]).float() for x in queries_keys_values())
@@ -45,8 +54,7 @@ def layer_context(layer: int, capacity: int, trace: LayerTrace) -> LayerContext:
         capacity=torch.tensor([capacity]),
         window=WINDOW,
         window_queries=q[:, -WINDOW:].transpose(0, 1)[None],
-        read_keys=lambda: k[None],
-        read_values=lambda: v[None],
+        prompts=dense_prompts(k[None], v[None]),
         scale=SCALE,
         trace=trace,
     )

@@ -24,6 +24,7 @@ VARIANTS = [
     Bacon(pool="max", reduction="max", local_k=3, trace_r=1, lambda_c=2.0, topk_frac=0.5),
     Bacon(mode="rel", trace_r=0),
 ]
+EVERY_SCORER = [*VARIANTS, *(s() for s in SCORERS.values() if s() not in VARIANTS)]
 
 
 def published(text: str) -> list[float]:
@@ -72,8 +73,7 @@ def batch_of(prompts, layer, window, capacity, trace, softcap=0.0, garbage=float
         capacity=torch.tensor(capacity),
         window=window,
         window_queries=torch.stack(queries),
-        read_keys=lambda: keys,
-        read_values=lambda: keys,
+        prompts=lcg.dense_prompts(keys, keys),
         scale=head_size**-0.5,
         softcap=softcap,
         trace=trace,
@@ -99,7 +99,7 @@ class TestWorkedExamples:
     def test_raw_window_attention(self):
         ctx = lcg.layer_context(0, 4, LayerTrace())
         mean, last = kernels.window_scores(
-            ctx.window_queries, ctx.read_keys(), ctx.prompt_lens, ctx.scale
+            ctx.window_queries, ctx.prompts, ctx.prompt_lens, ctx.scale
         )
         assert mean[0, 0].tolist() == six_digits(
             published(
@@ -309,7 +309,7 @@ class TestAgainstOracle:
 
 
 class TestBatches:
-    @pytest.mark.parametrize("scorer", VARIANTS, ids=str)
+    @pytest.mark.parametrize("scorer", EVERY_SCORER, ids=str)
     def test_two_requests_equal_two_batches_of_one(self, scorer):
         window, lengths, capacity = 8, (23, 70), (4, 21)
         prompts = [random_prompt(seed, length) for seed, length in enumerate(lengths)]
@@ -341,17 +341,17 @@ class TestBatches:
     def test_bfloat16_inputs_are_computed_in_float32(self, name):
         prompt = random_prompt(9, 40)
         ctx = batch_of([prompt], 0, 8, [8], LayerTrace())
-        rounded = ctx.read_keys().bfloat16()
+        rounded = ctx.prompts.pages.bfloat16()
         low = dataclasses.replace(
             ctx,
             window_queries=ctx.window_queries.bfloat16(),
-            read_keys=lambda: rounded,
+            prompts=ctx.prompts._replace(pages=rounded),
             trace=LayerTrace(),
         )
         exact = dataclasses.replace(
             ctx,
             window_queries=ctx.window_queries.bfloat16().float(),
-            read_keys=lambda: rounded.float(),
+            prompts=ctx.prompts._replace(pages=rounded.float()),
             trace=LayerTrace(),
         )
         scorer = SCORERS[name]()
@@ -360,7 +360,7 @@ class TestBatches:
 
 
 class TestDegenerateRows:
-    @pytest.mark.parametrize("scorer", VARIANTS, ids=str)
+    @pytest.mark.parametrize("scorer", EVERY_SCORER, ids=str)
     def test_constant_keys(self, scorer):
         """All logits equal: every row is uniform, nothing divides by zero, ties go left."""
         q, k = random_prompt(1, 40)
@@ -372,7 +372,7 @@ class TestDegenerateRows:
         unpooled = SnapKV(kernel=1).score(batch_of([(q, k)], 0, 8, [4], LayerTrace()))
         assert kept(unpooled.base[0, :, :32]) == [{0, 1, 2, 3}] * 2
 
-    @pytest.mark.parametrize("scorer", VARIANTS, ids=str)
+    @pytest.mark.parametrize("scorer", EVERY_SCORER, ids=str)
     def test_nan_key_spoils_its_own_head_only(self, scorer):
         q, k = random_prompt(2, 40)
         spoiled = k.copy()

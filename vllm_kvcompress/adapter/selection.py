@@ -29,10 +29,15 @@ def install() -> None:
 def _choose(original):
     def get_attn_backend(*args, **kwargs):
         backend = original(*args, **kwargs)
-        attn_type = kwargs.get("attn_type") or AttentionType.DECODER
-        full = attn_type == AttentionType.DECODER and not kwargs.get("has_sliding_window")
-        settings = current_settings() if full else None
+        settings = current_settings()
         if settings is None:
+            return backend
+        # not left to our worker extension: the user may have named another one
+        from vllm_kvcompress.adapter import runner
+
+        runner.install()
+        attn_type = kwargs.get("attn_type") or AttentionType.DECODER
+        if attn_type != AttentionType.DECODER or kwargs.get("has_sliding_window"):
             return backend
         return compressed(backend, json.dumps(settings.to_json()))
 

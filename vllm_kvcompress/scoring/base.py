@@ -3,11 +3,12 @@
 
 import abc
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
+
+from vllm_kvcompress.kernels import PromptPages
 
 
 class Need(enum.Flag):
@@ -49,8 +50,8 @@ class LayerContext:
         capacity: [N] int64, nominal scored tokens per head, budget - W.
         window: W.
         window_queries: [N, W, Hq, D], queries of positions P-W .. P-1, after norm and RoPE.
-        read_keys, read_values: return [N, Hkv, T, D], positions 0 .. T-1, T = longest prompt
-            rounded up to blocks; entries at t >= P are garbage.
+        prompts: pages of the prompts' keys and values; T is the longest prompt rounded up to
+            blocks, and what stands at t >= P is garbage.
         scale, softcap: the model's logit scale and soft cap (0: none).
         trace: shared by all layers of this step.
     """
@@ -60,8 +61,7 @@ class LayerContext:
     capacity: torch.Tensor
     window: int
     window_queries: torch.Tensor
-    read_keys: Callable[[], torch.Tensor]
-    read_values: Callable[[], torch.Tensor]
+    prompts: PromptPages
     scale: float
     softcap: float = 0.0
     trace: LayerTrace = field(default_factory=LayerTrace)

@@ -48,12 +48,7 @@ class SnapKV(Scorer):
     def window_and_last(self, ctx: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled window mean and pooled last row, each [N, Hkv, T] float32, 0 at t >= n."""
         mean, last = kernels.window_scores(
-            ctx.window_queries,
-            ctx.read_keys(),
-            ctx.prompt_lens,
-            ctx.scale,
-            ctx.softcap,
-            self.reduction,
+            ctx.window_queries, ctx.prompts, ctx.prompt_lens, ctx.scale, ctx.softcap, self.reduction
         )
         num_scored = ctx.num_scored
         return (

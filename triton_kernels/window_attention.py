@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvcompress.kernels.reference import PromptPages
+
 _KEYS_PER_SPLIT = 1024
 
 
@@ -162,10 +164,7 @@ def _scores_kernel(
 
 def window_scores(
     queries: torch.Tensor,
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    num_kv_heads: int,
-    block_size: int,
+    prompts: PromptPages,
     prompt_lens: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
@@ -175,12 +174,13 @@ def window_scores(
 
     Args:
         queries: [N, W, Hq, D].
-        pages: [num_pages, block_size * 2 * D], rows of D key elements and D value elements.
-        block_table: [N, B] int64.
+        prompts: with token-row pages.
 
     Returns:
         Mean over the window and last row, each [N, Hkv, B * block_size] float32.
     """
+    pages, block_table, num_kv_heads, layout = prompts
+    block_size = layout.block_size
     num, window, num_q_heads, head_size = queries.shape
     num_blocks = block_table.shape[1]
     length = num_blocks * block_size

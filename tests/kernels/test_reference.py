@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference operations against naive float64 loops."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_kvcompress.kernels.reference import (
+    PageLayout,
+    PromptPages,
+    calibrate,
+    compact_pages,
+    head_page_tables,
+    pool_prefix,
+    read_prompt,
+    select_tokens,
+    window_scores,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def naive_window_scores(queries, keys, prompt_lens, scale, softcap, reduction):
+    """[N, Hkv, T] window mean and last row, one attention row at a time."""
+    num, window, num_q, _ = queries.shape
+    num_kv, length = keys.shape[1:3]
+    group = num_q // num_kv
+    mean, last = np.zeros((2, num, num_kv, length))
+    for n in range(num):
+        prompt_len = prompt_lens[n]
+        for head in range(num_kv):
+            means, lasts = [], []
+            for member in range(group):
+                rows = []
+                for w in range(window):
+                    query = queries[n, w, head * group + member]
+                    visible = prompt_len - window + w + 1
+                    logits = [query @ keys[n, head, t] * scale for t in range(visible)]
+                    if softcap:
+                        logits = [softcap * math.tanh(x / softcap) for x in logits]
+                    top = max(logits)
+                    weights = [math.exp(x - top) for x in logits]
+                    row = np.zeros(length)
+                    row[:visible] = np.array(weights) / sum(weights)
+                    rows.append(row)
+                means.append(sum(rows) / window)
+                lasts.append(rows[-1])
+            reduce = np.mean if reduction == "mean" else np.max
+            scored = prompt_len - window
+            mean[n, head, :scored] = reduce(means, axis=0)[:scored]
+            last[n, head, :scored] = reduce(lasts, axis=0)[:scored]
+    return mean, last
+
+
+class TestWindowScores:
+    @pytest.mark.parametrize("reduction", ["mean", "max"])
+    @pytest.mark.parametrize("softcap", [0.0, 3.0])
+    @pytest.mark.parametrize(("num_q", "num_kv"), [(3, 3), (6, 2), (4, 1)])
+    def test_against_loops(self, num_q, num_kv, softcap, reduction):
+        rng = np.random.default_rng(num_q)
+        lengths, window, head_size, longest = [63, 7, 30], 5, 8, 65
+        queries = rng.normal(size=(3, window, num_q, head_size))
+        keys = rng.normal(size=(3, num_kv, longest, head_size)) * 2
+        expected = naive_window_scores(queries, keys, lengths, 0.4, softcap, reduction)
+        for n, length in enumerate(lengths):
+            keys[n, :, length:] = np.nan  # stale pages
+        got = window_scores(
+            torch.from_numpy(queries).float(),
+            torch.from_numpy(keys).float(),
+            torch.tensor(lengths),
+            0.4,
+            softcap,
+            reduction,
+        )
+        for ours, theirs in zip(got, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-9)
+
+    def test_huge_logits(self):
+        """Logits far beyond the range of exp, as unnormalised keys give."""
+        queries = torch.full((1, 2, 1, 4), 100.0)
+        keys = torch.zeros(1, 1, 8, 4)
+        keys[0, 0, 3] = 100.0
+        mean, last = window_scores(queries, keys, torch.tensor([8]), 1.0)
+        assert mean[0, 0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+        assert last.equal(mean)
+
+    def test_inputs_stay_as_they_are(self):
+        queries, keys = torch.randn(1, 2, 2, 4), torch.randn(1, 1, 8, 4)
+        copies = queries.clone(), keys.clone()
+        window_scores(queries, keys, torch.tensor([6]), 1.0)
+        assert queries.equal(copies[0])
+        assert keys.equal(copies[1])
+
+
+class TestPoolPrefix:
+    @pytest.mark.parametrize("kind", ["avg", "max"])
+    @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 31])
+    def test_against_loops(self, kernel, kind):
+        rng = np.random.default_rng(kernel)
+        scores, scored = rng.normal(size=(3, 2, 40)), [40, 1, 23]
+        expected = np.zeros_like(scores)
+        for n, heads in enumerate(scores):
+            for h, row in enumerate(heads):
+                for t in range(scored[n]):
+                    low = max(t - kernel // 2, 0)
+                    near = row[low : min(t + kernel // 2 + 1, scored[n])]
+                    expected[n, h, t] = near.sum() / kernel if kind == "avg" else near.max()
+        scores = torch.from_numpy(scores).float()
+        for n, count in enumerate(scored):
+            scores[n, :, count:] = 0.0 if kernel == 1 else float("nan")
+        pooled = pool_prefix(scores, torch.tensor(scored), kernel, kind)
+        np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
+
+    def test_published_examples(self):
+        ones = torch.ones(1, 1, 6)
+        average = pool_prefix(ones, torch.tensor([6]), 5)
+        assert average[0, 0].tolist() == pytest.approx([0.6, 0.8, 1, 1, 0.8, 0.6])
+        row = torch.tensor([[[1.0, 5, 2, 0, 3, 4]]])
+        largest = pool_prefix(row, torch.tensor([6]), 3, "max")
+        assert largest[0, 0].tolist() == [5, 5, 5, 3, 4, 4]
+
+
+def naive_calibrate(base, evidence, trace, capacity, mode, local_k, lambda_c, topk_frac):
+    """One head: S [n], in float64 and plain lists."""
+    n, eps = len(base), 1e-8
+
+    def around(row, t):
+        return sum(row[u] for u in range(t - local_k // 2, t + local_k // 2 + 1) if 0 <= u < n)
+
+    value = []
+    for t in range(n):
+        v = evidence[t]
+        if mode != "e":
+            near = around(evidence, t) / local_k
+            if mode == "rel":
+                near *= (around(base, t) / local_k) / (around(base, t) / local_k + base[t] + eps)
+            v += near
+        if mode in ("elt", "rel") and trace:
+            seen = [row[t] for row in trace]
+            lasting = sum(seen) / len(seen)
+            if mode == "rel":
+                spread = math.sqrt(sum((x - lasting) ** 2 for x in seen) / len(seen))
+                lasting = max(lasting - spread, 0)
+            v += lasting
+        value.append(v)
+    top = max(1, min(int(topk_frac * capacity), n))
+
+    def statistics(row):
+        best = sorted(row, reverse=True)[:top]
+        mean = sum(best) / top
+        return mean, math.sqrt(sum((x - mean) ** 2 for x in best) / top)
+
+    (base_mean, base_std), (value_mean, value_std) = statistics(base), statistics(value)
+    gate = min(max(value_mean / (base_mean + eps), 0), 1) if mode == "elt" else 1
+    strength = lambda_c * gate * base_std / (value_std + eps)
+    return [b + strength * v for b, v in zip(base, value, strict=True)]
+
+
+class TestCalibrate:
+    @pytest.mark.parametrize("mode", ["e", "el", "elt", "rel"])
+    @pytest.mark.parametrize("num_traced", [0, 1, 3])
+    @pytest.mark.parametrize(("topk_frac", "lambda_c"), [(2.0, 0.5), (0.01, 3.0), (50.0, 1.0)])
+    def test_against_loops(self, mode, num_traced, topk_frac, lambda_c):
+        rng = np.random.default_rng(num_traced)
+        scored, capacities, shape = [31, 8], [9, 2], (2, 2, 32)
+        base = rng.gamma(0.5, size=shape)
+        evidence, *trace = np.maximum(rng.normal(size=(1 + num_traced, *shape)), 0)
+        for n, count in enumerate(scored):
+            for row in (base, evidence, *trace):
+                row[n, :, count:] = 0
+        got = calibrate(
+            torch.from_numpy(base).float(),
+            torch.from_numpy(evidence).float(),
+            [torch.from_numpy(row).float() for row in trace],
+            torch.tensor(scored),
+            torch.tensor(capacities),
+            mode=mode,
+            local_k=3,
+            lambda_c=lambda_c,
+            topk_frac=topk_frac,
+        )
+        for n, count in enumerate(scored):
+            for h in range(2):
+                expected = naive_calibrate(
+                    base[n, h, :count],
+                    evidence[n, h, :count],
+                    [row[n, h, :count] for row in trace],
+                    capacities[n],
+                    mode,
+                    3,
+                    lambda_c,
+                    topk_frac,
+                )
+                np.testing.assert_allclose(got[n, h, :count], expected, rtol=1e-4)
+
+
+def naive_select(scores, count, num_candidates, pinned_end):
+    """Kept positions of one head."""
+
+    def rank(t):
+        return (0, 0.0) if math.isnan(scores[t]) else (1, scores[t])
+
+    pinned = list(range(num_candidates, pinned_end))
+    free = sorted(range(num_candidates), key=lambda t: (*(-x for x in rank(t)), t))
+    return sorted([*pinned, *free[: count - len(pinned)]])
+
+
+special = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-45, math.inf, -math.inf, math.nan])
+
+
+@st.composite
+def selections(draw):
+    """Two requests with two heads: scores full of ties, pinned ranges, any feasible count."""
+    length = draw(st.integers(1, 20))
+    values = st.one_of(special, st.floats(width=32))
+    row = st.lists(values, min_size=length, max_size=length)
+    scores = [[draw(row) for _ in range(2)] for _ in range(2)]
+    pinned_end = [draw(st.integers(0, length)) for _ in range(2)]
+    candidates = [draw(st.integers(0, end)) for end in pinned_end]
+    counts = [
+        [draw(st.integers(end - free, end)) for _ in range(2)]
+        for end, free in zip(pinned_end, candidates, strict=True)
+    ]
+    return scores, counts, candidates, pinned_end
+
+
+class TestSelectTokens:
+    @given(selections(), st.integers(0, 3))
+    def test_against_sorting(self, case, slack):
+        scores, counts, candidates, pinned_end = case
+        length = len(scores[0][0])
+        max_count = min(max(map(max, counts)) + slack, length)
+        got = select_tokens(
+            torch.tensor(scores, dtype=torch.float32),
+            torch.tensor(counts),
+            torch.tensor(candidates),
+            torch.tensor(pinned_end),
+            max_count,
+        )
+        assert got.shape == (2, 2, max_count)
+        for n in range(2):
+            for h in range(2):
+                rounded = np.array(scores[n][h], dtype=np.float32).tolist()
+                expected = naive_select(rounded, counts[n][h], candidates[n], pinned_end[n])
+                padding = [length] * (max_count - counts[n][h])
+                assert got[n, h].tolist() == expected + padding
+
+    @staticmethod
+    def one(scores, count, candidates=None, pinned_end=None):
+        length = len(scores)
+        return select_tokens(
+            torch.tensor([[scores]], dtype=torch.float32),
+            torch.tensor([[count]]),
+            torch.tensor([length if candidates is None else candidates]),
+            torch.tensor([length if pinned_end is None else pinned_end]),
+            count,
+        )[0, 0].tolist()
+
+    def test_ties_go_to_the_earlier_position(self):
+        assert self.one([1, 2, 2, 2, 1], 2) == [1, 2]
+        assert self.one([3, 3, 3], 2) == [0, 1]
+
+    def test_both_zeros_are_equal(self):
+        assert self.one([-0.0, 0.0, -0.0], 2) == [0, 1]
+        assert self.one([-1e-45, -0.0, 1e-45, 0.0], 3) == [1, 2, 3]
+
+    def test_nan_is_below_minus_infinity(self):
+        nan, inf = math.nan, math.inf
+        assert self.one([nan, -inf, nan, inf], 2) == [1, 3]
+        assert self.one([nan, -inf, nan, inf], 3) == [0, 1, 3]
+
+    def test_negative_nan_is_a_nan(self):
+        scores = torch.tensor([[[0xFFC00000, 0xFF800000]]], dtype=torch.uint32)
+        scores = scores.view(torch.float32)
+        limit = torch.tensor([2])
+        assert select_tokens(scores, torch.tensor([[1]]), limit, limit, 1).tolist() == [[[1]]]
+
+    def test_pinned_positions_win_over_infinity(self):
+        assert self.one([math.inf, 1, math.nan, -math.inf, 9], 3, candidates=2, pinned_end=4) == [
+            0,
+            2,
+            3,
+        ]
+
+    def test_none_and_all(self):
+        assert self.one([1.0, 2.0, 3.0], 0, pinned_end=3) == []
+        assert self.one([1.0, 2.0, 3.0], 3) == [0, 1, 2]
+
+
+def page_layout(block_size, head_size, rng) -> PageLayout:
+    """Elements of keys and values strewn over the page, as no kernel would do it."""
+    order = torch.from_numpy(rng.permutation(block_size * 2 * head_size))
+    return PageLayout(block_size, head_size, *order.view(2, -1))
+
+
+def element(layout: PageLayout, part: int, token: int, d: int) -> int:
+    """Offset of an element inside its page; part 0 is the key."""
+    index = (layout.key_index, layout.value_index)[part]
+    if index is None:
+        return (token * 2 + part) * layout.head_size + d
+    return int(index[token * layout.head_size + d])
+
+
+class TestReadPrompt:
+    @pytest.mark.parametrize("permuted", [False, True])
+    @pytest.mark.parametrize("part", ["key", "value"])
+    def test_against_loops(self, part, permuted):
+        rng = np.random.default_rng(0)
+        size, head_size, heads = 3, 4, 2
+        layout = page_layout(size, head_size, rng) if permuted else PageLayout(size, head_size)
+        pages = torch.randn(7 * heads, size * 2 * head_size)
+        table = torch.tensor([[5, 2, 6], [1, 0, 0]])
+        got = read_prompt(PromptPages(pages, table, heads, layout), part)
+        assert got.shape == (2, heads, 9, head_size)
+        for n, h, t, d in np.ndindex(*got.shape):
+            page = pages[int(table[n, t // size]) * heads + h]
+            offset = element(layout, ("key", "value").index(part), t % size, d)
+            assert got[n, h, t, d] == page[offset]
+
+
+@st.composite
+def compactions(draw):
+    """Requests with full blocks m, kept blocks n and a random split of n * Hkv pages."""
+    heads = draw(st.integers(1, 4))
+    requests = []
+    for _ in range(draw(st.integers(1, 3))):
+        full = draw(st.integers(2, 9))
+        kept = draw(st.integers(1, full - 1))
+        cuts = draw(st.lists(st.integers(0, kept * heads), min_size=heads - 1, max_size=heads - 1))
+        edges = [0, *sorted(cuts), kept * heads]
+        counts = [b - a for a, b in itertools.pairwise(edges)]
+        if max(counts) > full:  # a head has no more pages than the prompt
+            counts = [kept] * heads
+        requests.append((full, kept, counts))
+    return heads, requests, draw(st.booleans()), draw(st.sampled_from([1, 2, 4])), draw(seeds)
+
+
+def draw_kept(rng, counts, full, size):
+    """Ascending positions of every head, page_count * block_size of them."""
+    return [
+        np.sort(rng.choice(full * size, count * size, replace=False)).tolist() for count in counts
+    ]
+
+
+class TestCompactPages:
+    @given(compactions())
+    def test_against_loops(self, case):
+        heads, requests, permuted, size, seed = case
+        rng, head_size = np.random.default_rng(seed), 3
+        layout = page_layout(size, head_size, rng) if permuted else PageLayout(size, head_size)
+        num_blocks = 1 + sum(full for full, _, _ in requests)
+        pages = torch.from_numpy(rng.normal(size=(num_blocks * heads, size * 2 * head_size)))
+        before = pages.clone()
+        ids = rng.permutation(np.arange(1, num_blocks)).tolist()
+        longest = max(full for full, _, _ in requests)
+        tables = [[ids.pop() for _ in range(full)] for full, _, _ in requests]
+        max_pages = max(max(counts) for _, _, counts in requests)
+        kept = [draw_kept(rng, counts, full, size) for full, _, counts in requests]
+        beyond = longest * size
+        counts = torch.tensor([counts for _, _, counts in requests])
+        table = torch.tensor([table + [0] * (longest - len(table)) for table in tables])
+        compact_pages(
+            PromptPages(pages, table, heads, layout),
+            torch.tensor(
+                [[row + [beyond] * (max_pages * size - len(row)) for row in rows] for rows in kept]
+            ),
+            counts,
+            counts.cumsum(1) - counts,
+            torch.tensor([full for full, _, _ in requests]),
+            torch.tensor([kept for _, kept, _ in requests]),
+        )
+
+        expected = before.clone()
+        for (full, num_kept, counts), table, rows in zip(requests, tables, kept, strict=True):
+            number = 0
+            for head, positions in enumerate(rows):
+                for page in range(counts[head]):
+                    target_block = table[full - num_kept + number % num_kept]
+                    target = target_block * heads + number // num_kept
+                    number += 1
+                    for token in range(size):
+                        position = positions[page * size + token]
+                        source = table[position // size] * heads + head
+                        for part, d in np.ndindex(2, head_size):
+                            value = before[source, element(layout, part, position % size, d)]
+                            expected[target, element(layout, part, token, d)] = value
+        # the null block takes what nobody reads
+        assert pages[heads:].equal(expected[heads:])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+    def test_elements_move_bit_for_bit(self, dtype):
+        """NaN payloads included: a cache may hold packed types."""
+        bits = torch.randint(0, 256, (4, 2 * 2 * 4 * dtype.itemsize), dtype=torch.uint8)
+        pages = bits.clone().view(dtype)
+        one = torch.tensor([[1]])
+        compact_pages(
+            PromptPages(pages, torch.tensor([[1, 2, 3]]), 1, PageLayout(2, 4)),
+            torch.tensor([[[1, 4]]]),
+            one,
+            one - 1,
+            torch.tensor([3]),
+            torch.tensor([1]),
+        )
+        moved, rows = pages.view(torch.uint8)[3].view(2, -1), bits.view(4, 2, -1)
+        assert moved[0].equal(rows[1, 1])
+        assert moved[1].equal(rows[3, 0])
+
+
+@st.composite
+def page_tables(draw):
+    """Rows with and without compression, short and long ones."""
+    heads = draw(st.integers(1, 4))
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        if draw(st.booleans()):
+            rows.append((0, 1, [0] * heads, draw(st.integers(0, 40))))
+            continue
+        full = draw(st.integers(2, 9))
+        kept = draw(st.integers(1, full - 1))
+        counts = [kept] * heads
+        for _ in range(draw(st.integers(0, 3))):
+            giver, taker = draw(st.integers(0, heads - 1)), draw(st.integers(0, heads - 1))
+            if giver != taker and counts[giver] > 0 and counts[taker] < full:
+                counts[giver], counts[taker] = counts[giver] - 1, counts[taker] + 1
+        rows.append((full, kept, counts, full * 4 + draw(st.integers(0, 9))))
+    return heads, rows, draw(seeds)
+
+
+class TestHeadPageTables:
+    @given(page_tables())
+    def test_against_loops(self, case):
+        heads, rows, seed = case
+        size = 4
+        num_blocks = 1 + max(-(-length // size) for *_, length in rows)
+        block_table = np.random.default_rng(seed).permutation(len(rows) * num_blocks)
+        block_table = torch.from_numpy(block_table).int().view(len(rows), num_blocks)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        full, kept, counts, lengths = (torch.tensor(c, dtype=torch.int32) for c in columns)
+        width = num_blocks + 2
+        start = (counts.cumsum(1) - counts).int()
+        table, kv_len = head_page_tables(
+            block_table, lengths, full, kept, counts, start, size, width
+        )
+        assert table.shape == (len(rows) * heads, width)
+        assert table.dtype == kv_len.dtype == torch.int32
+        assert ((table >= 0) & (table < block_table.numel() * heads)).all()
+        for i, (num_full, num_kept, pages, length) in enumerate(rows):
+            number = 0
+            for head, count in enumerate(pages):
+                expected = []
+                for _ in range(count):
+                    block = block_table[i, num_full - num_kept + number % num_kept]
+                    expected.append(int(block) * heads + number // num_kept)
+                    number += 1
+                after = range(num_full, -(-length // size))
+                expected += [int(block_table[i, b]) * heads + head for b in after]
+                row = i * heads + head
+                assert kv_len[row] == length - num_full * size + count * size
+                used = -(-int(kv_len[row]) // size)
+                assert table[row, :used].tolist() == expected
+
+    def test_padding_rows_have_no_tokens(self):
+        """Rows of a full graph without a request: length 0, and ids that may be read."""
+        zero = torch.zeros(1, dtype=torch.int32)
+        table, kv_len = head_page_tables(
+            torch.tensor([[7, 3]], dtype=torch.int32),
+            zero,
+            torch.tensor([5], dtype=torch.int32),
+            torch.tensor([2], dtype=torch.int32),
+            torch.tensor([[2, 2]], dtype=torch.int32),
+            torch.tensor([[0, 2]], dtype=torch.int32),
+            4,
+            3,
+        )
+        assert kv_len.tolist() == [0, 0]
+        assert table.max() < 16

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters shared through files, and what Prometheus sees of them."""
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_kvcompress.metrics import PREFIX, SECONDS_BUCKETS, CompressionCollector, Counters, totals
+
+
+def exported(directory) -> dict[tuple[str, tuple], float]:
+    """Samples of the exposition text by name and labels."""
+    registry = CollectorRegistry()
+    registry.register(CompressionCollector(str(directory)))
+    text = generate_latest(registry).decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_files_of_several_processes_are_summed(tmp_path):
+    scheduler, worker = Counters(str(tmp_path)), Counters(str(tmp_path))
+    scheduler.add(blocks_freed=5, blocks_before=8)
+    worker.add(requests_compressed=2, kept_tokens=64.5)
+    worker.add(requests_compressed=1)
+    assert len(list(tmp_path.glob("*.counters"))) == 2
+    values = totals(str(tmp_path))
+    assert values["blocks_freed"] == 5
+    assert values["blocks_before"] == 8
+    assert values["requests_compressed"] == 3
+    assert values["kept_tokens"] == 64.5
+
+
+def test_a_file_that_is_being_created_counts_nothing(tmp_path):
+    Counters(str(tmp_path)).add(blocks_freed=1)
+    (tmp_path / "77-0.counters").touch()
+    assert totals(str(tmp_path))["blocks_freed"] == 1
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    counters = Counters(None)
+    counters.add(blocks_freed=1)
+    counters.observe_seconds(0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_counters_are_an_error():
+    with pytest.raises(KeyError, match="blocks_lost"):
+        Counters(None).add(blocks_lost=1)
+
+
+def test_exposition(tmp_path):
+    counters = Counters(str(tmp_path))
+    counters.add(
+        requests_compressed=3,
+        requests_kept_whole=1,
+        prompt_tokens=900,
+        kept_tokens=192,
+        blocks_before=30,
+        blocks_after=6,
+        blocks_freed=24,
+    )
+    samples = exported(tmp_path)
+    expected = {
+        ("requests_total", (("outcome", "compressed"),)): 3,
+        ("requests_total", (("outcome", "kept_whole"),)): 1,
+        ("request_blocks_total", (("when", "before"),)): 30,
+        ("request_blocks_total", (("when", "after"),)): 6,
+        ("prompt_tokens_total", ()): 900,
+        ("kept_tokens_total", ()): 192,
+        ("blocks_freed_total", ()): 24,
+        ("seconds_count", ()): 0,
+    }
+    for (name, labels), value in expected.items():
+        assert samples[(PREFIX + name, labels)] == value
+
+
+def test_histogram(tmp_path):
+    counters = Counters(str(tmp_path))
+    observations = [0.00005, 0.0001, 0.002, 0.5, 10.0, 99.0]
+    for seconds in observations:
+        counters.observe_seconds(seconds)
+    samples = exported(tmp_path)
+    for edge in SECONDS_BUCKETS:
+        at_most = sum(seconds <= edge for seconds in observations)
+        assert samples[(PREFIX + "seconds_bucket", (("le", f"{edge:g}"),))] == at_most
+    assert samples[(PREFIX + "seconds_bucket", (("le", "+Inf"),))] == len(observations)
+    assert samples[(PREFIX + "seconds_count", ())] == len(observations)
+    assert samples[(PREFIX + "seconds_sum", ())] == pytest.approx(sum(observations))
+
+
+def test_counters_of_two_collections_only_grow(tmp_path):
+    counters = Counters(str(tmp_path))
+    counters.observe_seconds(0.01)
+    before = exported(tmp_path)
+    counters.observe_seconds(0.02)
+    counters.add(blocks_freed=1)
+    after = exported(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(after[key] >= value for key, value in before.items() if "created" not in key[0])
