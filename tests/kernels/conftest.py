@@ -1,6 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Property tests try the same cases in every run, however slow the machine."""
+"""Without a GPU, Triton kernels run in its interpreter; property tests repeat their cases."""
 
+import os
+import sys
+
+import pytest
+import torch
 from hypothesis import settings
 
 settings.load_profile("ci")
+
+if not torch.cuda.is_available():
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError(
+            "Triton was loaded for compilation already: run tests/kernels in a process of its own"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,29 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton compaction kernels against their definition."""
 
-import importlib
-
 import pytest
 import torch
 
-from vllm_kvcompress.kernels import PageLayout, PromptPages, reference
+from vllm_kvcompress.kernels import PageLayout, PromptPages, compaction, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    """The module; Triton decides when it is imported whether kernels are interpreted."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("vllm_kvcompress.kernels.compaction")
 
 
 @pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("head_size", [24, 64])
-def test_equals_the_reference(kernels, size, dtype, head_size):
+def test_equals_the_reference(size, dtype, head_size):
     """Ragged heads, sources inside the targets, several requests; other pages stay as they are."""
     generator = torch.Generator().manual_seed(size)
     num_heads = 3
@@ -45,7 +34,7 @@ def test_equals_the_reference(kernels, size, dtype, head_size):
     reference.compact_pages(PromptPages(expected, blocks, num_heads, layout), *tables)
     found = pages.clone().to(DEVICE)
     prompts = PromptPages(found, blocks.to(DEVICE), num_heads, layout)
-    kernels.compact_pages(prompts, *(t.to(DEVICE) for t in tables))
+    compaction.compact_pages(prompts, *(t.to(DEVICE) for t in tables))
     found = found.cpu()
     assert torch.equal(found[num_heads:], expected[num_heads:])
     assert torch.equal(found[:num_heads], pages[:num_heads])

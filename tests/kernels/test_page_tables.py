@@ -1,30 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton page-table kernel, in the interpreter or on a GPU, against its reference."""
 
-import importlib
-
 import pytest
 import torch
 
-from vllm_kvcompress.kernels import reference
+from vllm_kvcompress.kernels import page_tables, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(scope="module")
-def page_tables():
-    """The module; Triton decides when it is imported whether kernels are interpreted."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("vllm_kvcompress.kernels.page_tables")
 
 
 @pytest.mark.parametrize(
     ("num_rows", "num_heads", "num_blocks", "block_size", "width"),
     [(1, 1, 1, 16, 1), (5, 3, 40, 16, 33), (8, 4, 1100, 32, 1061), (2, 7, 63, 16, 63)],
 )
-def test_equals_the_reference(page_tables, num_rows, num_heads, num_blocks, block_size, width):
+def test_equals_the_reference(num_rows, num_heads, num_blocks, block_size, width):
     generator = torch.Generator().manual_seed(num_rows)
 
     def draw(low, high, *shape):

@@ -1,23 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton window-score kernels against their definition, and compiled ahead of time."""
-
-import importlib
+"""The Triton window-score kernels against their definition."""
 
 import pytest
 import torch
 
-from vllm_kvcompress.kernels import PageLayout, PromptPages, reference
+from vllm_kvcompress.kernels import PageLayout, PromptPages, reference, window_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    """The module; Triton decides when it is imported whether kernels are interpreted."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("vllm_kvcompress.kernels.window_attention")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +20,6 @@ def kernels():
 )
 @pytest.mark.parametrize(("softcap", "reduction"), [(0.0, "mean"), (5.0, "max")])
 def test_equals_the_reference(
-    kernels,
     prompt_lens,
     num_q_heads,
     num_kv_heads,
@@ -56,7 +44,7 @@ def test_equals_the_reference(
     keys = reference.read_prompt(prompts, "key")
     expected = reference.window_scores(queries, keys, lens, scale, softcap, reduction)
     prompts = prompts._replace(pages=pages.to(DEVICE), block_table=table.to(DEVICE))
-    found = kernels.window_scores(
+    found = window_attention.window_scores(
         queries.to(DEVICE), prompts, lens.to(DEVICE), scale, softcap, reduction
     )
     for a, b in zip(found, expected, strict=True):

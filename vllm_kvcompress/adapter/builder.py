@@ -25,7 +25,7 @@ from vllm_kvcompress.adapter.runner import current_step
 from vllm_kvcompress.adapter.settings import settings_of
 from vllm_kvcompress.adapter.telemetry import WorkerTelemetry
 from vllm_kvcompress.batch import StepRows, head_major_order, plan_windows, ranges
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import Budget, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
 from vllm_kvcompress.pipeline import CompressionPipeline, EndingPrompts, HeadPageState
 from vllm_kvcompress.window_store import WindowStore
@@ -100,12 +100,12 @@ class CompressedBuilder:
     def _announce(self, vllm_config) -> None:
         runner = "V2" if vllm_config.use_v2_model_runner else "V1"
         logger.info_once(
-            "KV compression is on: scorer %s, allocator %s, budget %s tokens per KV head, "
+            "KV compression is on: scorer %s, allocator %s, budget %s per KV head, "
             "window %d, block size %d, %d layers x %d KV heads, backend %s on %s, model runner %s, "
             "kernels: %s. Refused: %s.",
             self.settings.scorer,
             self.settings.allocator,
-            self.settings.budget,
+            describe_budget(self.settings.budget),
             self.settings.window,
             self.block_size,
             len(self.layer_rows),
@@ -346,3 +346,7 @@ class CompressedBuilder:
             table, kv_len = self.hold("table", table), self.hold("kv_len", kv_len)
         cam = replace(virtual.cam, block_table_tensor=table, seq_lens=kv_len)
         return self.virtual_builder.build(0, cam, fast_build=not self.even)
+
+
+def describe_budget(budget: Budget) -> str:
+    return f"{budget} of the prompt" if budget.tokens is None else f"{budget} tokens"

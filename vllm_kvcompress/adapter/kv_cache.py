@@ -40,6 +40,8 @@ class CompressedSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs):
         """Merge equal settings; vLLM's own merge builds the result from its own fields only."""
+        # vLLM tries to merge any layers and takes an AssertionError for a no
+        assert all(isinstance(spec, cls) for spec in specs), "compressed with uncompressed layers"
         extra = {
             f.name: getattr(specs[0], f.name)
             for f in dataclasses.fields(cls)

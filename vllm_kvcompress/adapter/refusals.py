@@ -7,7 +7,7 @@ Checked before any request.
 import importlib.util
 
 from vllm.config import VllmConfig
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError

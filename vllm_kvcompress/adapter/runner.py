@@ -221,12 +221,33 @@ def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
     return spec
 
 
+def check_whole_blocks(runner: "RunnerV1 | RunnerV2", block_size: int) -> None:
+    """Attention kernels must see the blocks that the scheduler counts.
+
+    Raises:
+        KVCompressionError: vLLM splits the blocks of the compressed layers for its kernels.
+    """
+    for groups in runner.attn_groups:
+        for group in groups:
+            seen = group.get_metadata_builder().kv_cache_spec
+            if isinstance(seen, CompressedSpec) and seen.block_size != block_size:
+                raise KVCompressionError(
+                    f"KV compression needs attention kernels on whole blocks, but vLLM splits "
+                    f"blocks of {block_size} tokens into {seen.block_size} for this model: set "
+                    f"--block-size {seen.block_size}, or serve it without --kv-compression."
+                )
+
+
 def _know_groups(original):
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs):
-        if settings_of(self.vllm_config) is not None:
-            slots = RequestSlots(self.vllm_config.scheduler_config.max_num_seqs)
-            _states[self] = RunnerState(slots, compressed_spec(kv_cache_config).planner)
-        return original(self, kv_cache_config, *args, **kwargs)
+        if settings_of(self.vllm_config) is None:
+            original(self, kv_cache_config, *args, **kwargs)
+            return
+        spec = compressed_spec(kv_cache_config)
+        slots = RequestSlots(self.vllm_config.scheduler_config.max_num_seqs)
+        _states[self] = RunnerState(slots, spec.planner)
+        original(self, kv_cache_config, *args, **kwargs)
+        check_whole_blocks(self, spec.block_size)
 
     return initialize_kv_cache
 
