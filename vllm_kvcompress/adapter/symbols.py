@@ -225,7 +225,8 @@ _BACKENDS = (
 _WORKER = (
     *_symbols(
         "vllm.v1.worker.gpu_model_runner",
-        ("GPUModelRunner", Use.HELD, "input_batch vllm_config", "runner V1: rows of a step"),
+        ("GPUModelRunner", Use.HELD, "attn_groups input_batch vllm_config",
+         "runner V1: rows of a step"),
         ("GPUModelRunner.execute_model", Use.WRAPPED, "self scheduler_output",
          "who runs, who has left"),
         ("GPUModelRunner.initialize_kv_cache", Use.WRAPPED, "self kv_cache_config",
@@ -235,13 +236,19 @@ _WORKER = (
          "keeps steps that need our Python out of full graphs"),
     ),
     *_symbols(
+        "vllm.v1.worker.utils",
+        ("AttentionGroup.get_metadata_builder", Use.CALLED, "self ubatch_id",
+         "block size that kernels see"),
+    ),
+    *_symbols(
         "vllm.v1.worker.gpu_input_batch",
         ("InputBatch", Use.HELD, "num_computed_tokens_cpu num_prompt_tokens num_reqs req_ids",
          "runner V1: facts of each row"),
     ),
     *_symbols(
         "vllm.v1.worker.gpu.model_runner",
-        ("GPUModelRunner", Use.HELD, "req_states vllm_config", "runner V2: rows of a step"),
+        ("GPUModelRunner", Use.HELD, "attn_groups req_states vllm_config",
+         "runner V2: rows of a step"),
         ("GPUModelRunner.execute_model", Use.WRAPPED,
          "self scheduler_output intermediate_tensors dummy_run", "who runs, who has left"),
         ("GPUModelRunner.initialize_kv_cache", Use.WRAPPED, "self kv_cache_config",
