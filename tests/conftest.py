@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the test process, made before anything imports torch or vLLM."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",  # two ranks must share the cores of a small machine
     TOKENIZERS_PARALLELISM="false",
 )
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get in each other's way
+logging.getLogger("torch.__trace").propagate = False  # structured traces are no log lines
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 

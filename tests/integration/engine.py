@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines inside the test process, and what can be seen in them.
 
-An engine here is vLLM's own ``LLM`` with ``VLLM_ENABLE_V1_MULTIPROCESSING=0``: scheduler, block pool,
-model runner and KV tensors are all within reach.
+An engine here is vLLM's own ``LLM`` with ``VLLM_ENABLE_V1_MULTIPROCESSING=0``: scheduler, block
+pool, model runner and KV tensors are all within reach.
 """
 
+import copy
 import gc
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from vllm import LLM, SamplingParams
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_kvcompress.adapter import runner as adapter_runner
@@ -22,7 +23,7 @@ from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 
 BLOCK_SIZE = 32
 LOGPROB_TOLERANCE = 2e-5
-"""Float noise of two orders of summation. A lost or wrong token moves log-probabilities by > 1e-3."""
+"""Float noise of two orders of summation; a wrong token moves log-probabilities by over 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,23 @@ def close(llm: LLM) -> None:
     gc.collect()
 
 
+@contextmanager
+def scheduling(mode: str):
+    """ "async" undoes the CPU platform's veto of asynchronous scheduling."""
+    original = CpuPlatform.__dict__["check_and_update_config"]
+
+    def check_and_update_config(cls, vllm_config):
+        original.__func__(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    if mode == "async":
+        CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = original
+
+
 # prompts and requests
 
 
@@ -96,6 +114,15 @@ def greedy(max_tokens: int = 8, **settings) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=1, **settings
     )
+
+
+def page_prompt(page) -> dict[str, Any]:
+    """The chat prompt for one page of examples/tiny-docvqa."""
+    return {
+        "prompt": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+        f"{page.question}<|im_end|>\n<|im_start|>assistant\n",
+        "multi_modal_data": {"image": page.image},
+    }
 
 
 def as_prompt(prompt: Any) -> Any:
@@ -117,7 +144,7 @@ def answer_of(output, index: int = 0) -> Answer:
 
 def generate(llm: LLM, prompts: Sequence[Any], params: Any = None) -> list[Answer]:
     """Run all prompts as one wave; greedy, 8 tokens, unless ``params`` says otherwise."""
-    params = greedy() if params is None else params
+    params = copy.deepcopy(greedy() if params is None else params)  # generate() changes them
     outputs = llm.generate([as_prompt(p) for p in prompts], params, use_tqdm=False)
     return [answer_of(output) for output in outputs]
 
@@ -145,12 +172,15 @@ def differ(got: Sequence[Answer], expected: Sequence[Any]) -> bool:
 
 
 class Stepper:
-    """Requests added and stepped one engine step at a time, so that a test decides what happens when.
+    """Runs an engine step by step, so that a test decides what happens when.
 
     Attributes:
         done: finished answers by the name the test gave.
+        partial: tokens so far.
+        prompts: token ids of each prompt, placeholders of images included.
+        chunks: prompt tokens computed in each step of a request's prefill.
         peak_running: most requests in the running queue after any step.
-        preemptions: requests preempted so far.
+        preemptions: requests that the scheduler has preempted so far.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -159,17 +189,32 @@ class Stepper:
         self.scheduler = scheduler_of(llm)
         self.done: dict[str, Answer] = {}
         self.partial: dict[str, list[int]] = {}
+        self.prompts: dict[str, list[int]] = {}
+        self.chunks: dict[str, list[int]] = {}
         self.internal: dict[str, str] = {}
         self.peak_running = 0
         self.preemptions = 0
         self.steps = 0
 
-    def add(self, name: str, prompt: Any, params: SamplingParams | None = None) -> None:
+    def add(
+        self, name: str, prompt: Any, params: SamplingParams | None = None, priority: int = 0
+    ) -> None:
         params = greedy() if params is None else params
-        self.internal[name] = self.engine.add_request(name, as_prompt(prompt), params)
+        self.internal[name] = self.engine.add_request(
+            name, as_prompt(prompt), params, priority=priority
+        )
+        request = self.request(name)
+        if request is not None:  # with n > 1 only its children are known to the scheduler
+            self.prompts[name] = list(request.prompt_token_ids)
 
     def abort(self, *names: str) -> None:
         self.engine.abort_request(list(names))
+
+    def preempt(self, request) -> None:
+        """Take a running request's blocks, as ``reset_prefix_cache`` does with all of them."""
+        self.scheduler.running.remove(request)
+        self.scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        self.scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 
     def request(self, name: str):
         """vLLM's request; None once it has left the scheduler."""
@@ -181,12 +226,19 @@ class Stepper:
 
     def step(self) -> None:
         before = {r.request_id: r.num_preemptions for r in self.scheduler.requests.values()}
+        computed = {name: self.num_computed(name) for name in self.prompts}
         for output in self.engine.step():
             self.partial[output.request_id] = list(output.outputs[0].token_ids)
             if output.finished:
                 self.done[output.request_id] = answer_of(output)
         for request in self.scheduler.requests.values():
             self.preemptions += request.num_preemptions - before.get(request.request_id, 0)
+        for name, prompt in self.prompts.items():
+            request = self.request(name)
+            if request is not None and computed[name] < len(prompt) and not request.num_preemptions:
+                end = min(request.num_computed_tokens, len(prompt))
+                if end > computed[name]:
+                    self.chunks.setdefault(name, []).append(end - computed[name])
         self.peak_running = max(self.peak_running, len(self.scheduler.running))
         self.steps += 1
 
@@ -288,102 +340,5 @@ def check_pool(pool) -> None:
     assert len(held) + len(free) + 1 == pool.num_gpu_blocks  # the null block is neither
     for key, cached in pool.cached_block_hash_to_block._cache.items():
         for block in cached.values() if isinstance(cached, dict) else [cached]:
-            assert block.block_hash == key and not block.is_null
-
-
-@dataclass(frozen=True)
-class HeldPages:
-    """What one request holds in the cache right now, read through its head pages.
-
-    Attributes:
-        keys: [L][Hkv] arrays [kv_len, D] in page order.
-        page_ids: [L][Hkv] the pages that hold them.
-        num_computed: logical length.
-    """
-
-    keys: list[list[np.ndarray]]
-    page_ids: list[list[list[int]]]
-    num_computed: int
-
-
-def held_pages(stepper: Stepper, name: str) -> HeldPages:
-    """Read the head pages of a running request out of the worker's KV tensors (runner V1)."""
-    llm = stepper.llm
-    runner, builder = model_runner(llm), compressed_builder(llm)
-    req_id = stepper.internal[name]
-    row = runner.input_batch.req_id_to_index[req_id]
-    slot = request_slots(llm)._slot_of[req_id]
-    group = next(
-        index
-        for index, groups in enumerate(runner.attn_groups)
-        if any(isinstance(g.kv_cache_spec, CompressedSpec) for g in groups)
-    )
-    length = int(runner.input_batch.num_computed_tokens_cpu[row])
-    width = -(-length // builder.block_size)
-    table = torch.from_numpy(runner.input_batch.block_table[group].block_table.np[row][None, :width])
-    layout = builder.page_layout()
-    state, size, num_heads = builder.state, builder.block_size, builder.num_kv_heads
-    contexts = runner.compilation_config.static_forward_context
-    keys, ids = [], []
-    for layer, layer_row in sorted(builder.layer_rows.items(), key=lambda item: item[1]):
-        cache = contexts[layer].kv_cache
-        cache = cache[0] if isinstance(cache, list) else cache
-        pages = cache.view(cache.shape[0] * cache.shape[1], -1)
-        tables, kv_len = state.tables(
-            0 if builder.even else layer_row,
-            torch.tensor([slot]),
-            table,
-            torch.tensor([length], dtype=torch.int32),
-            size,
-            width,
-        )
-        keys.append([])
-        ids.append([])
-        for head in range(num_heads):
-            count = int(kv_len[head])
-            used = tables[head, : -(-count // size)].long()
-            rows = pages[used].float()
-            rows = (
-                rows[:, layout.key_index]
-                if layout.key_index is not None
-                else rows.unflatten(1, (size, 2, -1))[:, :, 0].flatten(1)
-            )
-            keys[-1].append(rows.reshape(-1, layout.head_size)[:count].numpy())
-            ids[-1].append(used.tolist())
-    return HeldPages(keys, ids, length)
-
-
-def positions_of(held: HeldPages, reference: np.ndarray) -> list[list[np.ndarray]]:
-    """Prompt positions that each head holds, in page order, found by matching keys.
-
-    Args:
-        held: of a request.
-        reference: [L, Hkv, P, D] keys of the whole prompt after RoPE, from the oracle.
-
-    Returns:
-        [L][Hkv] positions; what lies behind the prompt (decode tokens) is left out.
-    """
-    decoded = held.num_computed - reference.shape[2]
-    result: list[list[np.ndarray]] = []
-    for layer, heads in enumerate(held.keys):
-        result.append([])
-        for head, rows in enumerate(heads):
-            rows = rows[: len(rows) - decoded]
-            distance = np.abs(rows[:, None] - reference[layer, head][None]).max(axis=2)
-            nearest = distance.argmin(axis=1)
-            worst = distance[np.arange(len(rows)), nearest].max()
-            assert worst < 1e-4, f"layer {layer} head {head}: a page holds no key of this prompt"
-            result[-1].append(nearest)
-    return result
-
-
-def assert_kept(
-    held: HeldPages, reference: np.ndarray, kept: Iterable[Iterable[np.ndarray]]
-) -> None:
-    """The pages hold exactly the given positions, in ascending order, and no page has two owners."""
-    for layer, (got, expected) in enumerate(zip(positions_of(held, reference), kept, strict=True)):
-        for head, (a, b) in enumerate(zip(got, expected, strict=True)):
-            assert a.tolist() == list(b), f"layer {layer} head {head} keeps other positions"
-    for heads in held.page_ids:
-        every = [page for ids in heads for page in ids]
-        assert len(every) == len(set(every))
+            assert block.block_hash == key
+            assert not block.is_null

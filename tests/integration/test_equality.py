@@ -6,17 +6,13 @@ import functools
 import pytest
 from engine import (
     Method,
-    answer_of,
-    assert_clean,
     assert_same,
-    block_pool,
-    close,
     engine,
     free_blocks,
     generate,
     greedy,
-    make_llm,
     model_runner,
+    page_prompt,
     random_prompt,
 )
 
@@ -111,11 +107,3 @@ def test_images(docvqa, make_page):
             expected = generate(llm, prompts)
         with engine(docvqa, Method("bacon", 2048), **settings) as llm:
             assert_same(generate(llm, prompts), expected)
-
-
-def page_prompt(page) -> dict:
-    return {
-        "prompt": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-        f"{page.question}<|im_end|>\n<|im_start|>assistant\n",
-        "multi_modal_data": {"image": page.image},
-    }

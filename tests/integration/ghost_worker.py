@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plays the GPU for tests of the scheduler's side: knows which token every cache slot holds.
+
+Whatever attention would read must be there. A block that was freed too soon, shared after
+compaction, or hit under a wrong hash shows at the step that reads it.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_kvcompress.plan import BlockPlanner
+
+
+@dataclass
+class GhostRequest:
+    """What the worker knows of a request."""
+
+    tokens: list[int]
+    prompt_len: int
+    tables: list[list[int]]  # per group; freed ids stay, as in the real worker
+    prefix: list[int] = field(default_factory=list)  # hash of the tokens up to each position
+
+    def extend_prefix(self) -> None:
+        last = self.prefix[-1] if self.prefix else 0
+        for token in self.tokens[len(self.prefix) :]:
+            last = hash((last, token))
+            self.prefix.append(last)
+
+
+class Ghost:
+    """A worker whose KV cache holds prefix hashes instead of keys and values.
+
+    Args:
+        planner: what is compacted, in the first cache group.
+        num_blocks: of the pool.
+        sliding: window of the other groups, in tokens.
+    """
+
+    def __init__(self, planner: BlockPlanner, num_blocks: int, sliding: int) -> None:
+        self.planner = planner
+        self.block_size = planner.block_size
+        self.sliding = sliding
+        self.slots: list = [None] * (num_blocks * self.block_size)
+        self.requests: dict[str, GhostRequest] = {}
+
+    def run(self, output) -> ModelRunnerOutput:
+        for req_id in itertools.chain(output.finished_req_ids, output.preempted_req_ids or ()):
+            known = self.requests.get(req_id)
+            if known is not None:
+                known.tables = [[] for _ in known.tables]
+        computed = {}
+        for new in output.scheduled_new_reqs:
+            tables = [list(ids) for ids in new.block_ids]
+            tokens = list(new.prompt_token_ids)
+            self.requests[new.req_id] = GhostRequest(tokens, len(tokens), tables)
+            computed[new.req_id] = new.num_computed_tokens
+            self.check_hit(len(tokens), new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for index, req_id in enumerate(cached.req_ids):
+            known = self.requests[req_id]
+            ids = cached.new_block_ids[index]
+            if req_id in cached.resumed_req_ids:
+                known.tables = [list(group) for group in ids]
+                # what was sampled and then dropped will be sampled again
+                del known.tokens[known.prompt_len + cached.num_output_tokens[index] :]
+                del known.prefix[len(known.tokens) :]
+                self.check_hit(known.prompt_len, cached.num_computed_tokens[index])
+            elif ids is not None:
+                for table, group in zip(known.tables, ids, strict=True):
+                    table += group
+            computed[req_id] = cached.num_computed_tokens[index]
+        req_ids = list(output.num_scheduled_tokens)
+        rows = [(r, computed[r], output.num_scheduled_tokens[r]) for r in req_ids]
+        # like a layer: everything is written, then read; compaction comes last
+        for row in rows:
+            self.write(*row)
+        for row in rows:
+            self.attend(*row)
+        sampled = [self.sample(*row) for row in rows]
+        for req_id in output.finished_req_ids:
+            if req_id not in output.num_scheduled_tokens:
+                self.requests.pop(req_id, None)
+        return ModelRunnerOutput(req_ids, {r: i for i, r in enumerate(req_ids)}, sampled)
+
+    def check_hit(self, prompt_len: int, num_hit: int) -> None:
+        plan = self.planner.plan(prompt_len)
+        assert not plan.compresses or num_hit <= plan.max_hit, "a hit beyond max_hit"
+
+    def slot_ids(self, table: list[int], start: int, end: int) -> list[int]:
+        """Where positions [start, end) of a request lie."""
+        size = self.block_size
+        return [table[position // size] * size + position % size for position in range(start, end)]
+
+    def write(self, req_id: str, start: int, count: int) -> None:
+        known = self.requests[req_id]
+        known.extend_prefix()
+        for table in known.tables:
+            for position, slot in enumerate(self.slot_ids(table, start, start + count), start):
+                self.slots[slot] = known.prefix[position]
+
+    def attend(self, req_id: str, start: int, count: int) -> None:
+        known = self.requests[req_id]
+        plan = self.planner.plan(known.prompt_len)
+        full, end = known.tables[0], start + count
+        for table in known.tables[1:]:
+            self.check_natural(req_id, table, max(0, start - self.sliding + 1), end)
+        if not plan.compresses:
+            self.check_natural(req_id, full, 0, end)
+            return
+        kept_end = plan.num_full_blocks * self.block_size
+        if start < known.prompt_len:
+            self.check_natural(req_id, full, 0, min(end, known.prompt_len))
+            if end < known.prompt_len:
+                return
+        kept = self.slot_ids(full, plan.num_freed_blocks * self.block_size, kept_end)
+        if start < known.prompt_len:
+            for slot in kept:
+                self.slots[slot] = ("compacted", req_id, slot)
+        for slot in kept:
+            assert self.slots[slot] == ("compacted", req_id, slot), f"{req_id} lost a kept block"
+        self.check_natural(req_id, full, kept_end, end)
+
+    def check_natural(self, req_id: str, table: list[int], start: int, end: int) -> None:
+        """Positions [start, end) hold what stock vLLM would have there."""
+        held = [self.slots[slot] for slot in self.slot_ids(table, start, end)]
+        assert held == self.requests[req_id].prefix[start:end], f"{req_id} reads foreign tokens"
+
+    def sample(self, req_id: str, start: int, count: int) -> list[int]:
+        known = self.requests[req_id]
+        if start + count < len(known.tokens):
+            return []
+        token = known.prefix[-1] % 50
+        known.tokens.append(token)
+        return [token]

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be compressed is refused before the first request, with what to change."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine import (
+    Method,
+    assert_same,
+    compressed_builder,
+    engine,
+    generate,
+    model_runner,
+    random_prompt,
+    scheduler_of,
+)
+from subprocesses import HERE, result_of, run_python
+from vllm import SamplingParams
+from vllm.config import KVTransferConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_kvcompress.adapter import refusals
+from vllm_kvcompress.adapter.cpu import CompressedCPUImpl
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+
+BACON = {"method": "bacon", "budget": 96}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+def configure(model: str, compression, **settings):
+    """The engine's configuration, as ``vllm serve`` and ``LLM`` make it: nothing is loaded."""
+    load_general_plugins()
+    arguments = {
+        "max_model_len": 400,
+        "block_size": 32,
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 64 << 20,
+    } | settings
+    return EngineArgs(
+        model=model, additional_config={"kv_compression": compression}, **arguments
+    ).create_engine_config()
+
+
+def test_plain_model_is_accepted(checkpoint):
+    config = configure(checkpoint("llama"), BACON)
+    assert KVCompressionConfig.parse(config.additional_config["kv_compression"]).method == (
+        "bacon+uniform"
+    )
+
+
+CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason", "advice"),
+    [
+        ({"family": "deepseek-v2", "dtype": "bfloat16"}, {"dtype": "bfloat16"}, "MLA",
+         "without --kv-compression"),
+        ({"family": "whisper"}, {}, "encoder-decoder", "without --kv-compression"),
+        ({}, {"runner": "pooling"}, "pooling models", "without --kv-compression"),
+        ({}, {"speculative_config": NGRAM}, "speculative decoding", "remove --speculative-config"),
+        ({}, {"kv_transfer_config": CONNECTOR}, "KV connectors", "remove --kv-transfer-config"),
+        ({}, {"kv_offloading_size": 1.0}, "offloading", "--kv-offloading-size"),
+        ({"kv_heads": 1},
+         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+         "decode context parallelism", "set --decode-context-parallel-size 1"),
+        ({}, {"pipeline_parallel_size": 2}, "pipeline parallelism",
+         "set --pipeline-parallel-size 1"),
+        ({}, {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "micro-batching",
+         "--ubatch-size"),
+        ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8", "use --kv-cache-dtype auto"),
+        ({}, {"kv_sharing_fast_prefill": True}, "share KV", "remove --kv-sharing-fast-prefill"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_engine_features(checkpoint, family, settings, reason, advice):
+    with pytest.raises(KVCompressionError) as refusal:
+        configure(checkpoint(**({"family": "llama"} | family)), BACON, **settings)
+    message = str(refusal.value)
+    assert message.startswith("KV compression cannot start:\n  - ")
+    assert reason in message
+    assert advice in message
+    assert message.count("\n  - ") == 1
+
+
+@pytest.mark.parametrize(
+    ("compression", "settings", "expected"),
+    [
+        ({"method": "bacno"}, {}, ["unknown scorer 'bacno'", "Did you mean 'bacon'?", "snapkv"]),
+        ({"method": "bacon+adkv"}, {}, ["unknown allocator 'adkv'", "Did you mean 'adakv'?"]),
+        ({"budget": 64}, {}, ["'method' is missing", '{"method": "bacon"}']),
+        (BACON | {"bugdet": 1}, {}, ["unknown key 'bugdet'", "Did you mean 'budget'?"]),
+        (BACON | {"alpha": 0.1}, {}, ["unknown key 'alpha' for bacon", "Valid: method, budget"]),
+        (BACON | {"mode": "rle"}, {}, ["mode must be one of e, el, elt, rel, got 'rle'"]),
+        (BACON | {"kernel": 4}, {}, ["kernel", "4"]),
+        (BACON | {"budget": "lots"}, {}, ["--kv-budget", "positive number of tokens", "'lots'"]),
+        (BACON | {"budget": 0}, {}, ["--kv-budget", "got 0"]),
+        (BACON | {"budget": -5}, {}, ["--kv-budget", "got -5"]),
+        (BACON | {"budget": "120%"}, {}, ["--kv-budget", "got '120%'"]),
+        (BACON | {"budget": 32}, {}, ["--kv-budget 32", "larger than --kv-window 32", "33"]),
+        (BACON | {"window": 0}, {}, ["--kv-window", "got 0"]),
+        (BACON | {"window": "many"}, {}, ["--kv-window", "got 'many'"]),
+        (BACON | {"budget": 500, "window": 450}, {}, ["--kv-window 450", "--max-model-len 400"]),
+        (BACON | {"budget": 48}, {"block_size": 64},
+         ["--kv-budget 48 is smaller than one block", "--kv-budget 64 or more"]),
+        ("bacon", {}, ['additional_config["kv_compression"] must be an object', "'bacon'"]),
+    ],
+)  # fmt: skip
+def test_bad_values(checkpoint, compression, settings, expected):
+    with pytest.raises(KVCompressionError) as refusal:
+        configure(checkpoint("llama"), compression, **settings)
+    for part in expected:
+        assert part in str(refusal.value)
+
+
+def test_all_reasons_at_once(checkpoint):
+    with pytest.raises(KVCompressionError) as refusal:
+        configure(
+            checkpoint("llama"),
+            {"method": "bacon", "budget": 48},
+            block_size=64,
+            pipeline_parallel_size=2,
+            speculative_config=NGRAM,
+            kv_offloading_size=1.0,
+        )
+    lines = str(refusal.value).splitlines()[1:]
+    assert len(lines) == 4
+    assert all(line.startswith("  - ") and line.endswith(".") for line in lines)
+    with pytest.raises(KVCompressionError) as refusal:
+        configure(checkpoint("llama"), {"method": "x+y", "budget": "z", "window": -1})
+    assert len(str(refusal.value).splitlines()) == 5
+
+
+def test_prefill_context_parallelism(checkpoint):
+    """Only Model Runner V2 on GPUs has it; so the reason is asked for directly."""
+    config = configure(checkpoint("llama"), BACON)
+    config.parallel_config.prefill_context_parallel_size = 2
+    (reason,) = refusals.engine_reasons(config, KVCompressionConfig.parse(BACON))
+    assert "set --prefill-context-parallel-size 1" in reason
+
+
+def test_attention_features():
+    """Properties of single layers, all in one list."""
+    none = {"sinks": False, "alibi": False, "kv_sharing": False, "kv_cache_dtype": "auto"}
+    assert refusals.layer_reasons(**none) == []
+    for change, text in (
+        ({"sinks": True}, "sinks"),
+        ({"alibi": True}, "ALiBi"),
+        ({"kv_sharing": True}, "another layer"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "fp8_e4m3"),
+    ):
+        (reason,) = refusals.layer_reasons(**(none | change))
+        assert text in reason
+        assert "serve the model without --kv-compression" in reason
+    every = {"sinks": True, "alibi": True, "kv_sharing": True, "kv_cache_dtype": "fp8"}
+    assert len(refusals.layer_reasons(**every)) == 4
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [({"alibi_slopes": [0.5, 0.25]}, "ALiBi"), ({"sinks": torch.zeros(2)}, "sinks"),
+     ({"kv_sharing_target_layer_name": "layers.0"}, "another layer")],
+    ids=["alibi", "sinks", "kv-sharing"],
+)  # fmt: skip
+def test_attention_layers(checkpoint, extra, text):
+    """The layer itself refuses, when vLLM builds it."""
+    arguments = {
+        "num_heads": 2,
+        "head_size": 32,
+        "scale": 1.0,
+        "num_kv_heads": 1,
+        "alibi_slopes": None,
+        "sliding_window": None,
+        "kv_cache_dtype": "auto",
+    }
+    with set_current_vllm_config(configure(checkpoint("llama"), BACON)):
+        CompressedCPUImpl(**arguments)
+        with pytest.raises(KVCompressionError, match=text):
+            CompressedCPUImpl(**(arguments | extra))
+
+
+def test_model_without_full_attention(checkpoint):
+    """Two layers of gemma3 are two sliding windows: nothing could be compressed."""
+    with (
+        pytest.raises(KVCompressionError, match=r"(?s)full-attention.*without --kv-compression"),
+        engine(checkpoint("gemma3", layers=2), Method("bacon", 96)),
+    ):
+        pass
+
+
+def test_hybrid_manager_turned_off(checkpoint):
+    """vLLM then treats sliding windows as full attention, in one group with ours."""
+    with (
+        pytest.raises(KVCompressionError, match="hybrid KV cache manager"),
+        engine(
+            checkpoint("gemma3", layers=6),
+            Method("bacon", 96),
+            disable_hybrid_kv_cache_manager=True,
+        ),
+    ):
+        pass
+
+
+def test_streaming_sessions(checkpoint):
+    """Prompts that grow later are refused request by request."""
+    with engine(checkpoint("llama"), Method("bacon", 96)) as llm:
+        processor = llm.llm_engine.input_processor
+        arguments = ("r", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(), ("generate",))
+        with pytest.raises(KVCompressionError, match="streaming-input session"):
+            processor.process_inputs(*arguments, resumable=True)
+        assert processor.process_inputs(*arguments).request_id == "r"
+
+
+def test_inert(checkpoint):
+    """Installed but not asked for: stock classes everywhere, and the text of vLLM without us."""
+    prompts = [random_prompt(length, seed=3) for length in (333, 40)]
+    with engine(checkpoint("llama")) as llm:
+        runner = model_runner(llm)
+        for layer in runner.compilation_config.static_forward_context.values():
+            assert type(layer.impl) is CPUAttentionBackendImpl
+        (group,) = runner.attn_groups[0]
+        assert type(group.metadata_builders[0]) is CPUAttentionMetadataBuilder
+        assert type(group.kv_cache_spec) is FullAttentionSpec
+        (manager,) = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+        assert type(manager) is FullAttentionManager
+        with pytest.raises(AssertionError):
+            compressed_builder(llm)
+        answers = generate(llm, prompts)
+    code = f"""
+import json, sys
+from engine import engine, generate, random_prompt
+prompts = [random_prompt(length, seed=3) for length in (333, 40)]
+import vllm.plugins
+with engine({checkpoint("llama")!r}) as llm:
+    answers = generate(llm, prompts)
+from vllm.engine.arg_utils import EngineArgs
+assert not hasattr(EngineArgs.create_engine_config, "__vllm_kvcompress__")
+print(json.dumps([[a.token_ids, a.logprobs] for a in answers]))
+"""
+    without = result_of(run_python(code, VLLM_PLUGINS=""))
+    assert_same(
+        answers, [SimpleNamespace(token_ids=tokens, logprobs=lp) for tokens, lp in without], 0.0
+    )
+
+
+START = """
+from engine import Method, engine, generate, random_prompt
+with engine({model!r}, Method("bacon", 96){settings}) as llm:
+    print(generate(llm, [random_prompt(300, seed=1)])[0].token_ids)
+"""
+
+
+def test_worker_without_the_plugin_cannot_start(checkpoint):
+    """The worker's half is broken: no engine, rather than one that does not compress."""
+    failed = run_python(
+        START.format(model=checkpoint("llama"), settings=""),
+        PYTHONPATH=str(HERE / "broken_plugin"),
+        BROKEN_MODULE="vllm_kvcompress.adapter.worker",
+    )
+    assert failed.returncode != 0
+    assert "vllm_kvcompress.adapter.worker is broken in this test" in failed.stderr
+
+
+def test_broken_plugin_cannot_start(checkpoint):
+    """What the plugin needs at start is broken: vLLM must not go on without it."""
+    failed = run_python(
+        START.format(model=checkpoint("llama"), settings=""),
+        PYTHONPATH=str(HERE / "broken_plugin"),
+        BROKEN_MODULE="vllm_kvcompress.adapter.selection",
+    )
+    assert failed.returncode != 0
+    assert "vllm_kvcompress.adapter.selection is broken in this test" in failed.stderr
+
+
+class WorkerExtension:
+    """A user's own, named by path in test_own_worker_extension."""
+
+    def greet(self) -> str:
+        return "hello"
+
+
+def test_own_worker_extension(checkpoint):
+    """--worker-extension-cls is the user's: compression does not depend on ours being loaded."""
+    model = checkpoint("llama")
+    code = f"""
+import json
+from engine import Method, engine, generate, random_prompt
+from oracle import Oracle, OracleConfig
+prompt = random_prompt(300, seed=1)
+with engine(
+    {model!r}, Method("bacon", 96), worker_extension_cls="test_refusals.WorkerExtension"
+) as llm:
+    assert llm.collective_rpc("greet") == ["hello"]
+    ours = generate(llm, [prompt])[0].token_ids
+print(json.dumps([ours, Oracle({model!r}).generate(
+    prompt, 8, OracleConfig(budget=96, scorer="bacon")).token_ids]))
+"""
+    ours, oracle = result_of(run_python(code))
+    assert ours == oracle

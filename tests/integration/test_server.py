@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real ``vllm serve`` with our flags, over HTTP."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from subprocesses import HERE
+
+VLLM = str(Path(sys.executable).with_name("vllm"))
+DEADLINE_S = 240.0
+BUDGET, BLOCK_SIZE = 128, 32
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Of an ordinary user: engine in its own process, normal log."""
+    inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    return inherited | {"VLLM_LOGGING_LEVEL": "INFO"} | extra
+
+
+def arguments(model: str, *extra: str) -> list[str]:
+    return [
+        VLLM, "serve", model, "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M", *extra,
+    ]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A running ``vllm serve`` and its log."""
+
+    def __init__(self, model: str, *extra: str) -> None:
+        self.port = free_port()
+        self.model = model
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self.process = subprocess.Popen(
+            arguments(model, "--port", str(self.port), *extra),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            with self._news:
+                self.lines.append(line)
+                self._news.notify_all()
+        with self._news:
+            self.lines.append("")  # the end
+            self._news.notify_all()
+
+    def wait_for(self, text: str) -> str:
+        """The first log line with ``text``."""
+
+        def found():
+            hits = [line for line in self.lines if text in line]
+            return hits or (self.lines and self.lines[-1] == "")
+
+        with self._news:
+            assert self._news.wait_for(found, DEADLINE_S), f"no {text!r} in time:\n{self.log}"
+        hits = [line for line in self.lines if text in line]
+        assert hits, f"the server ended without {text!r}:\n{self.log}"
+        return hits[0]
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def request(self, method: str, path: str, body: dict | None = None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+        connection.request(
+            method,
+            path,
+            json.dumps(body) if body is not None else None,
+            {"Content-Type": "application/json"},
+        )
+        return connection, connection.getresponse()
+
+    def chat(self, page, **settings) -> dict:
+        connection, response = self.request("POST", "/v1/chat/completions", body(page, **settings))
+        answer = json.loads(response.read())
+        connection.close()
+        assert response.status == 200, answer
+        return answer
+
+    def metrics(self) -> dict[str, float]:
+        """Sample name with labels -> value, the engine's labels left out."""
+        connection, response = self.request("GET", "/metrics")
+        text = response.read().decode()
+        connection.close()
+        values: dict[str, float] = {}
+        for line in text.splitlines():
+            if line and not line.startswith("#"):
+                name, value = line.rsplit(" ", 1)
+                name = re.sub(r'(engine|model_name)="[^"]*",?', "", name)
+                name = name.replace(",}", "}").replace("{}", "")
+                values[name] = values.get(name, 0) + float(value)
+        return values
+
+
+def body(page, **settings) -> dict:
+    stream = io.BytesIO()
+    page.image.save(stream, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": page.question},
+    ]
+    return {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 8,
+        "temperature": 0,
+    } | settings
+
+
+@pytest.fixture(scope="module")
+def server(docvqa):
+    running = Server(
+        docvqa,
+        "--kv-compression", "bacon", "--kv-budget", str(BUDGET), "--kv-window", "32",
+        "--kv-compression-config", '{"kernel": 9}',
+    )  # fmt: skip
+    try:
+        running.wait_for("Application startup complete")
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def pages(make_page):
+    return [make_page(seed) for seed in range(1000, 1004)]
+
+
+def test_answers_about_pages(server, pages):
+    """The right code off a PNG, from a cache of a third of its tokens; metrics tell the same."""
+    before = server.metrics()
+    prompt_tokens = 0
+    for page in pages:
+        answer = server.chat(page)
+        assert answer["choices"][0]["message"]["content"] == page.answer
+        prompt_tokens += answer["usage"]["prompt_tokens"]
+    after = server.metrics()
+
+    def gained(name: str) -> float:
+        name = "vllm:kv_compression_" + name
+        return after[name] - before.get(name, 0)
+
+    assert gained('requests_total{outcome="compressed"}') == len(pages)
+    assert gained('requests_total{outcome="kept_whole"}') == 0
+    assert gained("prompt_tokens_total") == prompt_tokens > 300 * len(pages)
+    kept = gained("kept_tokens_total")
+    assert BUDGET * len(pages) <= kept < (BUDGET + BLOCK_SIZE) * len(pages)
+    held_before = gained('request_blocks_total{when="before"}')
+    held_after = gained('request_blocks_total{when="after"}')
+    assert held_before == sum(-(-prompt_tokens // len(pages) // BLOCK_SIZE) for _ in pages)
+    assert gained("blocks_freed_total") == held_before - held_after > 6 * len(pages)
+    assert gained("seconds_count") == len(pages)
+    assert 0 < gained("seconds_sum") < 60
+    assert gained('seconds_bucket{le="+Inf"}') == len(pages)
+
+
+def test_short_prompt_is_kept_whole(server):
+    before = server.metrics()
+    connection, response = server.request(
+        "POST", "/v1/completions", {"prompt": "a short one", "max_tokens": 4, "temperature": 0}
+    )
+    assert response.status == 200
+    response.read()
+    connection.close()
+    name = 'vllm:kv_compression_requests_total{outcome="kept_whole"}'
+    assert server.metrics()[name] - before[name] == 1
+
+
+def test_streaming(server, pages):
+    connection, response = server.request(
+        "POST", "/v1/chat/completions", body(pages[1], stream=True)
+    )
+    assert response.status == 200
+    parts = []
+    for line in response:
+        if line.startswith(b"data: {"):
+            parts.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+    connection.close()
+    assert "".join(parts) == pages[1].answer
+    assert len([part for part in parts if part]) > 1
+
+
+def test_two_choices(server, pages):
+    answer = server.chat(pages[2], n=2, temperature=1, top_k=1)
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert texts == [pages[2].answer] * 2
+
+
+def test_repeated_page_hits_the_prefix_cache(server, pages):
+    before = server.metrics()["vllm:prefix_cache_hits_total"]
+    assert server.chat(pages[0])["choices"][0]["message"]["content"] == pages[0].answer
+    assert server.metrics()["vllm:prefix_cache_hits_total"] > before
+
+
+def test_abort_by_disconnect(server, pages):
+    """The client goes away during a long answer: the request ends, the next one is fine."""
+    tokens = "vllm:generation_tokens_total"
+    before = server.metrics()[tokens]
+    connection, response = server.request(
+        "POST",
+        "/v1/chat/completions",
+        body(pages[3], stream=True, max_tokens=600, ignore_eos=True),
+    )
+    assert b"data: " in response.readline()
+    response.close()
+    connection.close()
+    assert server.chat(pages[3])["choices"][0]["message"]["content"] == pages[3].answer
+    deadline = time.monotonic() + DEADLINE_S
+    while (now := server.metrics())["vllm:num_requests_running"] > 0:
+        assert time.monotonic() < deadline, "the abandoned request is still running"
+    assert 0 < now[tokens] - before < 600
+    assert now["vllm:kv_cache_usage_perc"] == 0
+
+
+def test_log(server, pages):
+    """The banner at start, and a line of totals per interval as long as there is news."""
+    banner = server.wait_for("KV compression is on")
+    for part in (
+        "scorer bacon", "allocator uniform", f"budget {BUDGET} tokens per KV head", "window 32",
+        f"block size {BLOCK_SIZE}", "CPU", "Refused: MLA",
+    ):  # fmt: skip
+        assert part in banner
+    deadline = time.monotonic() + DEADLINE_S
+    while "KV compression so far" not in server.log:
+        assert time.monotonic() < deadline
+        server.chat(pages[0])
+    line = server.wait_for("KV compression so far")
+    found = re.search(
+        r"(\d+) requests compressed, (\d+) kept whole; (\d+) of (\d+) prompt tokens kept "
+        r"\((\d+) dropped\); (\d+) blocks returned",
+        line,
+    )
+    compressed, _, kept, seen, dropped, blocks = map(int, found.groups())
+    assert compressed > 0
+    assert kept + dropped == seen
+    assert 0 < kept < seen / 2
+    assert blocks > 0
+    assert "Traceback" not in server.log
+
+
+def ends_with_error(model: str, *extra: str, **extra_environment: str) -> str:
+    """Output of a server that must not start."""
+    done = subprocess.run(
+        arguments(model, "--port", str(free_port()), *extra),
+        env=environment(**extra_environment),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    assert "Application startup complete" not in output
+    return output
+
+
+def test_bad_method_does_not_start(docvqa):
+    output = ends_with_error(docvqa, "--kv-compression", "bacno", "--kv-budget", "many")
+    assert "unknown scorer 'bacno'. Did you mean 'bacon'? Valid: " in output
+    assert "--kv-budget: a budget is a positive number of tokens or a ratio" in output
+
+
+def test_bad_json_does_not_start(docvqa):
+    output = ends_with_error(docvqa, "--kv-compression", "bacon", "--kv-compression-config", "{x")
+    assert "--kv-compression-config is not valid JSON" in output
+
+
+def test_budget_without_method_does_not_start(docvqa):
+    output = ends_with_error(docvqa, "--kv-budget", "64")
+    assert "'method' is missing" in output or "--kv-compression" in output
+
+
+def test_missing_plugin_does_not_start(docvqa):
+    """Without us the flags do not exist, so vLLM cannot start uncompressed."""
+    output = ends_with_error(
+        docvqa,
+        "--kv-compression", "bacon",
+        PYTHONPATH=str(HERE / "broken_plugin"),
+        BROKEN_MODULE="vllm_kvcompress",
+    )  # fmt: skip
+    assert "--kv-compression" in output
+    assert "unrecognized arguments" in output
+
+
+def test_flags_survive_the_rust_front_end(docvqa, tmp_path):
+    """That front end gets vLLM's arguments as JSON and would stumble over flags it does not know.
+
+    Its binary is not in every build of vLLM, so a stand-in records what it is given and ends.
+    """
+    stand_in, record = tmp_path / "vllm-rs", tmp_path / "arguments"
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {record}\n')
+    stand_in.chmod(0o755)
+    ends_with_error(
+        docvqa,
+        "--kv-compression", "bacon", "--kv-budget", "10%",
+        VLLM_USE_RUST_FRONTEND="1",
+        VLLM_RUST_FRONTEND_PATH=str(stand_in),
+    )  # fmt: skip
+    passed = json.loads(record.read_text().strip().splitlines()[-1])
+    assert passed["additional_config"]["kv_compression"]["method"] == "bacon"
+    assert not any(key.startswith("kv_compression") or key == "kv_budget" for key in passed)
