@@ -10,13 +10,15 @@ import gc
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 from vllm import LLM, SamplingParams
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import core
 
 from vllm_kvcompress.adapter import runner as adapter_runner
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
@@ -52,6 +54,9 @@ class Answer:
     num_cached_tokens: int | None = None
 
 
+_open: set[int] = set()
+
+
 @contextmanager
 def engine(model: str, method: Method | None = None, **settings) -> Iterator[LLM]:
     """An ``LLM`` with small defaults, shut down at the end."""
@@ -76,11 +81,17 @@ def make_llm(model: str, method: Method | None = None, **settings) -> LLM:
     }
     if method is not None:
         defaults["additional_config"] = method.additional_config
-    return LLM(model, **(defaults | settings))
+    llm = LLM(model, **(defaults | settings))
+    _open.add(id(llm))
+    return llm
 
 
 def close(llm: LLM) -> None:
-    llm.llm_engine.engine_core.shutdown()
+    """Shut down; the process groups that all engines of this process share go with the last one."""
+    _open.discard(id(llm))
+    alone = nullcontext() if not _open else patch.object(core, "cleanup_dist_env_and_memory")
+    with alone:
+        llm.llm_engine.engine_core.shutdown()
     gc.collect()
 
 

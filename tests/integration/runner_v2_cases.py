@@ -15,6 +15,7 @@ from engine import (
     generate,
     greedy,
     model_runner,
+    page_prompt,
     random_prompt,
     request_slots,
     scheduler_of,
@@ -180,3 +181,18 @@ def test_storm(model):
         assert len(done) > 25
         wanted = expected(model, method)
         assert_same([stepper.done[n] for n in done], [wanted[int(n) % 6] for n in done])
+
+
+def test_images(docvqa, make_page):
+    """M-RoPE and image tokens on this runner."""
+    page = make_page(1000)
+    method = Method("bacon+adakv", 128, options=(("alpha", 0.0), ("kernel", 9)))
+    with engine(docvqa, method, max_num_batched_tokens=200, **SETTINGS) as llm:
+        stepper = Stepper(llm)
+        stepper.add("page", page_prompt(page), greedy(5))
+        stepper.run()
+    config = OracleConfig(budget=128, scorer="bacon", allocator="adakv", alpha=0.0, kernel=9)
+    ids = stepper.prompts["page"]
+    expected = Oracle(docvqa).generate(ids, 5, config, page.image)
+    assert_same([stepper.done["page"]], [expected], 5e-5)
+    assert stepper.done["page"].text.startswith(page.answer)
