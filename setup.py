@@ -6,8 +6,14 @@ The operations are built where torch can be imported, that is with ``pip install
 """
 
 import importlib.util
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+# what makes at::parallel_for parallel; the linker is not told, because the OpenMP runtime is to be
+# the one that torch has loaded
+THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def native() -> dict:
@@ -18,8 +24,8 @@ def native() -> dict:
 
     cpu = CppExtension(
         "vllm_kvcompress._cpu",
-        ["csrc/cpu/head_pages.cpp"],
-        extra_compile_args=["-O3", "-std=c++20"],
+        sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+        extra_compile_args=["-O3", "-std=c++20", *THREADS],
         optional=True,  # a machine without a compiler gets the plain definitions
     )
     return {"ext_modules": [cpu], "cmdclass": {"build_ext": BuildExtension}}

@@ -11,16 +11,12 @@ Every operation is defined in ``reference.py``. Where the device has a faster on
 picks it: Triton on a GPU, C++ on a CPU.
 """
 
+from types import ModuleType
+
 import torch
 
 from vllm_kvcompress.kernels import native, reference
-from vllm_kvcompress.kernels.reference import (
-    PageLayout,
-    PromptPages,
-    calibrate,
-    pool_prefix,
-    select_tokens,
-)
+from vllm_kvcompress.kernels.reference import PageLayout, PromptPages
 
 
 def head_page_tables(
@@ -42,15 +38,82 @@ def window_scores(
     softcap: float = 0.0,
     reduction: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``reference.window_scores``, on paged keys; Triton on a GPU."""
+    """See ``reference.window_scores``, on paged keys; Triton on a GPU, C++ on a CPU."""
     if prompts.pages.is_cuda:
         from vllm_kvcompress.kernels import window_attention
 
         return window_attention.window_scores(
             queries, prompts, prompt_lens, scale, softcap, reduction
         )
+    if _native(prompts.pages, prompts.layout):
+        return native.window_scores(queries, prompts, prompt_lens, scale, softcap, reduction)
     keys = read_prompt(prompts, "key")
     return reference.window_scores(queries, keys, prompt_lens, scale, softcap, reduction)
+
+
+def column_sums(
+    queries: torch.Tensor,
+    lengths: torch.Tensor,
+    positions: torch.Tensor,
+    prompts: PromptPages,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.column_sums``, on paged keys; Triton on a GPU, C++ on a CPU."""
+    if prompts.pages.is_cuda:
+        from vllm_kvcompress.kernels import column_attention
+
+        return column_attention.column_sums(queries, lengths, positions, prompts, scale, softcap)
+    if _native(prompts.pages, prompts.layout):
+        return native.column_sums(queries, lengths, positions, prompts, scale, softcap)
+    keys = read_prompt(prompts, "key")
+    return reference.column_sums(queries, lengths, positions, keys, scale, softcap)
+
+
+def pool_prefix(
+    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
+) -> torch.Tensor:
+    """See ``reference.pool_prefix``; one Triton launch on a GPU, C++ on a CPU."""
+    if scores.is_cuda:
+        from vllm_kvcompress.kernels import calibration
+
+        return calibration.pool_prefix(scores, num_scored, kernel, kind)
+    return _on_host().pool_prefix(scores, num_scored, kernel, kind)
+
+
+def calibrate_scores(
+    mean: torch.Tensor, *args: torch.Tensor | list[torch.Tensor], **options: float | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``reference.calibrate_scores``; two Triton launches on a GPU, C++ on a CPU."""
+    if mean.is_cuda:
+        from vllm_kvcompress.kernels import calibration
+
+        return calibration.calibrate_scores(mean, *args, **options)
+    return _on_host().calibrate_scores(mean, *args, **options)
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    count: torch.Tensor,
+    num_candidates: torch.Tensor,
+    pinned_end: torch.Tensor,
+    max_count: int,
+) -> torch.Tensor:
+    """See ``reference.select_tokens``; Triton on a GPU, C++ on a CPU."""
+    if scores.is_cuda:
+        from vllm_kvcompress.kernels import selection
+
+        return selection.select_tokens(scores, count, num_candidates, pinned_end, max_count)
+    return _on_host().select_tokens(scores, count, num_candidates, pinned_end, max_count)
+
+
+def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """See ``reference.head_counts``; two Triton launches on a GPU, C++ on a CPU."""
+    if base.is_cuda:
+        from vllm_kvcompress.kernels import head_budgets
+
+        return head_budgets.head_counts(base, capacity, normalize)
+    return _on_host().head_counts(base, capacity, normalize)
 
 
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
@@ -60,16 +123,32 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     return reference.read_prompt(prompts, part)
 
 
-def compact_pages(prompts: PromptPages, *args: torch.Tensor) -> None:
-    """See ``reference.compact_pages``; Triton on a GPU, C++ for the page layouts of a CPU."""
+def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """See ``reference.stage_tokens``; Triton on a GPU, C++ for the page layouts of a CPU."""
     if prompts.pages.is_cuda:
         from vllm_kvcompress.kernels import compaction
 
-        compaction.compact_pages(prompts, *args)
+        return compaction.stage_tokens(prompts, kept, count)
+    if _native(prompts.pages, prompts.layout):
+        return native.stage_tokens(prompts, kept, count)
+    return reference.stage_tokens(prompts, kept, count)
+
+
+def write_pages(prompts: PromptPages, *args: torch.Tensor | int) -> None:
+    """See ``reference.write_pages``; Triton on a GPU, C++ for the page layouts of a CPU."""
+    if prompts.pages.is_cuda:
+        from vllm_kvcompress.kernels import compaction
+
+        compaction.write_pages(prompts, *args)
     elif _native(prompts.pages, prompts.layout):
-        native.compact_pages(prompts, *args)
+        native.write_pages(prompts, *args)
     else:
-        reference.compact_pages(prompts, *args)
+        reference.write_pages(prompts, *args)
+
+
+def _on_host() -> ModuleType:
+    """The module with the operations on scores that lie in the memory of the host."""
+    return native if native.available() else reference
 
 
 def _native(pages: torch.Tensor, layout: PageLayout) -> bool:
@@ -79,21 +158,24 @@ def _native(pages: torch.Tensor, layout: PageLayout) -> bool:
 def describe(device_type: str) -> str:
     """What runs on a device, for the start-up line."""
     if device_type == "cuda":
-        return "window_scores, compact_pages and head_page_tables in Triton, the rest in torch"
+        return "read_prompt in torch, the rest in Triton"
     if native.available():
-        return "read_prompt and compact_pages in C++, the rest in torch"
+        return "C++ for everything but head_page_tables, which is torch"
     return "torch (C++ was not built: install with --no-build-isolation and a compiler)"
 
 
 __all__ = [
     "PageLayout",
     "PromptPages",
-    "calibrate",
-    "compact_pages",
+    "calibrate_scores",
+    "column_sums",
     "describe",
+    "head_counts",
     "head_page_tables",
     "pool_prefix",
     "read_prompt",
     "select_tokens",
+    "stage_tokens",
     "window_scores",
+    "write_pages",
 ]

@@ -38,20 +38,140 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     )
 
 
-def compact_pages(
+def window_scores(
+    queries: torch.Tensor,
     prompts: PromptPages,
-    kept: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.window_scores``, on paged keys."""
+    pages, block_table, num_kv_heads, layout = prompts
+    return torch.ops.vllm_kvcompress.window_scores(
+        queries,
+        pages,
+        block_table,
+        num_kv_heads,
+        layout.key_index,
+        prompt_lens,
+        scale,
+        softcap,
+        reduction == "max",
+    )
+
+
+def column_sums(
+    queries: torch.Tensor,
+    lengths: torch.Tensor,
+    positions: torch.Tensor,
+    prompts: PromptPages,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.column_sums``, on paged keys."""
+    pages, block_table, num_kv_heads, layout = prompts
+    return torch.ops.vllm_kvcompress.column_sums(
+        queries,
+        lengths,
+        positions,
+        pages,
+        block_table,
+        num_kv_heads,
+        layout.key_index,
+        scale,
+        softcap,
+    )
+
+
+def pool_prefix(
+    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
+) -> torch.Tensor:
+    """See ``reference.pool_prefix``."""
+    if kernel == 1:
+        return scores
+    return torch.ops.vllm_kvcompress.pool_prefix(scores, num_scored, kernel, kind == "max")
+
+
+def calibrate_scores(
+    mean: torch.Tensor,
+    last: torch.Tensor,
+    trace: list[torch.Tensor],
+    num_scored: torch.Tensor,
+    capacity: torch.Tensor,
+    *,
+    kernel: int,
+    pool: str,
+    mode: str,
+    local_k: int,
+    lambda_c: float,
+    topk_frac: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``reference.calibrate_scores``."""
+    return torch.ops.vllm_kvcompress.calibrate_scores(
+        mean,
+        last,
+        trace,
+        num_scored,
+        capacity,
+        kernel,
+        pool == "max",
+        mode,
+        local_k,
+        lambda_c,
+        topk_frac,
+    )
+
+
+def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """See ``reference.head_counts``."""
+    return torch.ops.vllm_kvcompress.head_counts(base, capacity, normalize)
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    count: torch.Tensor,
+    num_candidates: torch.Tensor,
+    pinned_end: torch.Tensor,
+    max_count: int,
+) -> torch.Tensor:
+    """See ``reference.select_tokens``."""
+    return torch.ops.vllm_kvcompress.select_tokens(
+        scores, count, num_candidates, pinned_end, max_count
+    )
+
+
+def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """See ``reference.stage_tokens``."""
+    pages, block_table, _, layout = prompts
+    return torch.ops.vllm_kvcompress.stage_tokens(
+        pages,
+        block_table,
+        kept,
+        count,
+        layout.key_index,
+        layout.value_index,
+        layout.block_size,
+        layout.head_size,
+    )
+
+
+def write_pages(
+    prompts: PromptPages,
+    staged: torch.Tensor,
     page_count: torch.Tensor,
     page_start: torch.Tensor,
     num_full_blocks: torch.Tensor,
     num_kept_blocks: torch.Tensor,
+    layer_pages: int = 0,
 ) -> None:
-    """See ``reference.compact_pages``; pages that no head owns are not touched."""
-    pages, block_table, _, layout = prompts
-    torch.ops.vllm_kvcompress.compact_pages(
+    """See ``reference.write_pages``; pages that no head owns are not touched."""
+    pages, block_table, num_kv_heads, layout = prompts
+    torch.ops.vllm_kvcompress.write_pages(
         pages,
         block_table,
-        kept,
+        num_kv_heads,
+        staged,
         page_count,
         page_start,
         num_full_blocks,
@@ -60,4 +180,5 @@ def compact_pages(
         layout.value_index,
         layout.block_size,
         layout.head_size,
+        layer_pages,
     )

@@ -20,6 +20,8 @@ def _head_page_tables_kernel(
     block_table_stride,
     width,
     num_heads,
+    layer,
+    layer_pages,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -37,12 +39,15 @@ def _head_page_tables_kernel(
     m_page = o_page < width
     number = start + o_page
     compacted = o_page < count
-    block = tl.where(compacted, num_full - num_kept + number % num_kept, num_full + o_page - count)
+    within = number % (num_kept * num_heads)
+    block = tl.where(compacted, num_full - num_kept + within % num_kept, num_full + o_page - count)
     block = tl.minimum(tl.maximum(block, 0), num_blocks - 1)
-    head = tl.where(compacted, number // num_kept, i_head)
+    head = tl.where(compacted, within // num_kept, i_head)
+    owner = tl.where(compacted, number // (num_kept * num_heads), layer)
     p_block = block_table_ptr + i_row * block_table_stride + block
     b_block = tl.load(p_block, mask=m_page, other=0)
-    tl.store(table_ptr + i_seq * width + o_page, b_block * num_heads + head, mask=m_page)
+    page = owner * layer_pages + b_block * num_heads + head
+    tl.store(table_ptr + i_seq * width + o_page, page, mask=m_page)
 
     if i_tile == 0:
         seq_len = tl.load(seq_lens_ptr + i_row)
@@ -59,6 +64,8 @@ def head_page_tables(
     page_start: torch.Tensor,
     block_size: int,
     width: int,
+    layer: int = 0,
+    layer_pages: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.head_page_tables``. Moves 4 bytes in and out per table entry."""
     num_rows, num_heads = page_count.shape
@@ -78,6 +85,8 @@ def head_page_tables(
         block_table.stride(0),
         width,
         num_heads,
+        layer,
+        layer_pages,
         BLOCK_SIZE=block_size,
         TILE=tile,
     )

@@ -7,9 +7,17 @@ All of them are batched over requests, run on any device and never ask the host 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-_EPS = 1e-8
+from vllm_kvcompress.kernels.reference_scores import (
+    calibrate,
+    calibrate_scores,
+    head_counts,
+    pool_prefix,
+    select_tokens,
+)
+
+_ROWS_PER_TILE = 128
+"""Rows whose probabilities over all keys are in memory at the same time."""
 
 
 class PageLayout(NamedTuple):
@@ -88,130 +96,6 @@ def window_scores(
     return mean.masked_fill(outside, 0.0), last.masked_fill(outside, 0.0)
 
 
-def pool_prefix(
-    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
-) -> torch.Tensor:
-    """Pooling over the scored prefix, stride 1, same length.
-
-    "avg" divides by ``kernel`` everywhere: positions outside the prefix count as zeros. "max"
-    ignores them. Columns t >= n come back as 0.
-
-    Args:
-        scores: [N, Hkv, T] float32.
-        num_scored: [N] int64, n.
-    """
-    if kernel == 1:
-        return scores
-    outside = (torch.arange(scores.shape[2], device=scores.device) >= num_scored[:, None])[:, None]
-    if kind == "avg":
-        x = scores.masked_fill(outside, 0.0)
-        pooled = F.avg_pool1d(x, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
-    else:
-        x = scores.masked_fill(outside, float("-inf"))
-        pooled = F.max_pool1d(x, kernel, stride=1, padding=kernel // 2)
-    return pooled.masked_fill(outside, 0.0)
-
-
-def calibrate(
-    base: torch.Tensor,
-    evidence: torch.Tensor,
-    trace: list[torch.Tensor],
-    num_scored: torch.Tensor,
-    capacity: torch.Tensor,
-    *,
-    mode: str,
-    local_k: int,
-    lambda_c: float,
-    topk_frac: float,
-) -> torch.Tensor:
-    """BACON's calibrated score S = B + lambda * V.
-
-    Args:
-        base: B [N, Hkv, T] float32, 0 at t >= n.
-        evidence: E = max(Q - B, 0), same shape.
-        trace: evidence of previous layers, same shape each; may be empty.
-        num_scored: [N] int64, n.
-        capacity: [N] int64, nominal scored tokens per head.
-        mode: "e", "el", "elt" or "rel".
-
-    Returns:
-        [N, Hkv, T] float32, meaningless at t >= n.
-    """
-    value = evidence
-    if mode != "e":
-        coherence = pool_prefix(evidence, num_scored, local_k)
-        if mode == "rel":
-            neighbours = pool_prefix(base, num_scored, local_k)
-            coherence = coherence * neighbours / (neighbours + base + _EPS)
-        value = value + coherence
-    if mode in ("elt", "rel") and trace:
-        layers = torch.stack(trace)
-        persistence = layers.mean(0)
-        if mode == "rel":
-            persistence = (persistence - layers.std(0, correction=0)).clamp_min(0)
-        value = value + persistence
-    top = (topk_frac * capacity.double()).long().clamp_min(1).minimum(num_scored)
-    base_mean, base_std = _top_statistics(base, num_scored, top)
-    value_mean, value_std = _top_statistics(value, num_scored, top)
-    strength = lambda_c * base_std / (value_std + _EPS)
-    if mode == "elt":
-        strength = strength * (value_mean / (base_mean + _EPS)).clamp(0, 1)
-    return base + strength[:, :, None] * value
-
-
-def _top_statistics(
-    scores: torch.Tensor, num_scored: torch.Tensor, top: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and population deviation of the ``top`` [N] largest of each head's prefix.
-
-    Returns:
-        [N, Hkv] each.
-    """
-    position = torch.arange(scores.shape[2], device=scores.device)
-    ranked = scores.masked_fill((position >= num_scored[:, None])[:, None], float("-inf"))
-    ranked = ranked.sort(dim=2, descending=True).values
-    count = top[:, None, None]
-    outside = position >= count
-    mean = ranked.masked_fill(outside, 0.0).sum(2, keepdim=True) / count
-    square = (ranked - mean).square().masked_fill(outside, 0.0).sum(2) / top[:, None]
-    return mean[..., 0], square.sqrt()
-
-
-def select_tokens(
-    scores: torch.Tensor,
-    count: torch.Tensor,
-    num_candidates: torch.Tensor,
-    pinned_end: torch.Tensor,
-    max_count: int,
-) -> torch.Tensor:
-    """Exact top-k of every head, in ascending position.
-
-    Candidates are positions [0, num_candidates); [num_candidates, pinned_end) is always kept and
-    counts. Larger scores first, ties by lower position; NaN ranks below -inf.
-
-    Args:
-        scores: [N, Hkv, T] float32.
-        count: [N, Hkv] int64, positions to keep, pinned ones included.
-        num_candidates, pinned_end: [N] int64.
-        max_count: at least ``count.max()``, known to the host.
-
-    Returns:
-        [N, Hkv, max_count] int64; entries beyond ``count`` are T (out of range).
-    """
-    length = scores.shape[2]
-    position = torch.arange(length, device=scores.device)
-    bits = (scores + 0.0).view(torch.int32)  # +0.0: both zeros rank alike
-    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # order-preserving
-    key = key.masked_fill(scores.isnan(), -(1 << 31))
-    candidate = position < num_candidates[:, None]
-    pinned = ~candidate & (position < pinned_end[:, None])
-    key = key.masked_fill(pinned[:, None], 1 << 31)
-    key = key.masked_fill(~(candidate | pinned)[:, None], -(1 << 32))
-    ranked = key.argsort(dim=2, descending=True, stable=True)[:, :, :max_count]
-    rank = torch.arange(ranked.shape[2], device=scores.device)
-    return ranked.masked_fill(rank >= count[:, :, None], length).sort(dim=2).values
-
-
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """Keys or values of whole prompts in token order.
 
@@ -235,56 +119,82 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     return rows.reshape(num, num_kv_heads, num_blocks * size, head_size)
 
 
-def compact_pages(
+def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Copy kept tokens out of the prompts' pages, element by element whatever their type.
+
+    Args:
+        kept: [N, Hkv, K] int64 positions; entries beyond ``count`` are arbitrary.
+        count: [N, Hkv] int64, positions of each head.
+
+    Returns:
+        [N, Hkv, K, 2 * D]: D key elements, then D value elements; garbage beyond ``count``.
+    """
+    pages, block_table, _, layout = prompts
+    num, num_heads, _ = kept.shape
+    size = layout.block_size
+    block = (kept // size).clamp(max=block_table.shape[1] - 1)
+    head = torch.arange(num_heads, device=pages.device)[:, None]
+    source = block_table.gather(1, block.view(num, -1)).view_as(kept) * num_heads + head
+    key_index, value_index = _index_tables(layout, pages.device)
+    token = kept % size
+    element = torch.cat([key_index[token], value_index[token]], dim=-1)  # [N, Hkv, K, 2 * D]
+    return pages[source[..., None], element]
+
+
+def write_pages(
     prompts: PromptPages,
-    kept: torch.Tensor,
+    staged: torch.Tensor,
     page_count: torch.Tensor,
     page_start: torch.Tensor,
     num_full_blocks: torch.Tensor,
     num_kept_blocks: torch.Tensor,
+    layer_pages: int = 0,
 ) -> None:
-    """Copy the kept tokens, in order, into the head pages of the kept blocks. In place.
+    """Write runs of staged tokens, in order, into the head pages of the kept blocks. In place.
 
-    The n kept blocks offer a row of n * Hkv pages: number i is block i % n of them, head i // n.
-    Head h owns numbers [page_start, page_start + page_count). Sources and targets overlap;
-    everything is read before anything is written. Elements move as they are, whatever their type.
+    The n kept blocks offer a row of n * Hkv pages per layer: number i is block i % n of them, head
+    i // n; numbers of the next layer follow on. Run x fills the pages with the numbers
+    [page_start, page_start + page_count).
 
     Args:
-        prompts: whose pages are rewritten.
-        kept: [N, Hkv, K] int64 positions, ascending, K a multiple of block_size; entries beyond
-            page_count * block_size go to page 0, which belongs to a block that nobody reads (vLLM's
-            null block): cheaper than asking the host which of them there are.
-        page_count, page_start: [N, Hkv] int64.
+        prompts: whose pages are written. Pages of one layer, or of all layers that share theirs.
+        staged: [N, X, K, 2 * D] as from :func:`stage_tokens`, K a multiple of block_size. Entries
+            beyond page_count * block_size go to page 0, which belongs to a block that nobody reads
+            (vLLM's null block): cheaper than asking the host which of them there are.
+        page_count, page_start: [N, X] int64.
         num_full_blocks, num_kept_blocks: [N] int64, m and n.
+        layer_pages: pages from one layer to the next; 0 when ``prompts`` has one layer's only.
     """
-    pages, block_table, _, layout = prompts
-    num, num_heads, max_kept = kept.shape
-    size, head_size = layout.block_size, layout.head_size
-    device = pages.device
-    last = block_table.shape[1] - 1
-    block = (kept // size).clamp(max=last)
-    head = torch.arange(num_heads, device=device)[:, None]
-    source = block_table.gather(1, block.view(num, -1)).view_as(kept) * num_heads + head
-
-    key_index, value_index = _index_tables(layout, device)
-    token = kept % size
-    element = torch.cat([key_index[token], value_index[token]], dim=-1)  # [N, Hkv, K, 2 * D]
-    staged = pages[source[..., None], element]
-
-    number = page_start[:, :, None] + torch.arange(
-        max_kept // size, device=device
-    )  # [N, Hkv, pages]
-    kept_blocks = num_kept_blocks[:, None, None]
-    target_block = num_full_blocks[:, None, None] - kept_blocks + number % kept_blocks
-    target_head = number // kept_blocks
-    target_block = target_block.clamp(0, last)
-    target = (
-        block_table.gather(1, target_block.view(num, -1)).view_as(number) * num_heads + target_head
+    pages, block_table, num_heads, layout = prompts
+    max_kept = staged.shape[2]
+    size, head_size, device = layout.block_size, layout.head_size, pages.device
+    index = torch.arange(max_kept // size, device=device)
+    number = page_start[:, :, None] + index  # [N, X, pages]
+    target = _page_ids(
+        number, block_table, num_full_blocks, num_kept_blocks, num_heads, layer_pages
     )
-    owned = torch.arange(max_kept // size, device=device) < page_count[:, :, None]
-    target = target.masked_fill(~owned, 0)
+    target = target.masked_fill(index >= page_count[:, :, None], 0)
+    key_index, value_index = _index_tables(layout, device)
     element = torch.cat([key_index, value_index], dim=-1)  # [block_size, 2 * D]
     pages[target[..., None, None], element] = staged.view(*target.shape, size, 2 * head_size)
+
+
+def _page_ids(
+    number: torch.Tensor,
+    block_table: torch.Tensor,
+    num_full_blocks: torch.Tensor,
+    num_kept_blocks: torch.Tensor,
+    num_heads: int,
+    layer_pages: int,
+) -> torch.Tensor:
+    """Ids of the pages with a number [N, ...] in the row of :func:`write_pages`."""
+    kept = num_kept_blocks[:, None, None]
+    layer = number // (kept * num_heads)
+    within = number % (kept * num_heads)
+    block = num_full_blocks[:, None, None] - kept + within % kept
+    block = block.clamp(0, block_table.shape[1] - 1)
+    block = block_table.gather(1, block.view(len(block), -1).long()).view_as(block)
+    return layer * layer_pages + block * num_heads + within // kept
 
 
 def _index_tables(layout: PageLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,6 +215,8 @@ def head_page_tables(
     page_start: torch.Tensor,
     block_size: int,
     width: int,
+    layer: int = 0,
+    layer_pages: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Page table and length of each (request, KV head) as a sequence of its own.
 
@@ -317,23 +229,84 @@ def head_page_tables(
         block_table: [R, B] int32.
         seq_lens: [R] int32, logical length.
         num_full_blocks, num_kept_blocks: [R] int32, m and n.
-        page_count, page_start: [R, Hkv] int32, as in :func:`compact_pages`.
+        page_count, page_start: [R, Hkv] int32, as in :func:`write_pages`.
         width: pages per row of the result.
+        layer, layer_pages: of the pages that were not compacted, as in :func:`write_pages`; both 0
+            when a table is for one layer's pages only.
 
     Returns:
-        Tables [R * Hkv, width] int32, page ids of one layer; entries past the length are valid ids.
+        Tables [R * Hkv, width] int32, page ids; entries past the length are valid ids.
         Lengths kv_len [R * Hkv] int32.
     """
     num, num_heads = page_count.shape
-    last = block_table.shape[1] - 1
     index = torch.arange(width, dtype=torch.int32, device=block_table.device)
     count = page_count[:, :, None]
-    m, n = num_full_blocks[:, None, None], num_kept_blocks[:, None, None]
-    number = page_start[:, :, None] + index  # [R, Hkv, width]
-    compacted = index < count
-    block = torch.where(compacted, m - n + number % n, m + index - count).clamp_(0, last)
-    own_head = torch.arange(num_heads, dtype=torch.int32, device=block_table.device)[:, None]
-    head = torch.where(compacted, number // n, own_head)
-    table = block_table.gather(1, block.view(num, -1).long()).view_as(block) * num_heads + head
-    kv_len = seq_lens[:, None] + (page_count - num_full_blocks[:, None]) * block_size
+    m, n = num_full_blocks, num_kept_blocks
+    compacted = _page_ids(page_start[:, :, None] + index, block_table, m, n, num_heads, layer_pages)
+    block = (m[:, None, None] + index - count).clamp_(0, block_table.shape[1] - 1)
+    block = block_table.gather(1, block.view(num, -1).long()).view_as(block)
+    head = torch.arange(num_heads, dtype=torch.int32, device=block_table.device)[:, None]
+    natural = layer * layer_pages + block * num_heads + head
+    # numbers past a head's own may lie in a layer that does not exist
+    table = torch.where(index < count, compacted, natural)
+    kv_len = seq_lens[:, None] + (page_count - m[:, None]) * block_size
     return table.view(num * num_heads, width), kv_len.clamp_(min=0).view(num * num_heads)
+
+
+def column_sums(
+    queries: torch.Tensor,
+    lengths: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attention that each key receives from the rows of a prefill chunk.
+
+    Args:
+        queries: [M, C, Hq, D] of the chunks, right-aligned: a request's rows are its last ones.
+        lengths: [M] int64, rows of each request.
+        positions: [M] int64, position of its first row.
+        keys: [M, Hkv, T, D]; anything past the last row's position.
+
+    Returns:
+        [M, Hkv, T] float32, summed over rows, mean over the query heads of a KV head.
+    """
+    num, width, num_q_heads, head_size = queries.shape
+    num_kv_heads, length = keys.shape[1:3]
+    group = num_q_heads // num_kv_heads
+    total = torch.zeros(num, num_kv_heads, length, device=keys.device)
+    key_position = torch.arange(length, device=keys.device)
+    columns = keys.float().transpose(2, 3)
+    index = torch.arange(width, device=keys.device) - width  # -1 is the last row
+    row_position = positions[:, None] + lengths[:, None] + index  # [M, C]
+    valid = index >= -lengths[:, None]
+    for start in range(0, width, _ROWS_PER_TILE):
+        tile = slice(start, start + _ROWS_PER_TILE)
+        rows = (queries[:, tile].float() * scale).view(num, -1, num_kv_heads, group, head_size)
+        rows = rows.permute(0, 2, 3, 1, 4)  # [M, Hkv, G, rows, D]
+        logits = torch.matmul(rows, columns[:, :, None])
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        hidden = key_position > row_position[:, tile, None]
+        probs = logits.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
+        probs.masked_fill_(~valid[:, None, None, tile, None], 0.0)
+        total += probs.sum(3).mean(2)
+    return total
+
+
+__all__ = [
+    "PageLayout",
+    "PromptPages",
+    "calibrate",
+    "calibrate_scores",
+    "column_sums",
+    "head_counts",
+    "head_page_tables",
+    "pool_prefix",
+    "read_prompt",
+    "select_tokens",
+    "stage_tokens",
+    "window_scores",
+    "write_pages",
+]

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvcompress.kernels import paged_keys
 from vllm_kvcompress.kernels.reference import PromptPages
 
 _KEYS_PER_SPLIT = 1024
@@ -39,19 +40,11 @@ def _logits(
     m_key = o_key < prompt_len
     p_q = ((i_row * WINDOW + o_w[:, None]) * num_q_heads + i_group) * HEAD_SIZE + o_d[None, :]
     b_q = tl.load(q_ptr + p_q, mask=m_w[:, None] & m_d[None, :], other=0.0)
-    page = tl.load(table_ptr + i_row * num_blocks + o_key // PAGE_TOKENS, mask=m_key, other=0)
-    page = page.to(tl.int64) * num_kv_heads + i_head
-    p_k = (page * PAGE_TOKENS + o_key % PAGE_TOKENS) * (2 * HEAD_SIZE)
-    b_k = tl.load(
-        pages_ptr + p_k[None, :] + o_d[:, None], mask=m_d[:, None] & m_key[None, :], other=0.0
-    )
-    if EXACT:
-        b_z = tl.dot(b_q.to(tl.float32), b_k.to(tl.float32), input_precision="ieee") * scale
-    else:
-        b_z = tl.dot(b_q, b_k) * scale
-    if HAS_SOFTCAP:
-        half = tl.exp(-2.0 * tl.abs(b_z / softcap))  # tanh from a decaying exponential
-        b_z = tl.where(b_z < 0, -1.0, 1.0) * softcap * (1.0 - half) / (1.0 + half)
+    b_k = paged_keys.load_keys(
+        pages_ptr, table_ptr, i_row, i_head, o_key, m_key, num_kv_heads, num_blocks, HEAD_SIZE,
+        PAGE_TOKENS, BLOCK_D,
+    )  # fmt: skip
+    b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
     visible = o_key[None, :] <= prompt_len - WINDOW + o_w[:, None]
     return tl.where(visible & m_w[:, None] & m_key[None, :], b_z, float("-inf"))
 

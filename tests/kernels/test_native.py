@@ -3,10 +3,19 @@
 
 import pytest
 import torch
+from compactions import (
+    HEADS,
+    LAYER_PAGES,
+    NUM_FULL,
+    NUM_KEPT,
+    random_kept,
+    random_prompts,
+    random_runs,
+)
 
 from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference
 
-HEADS, HEAD_SIZE = 3, 24
+HEAD_SIZE = 24
 
 
 def permuted_layout(block_size: int, generator: torch.Generator) -> PageLayout:
@@ -35,27 +44,33 @@ def test_read_prompt(block_size, dtype, part):
 
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_compact_pages(block_size, dtype):
-    """Ragged heads, sources inside the targets, several requests; other pages stay as they are."""
-    generator = torch.Generator().manual_seed(block_size)
-    layout = permuted_layout(block_size, generator)
-    num_full, num_kept = torch.tensor([9, 4, 30]), torch.tensor([2, 3, 5])
-    blocks = torch.randperm(99, generator=generator)[:90].view(3, 30) + 1  # block 0 is nobody's
-    count = torch.tensor([[1, 2, 3], [3, 3, 3], [0, 14, 1]])
-    start = count.cumsum(1) - count
-    max_kept = 14 * block_size
-    kept = torch.full((3, HEADS, max_kept), 30 * block_size)
-    for i in range(3):
-        for head in range(HEADS):
-            num = int(count[i, head]) * block_size
-            order = torch.randperm(int(num_full[i]) * block_size, generator=generator)
-            kept[i, head, :num] = order[:num].sort().values
-    shape = (100 * HEADS, 2 * block_size * HEAD_SIZE)
-    pages = torch.randint(0, 200, shape, generator=generator).to(dtype)
-    expected, found = pages.clone(), pages.clone()
-    tables = (kept, count, start, num_full, num_kept)
-    reference.compact_pages(PromptPages(expected, blocks, HEADS, layout), *tables)
-    native.compact_pages(PromptPages(found, blocks, HEADS, layout), *tables)
+def test_stage_tokens(block_size, dtype):
+    """Ragged heads of several requests, counts inside a page."""
+    layout = permuted_layout(block_size, torch.Generator().manual_seed(block_size))
+    prompts = random_prompts(layout, dtype)
+    kept, count = random_kept(block_size)
+    expected = reference.stage_tokens(prompts, kept, count)
+    found = native.stage_tokens(prompts, kept, count)
+    used = torch.arange(kept.shape[2]) < count[:, :, None]
+    assert found.shape == expected.shape
+    assert found.dtype == dtype
+    assert torch.equal(found[used], expected[used])
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(("layers", "in_one"), [(1, False), (2, False), (2, True)])
+def test_write_pages(block_size, dtype, layers, in_one):
+    """Runs that cross heads and layers; other pages stay as they are, the null block's too."""
+    layout = permuted_layout(block_size, torch.Generator().manual_seed(block_size))
+    prompts = random_prompts(layout, dtype, layers)
+    runs = random_runs(layout, dtype, layers, in_one)
+    layer_pages = LAYER_PAGES if layers > 1 else 0
+    found, expected = prompts.pages.clone(), prompts.pages.clone()
+    tables = (*runs, NUM_FULL, NUM_KEPT, layer_pages)
+    reference.write_pages(prompts._replace(pages=expected), *tables)
+    native.write_pages(prompts._replace(pages=found), *tables)
     assert torch.equal(found[HEADS:], expected[HEADS:])
-    assert torch.equal(found[:HEADS], pages[:HEADS])
-    assert not torch.equal(found, pages)
+    assert torch.equal(found[:HEADS], prompts.pages[:HEADS])
+    changed = (found != prompts.pages).any(1).view(layers, -1).sum(1)
+    assert changed.tolist() == [int(NUM_KEPT.sum()) * HEADS] * layers

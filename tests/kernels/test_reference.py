@@ -11,13 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvcompress.kernels.reference import (
-    PageLayout,
-    PromptPages,
     calibrate,
-    compact_pages,
-    head_page_tables,
+    column_sums,
     pool_prefix,
-    read_prompt,
     select_tokens,
     window_scores,
 )
@@ -95,6 +91,69 @@ class TestWindowScores:
         window_scores(queries, keys, torch.tensor([6]), 1.0)
         assert queries.equal(copies[0])
         assert keys.equal(copies[1])
+
+
+class TestColumnSums:
+    SCALE = 0.4
+
+    def naive(self, queries, keys, lengths, positions, softcap):
+        """[M, Hkv, T], one attention row at a time; queries [M, C, Hq, D] right-aligned."""
+        num, width, num_q, _ = queries.shape
+        num_kv, length = keys.shape[1:3]
+        total = np.zeros((num, num_kv, length))
+        for m, row, head in np.ndindex(num, width, num_q):
+            index = row - (width - lengths[m])  # among the request's rows
+            if index < 0:
+                continue
+            visible = keys[m, head * num_kv // num_q, : positions[m] + index + 1]
+            logits = visible @ queries[m, row, head] * self.SCALE
+            if softcap:
+                logits = softcap * np.tanh(logits / softcap)
+            weights = np.exp(logits - logits.max())
+            share = weights / weights.sum() * num_kv / num_q
+            total[m, head * num_kv // num_q, : len(visible)] += share
+        return total
+
+    @pytest.mark.parametrize("softcap", [0.0, 3.0])
+    @pytest.mark.parametrize(("num_q", "num_kv"), [(3, 3), (6, 2), (4, 1)])
+    @pytest.mark.parametrize(
+        ("lengths", "positions"), [([5, 1, 9], [0, 17, 3]), ([140, 131, 7], [2, 0, 150])]
+    )
+    def test_against_loops(self, lengths, positions, num_q, num_kv, softcap):
+        """Rows that see nothing, and keys past a request's last row, leave no trace."""
+        rng = np.random.default_rng(num_q)
+        width, longest = max(lengths), max(np.add(lengths, positions)) + 3
+        queries = rng.normal(size=(3, width, num_q, 8))
+        keys = rng.normal(size=(3, num_kv, longest, 8)) * 2
+        expected = self.naive(queries, keys, lengths, positions, softcap)
+        for m, (length, position) in enumerate(zip(lengths, positions, strict=True)):
+            keys[m, :, position + length :] = np.nan  # stale pages
+            queries[m, : width - length] = np.nan  # other requests' tokens
+        got = column_sums(
+            torch.from_numpy(queries).float(),
+            torch.tensor(lengths),
+            torch.tensor(positions),
+            torch.from_numpy(keys).float(),
+            self.SCALE,
+            softcap,
+        )
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(got.sum(2), np.tile(lengths, (num_kv, 1)).T, rtol=1e-5)
+
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), seeds)
+    def test_chunks_add_up_to_the_whole(self, chunks, seed):
+        generator = torch.Generator().manual_seed(seed)
+        length = sum(chunks)
+        queries = torch.randn(1, length, 4, 8, generator=generator)
+        keys = torch.randn(1, 2, length, 8, generator=generator)
+
+        def sums(start, end):
+            size, first = torch.tensor([end - start]), torch.tensor([start])
+            return column_sums(queries[:, start:end], size, first, keys, self.SCALE)
+
+        edges = [0, *itertools.accumulate(chunks)]
+        added = sum(sums(a, b) for a, b in itertools.pairwise(edges))
+        torch.testing.assert_close(added, sums(0, length))
 
 
 class TestPoolPrefix:
@@ -290,192 +349,3 @@ class TestSelectTokens:
     def test_none_and_all(self):
         assert self.one([1.0, 2.0, 3.0], 0, pinned_end=3) == []
         assert self.one([1.0, 2.0, 3.0], 3) == [0, 1, 2]
-
-
-def page_layout(block_size, head_size, rng) -> PageLayout:
-    """Elements of keys and values strewn over the page, as no kernel would do it."""
-    order = torch.from_numpy(rng.permutation(block_size * 2 * head_size))
-    return PageLayout(block_size, head_size, *order.view(2, -1))
-
-
-def element(layout: PageLayout, part: int, token: int, d: int) -> int:
-    """Offset of an element inside its page; part 0 is the key."""
-    index = (layout.key_index, layout.value_index)[part]
-    if index is None:
-        return (token * 2 + part) * layout.head_size + d
-    return int(index[token * layout.head_size + d])
-
-
-class TestReadPrompt:
-    @pytest.mark.parametrize("permuted", [False, True])
-    @pytest.mark.parametrize("part", ["key", "value"])
-    def test_against_loops(self, part, permuted):
-        rng = np.random.default_rng(0)
-        size, head_size, heads = 3, 4, 2
-        layout = page_layout(size, head_size, rng) if permuted else PageLayout(size, head_size)
-        pages = torch.randn(7 * heads, size * 2 * head_size)
-        table = torch.tensor([[5, 2, 6], [1, 0, 0]])
-        got = read_prompt(PromptPages(pages, table, heads, layout), part)
-        assert got.shape == (2, heads, 9, head_size)
-        for n, h, t, d in np.ndindex(*got.shape):
-            page = pages[int(table[n, t // size]) * heads + h]
-            offset = element(layout, ("key", "value").index(part), t % size, d)
-            assert got[n, h, t, d] == page[offset]
-
-
-@st.composite
-def compactions(draw):
-    """Requests with full blocks m, kept blocks n and a random split of n * Hkv pages."""
-    heads = draw(st.integers(1, 4))
-    requests = []
-    for _ in range(draw(st.integers(1, 3))):
-        full = draw(st.integers(2, 9))
-        kept = draw(st.integers(1, full - 1))
-        cuts = draw(st.lists(st.integers(0, kept * heads), min_size=heads - 1, max_size=heads - 1))
-        edges = [0, *sorted(cuts), kept * heads]
-        counts = [b - a for a, b in itertools.pairwise(edges)]
-        if max(counts) > full:  # a head has no more pages than the prompt
-            counts = [kept] * heads
-        requests.append((full, kept, counts))
-    return heads, requests, draw(st.booleans()), draw(st.sampled_from([1, 2, 4])), draw(seeds)
-
-
-def draw_kept(rng, counts, full, size):
-    """Ascending positions of every head, page_count * block_size of them."""
-    return [
-        np.sort(rng.choice(full * size, count * size, replace=False)).tolist() for count in counts
-    ]
-
-
-class TestCompactPages:
-    @given(compactions())
-    def test_against_loops(self, case):
-        heads, requests, permuted, size, seed = case
-        rng, head_size = np.random.default_rng(seed), 3
-        layout = page_layout(size, head_size, rng) if permuted else PageLayout(size, head_size)
-        num_blocks = 1 + sum(full for full, _, _ in requests)
-        pages = torch.from_numpy(rng.normal(size=(num_blocks * heads, size * 2 * head_size)))
-        before = pages.clone()
-        ids = rng.permutation(np.arange(1, num_blocks)).tolist()
-        longest = max(full for full, _, _ in requests)
-        tables = [[ids.pop() for _ in range(full)] for full, _, _ in requests]
-        max_pages = max(max(counts) for _, _, counts in requests)
-        kept = [draw_kept(rng, counts, full, size) for full, _, counts in requests]
-        beyond = longest * size
-        counts = torch.tensor([counts for _, _, counts in requests])
-        table = torch.tensor([table + [0] * (longest - len(table)) for table in tables])
-        compact_pages(
-            PromptPages(pages, table, heads, layout),
-            torch.tensor(
-                [[row + [beyond] * (max_pages * size - len(row)) for row in rows] for rows in kept]
-            ),
-            counts,
-            counts.cumsum(1) - counts,
-            torch.tensor([full for full, _, _ in requests]),
-            torch.tensor([kept for _, kept, _ in requests]),
-        )
-
-        expected = before.clone()
-        for (full, num_kept, counts), table, rows in zip(requests, tables, kept, strict=True):
-            number = 0
-            for head, positions in enumerate(rows):
-                for page in range(counts[head]):
-                    target_block = table[full - num_kept + number % num_kept]
-                    target = target_block * heads + number // num_kept
-                    number += 1
-                    for token in range(size):
-                        position = positions[page * size + token]
-                        source = table[position // size] * heads + head
-                        for part, d in np.ndindex(2, head_size):
-                            value = before[source, element(layout, part, position % size, d)]
-                            expected[target, element(layout, part, token, d)] = value
-        # the null block takes what nobody reads
-        assert pages[heads:].equal(expected[heads:])
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
-    def test_elements_move_bit_for_bit(self, dtype):
-        """NaN payloads included: a cache may hold packed types."""
-        bits = torch.randint(0, 256, (4, 2 * 2 * 4 * dtype.itemsize), dtype=torch.uint8)
-        pages = bits.clone().view(dtype)
-        one = torch.tensor([[1]])
-        compact_pages(
-            PromptPages(pages, torch.tensor([[1, 2, 3]]), 1, PageLayout(2, 4)),
-            torch.tensor([[[1, 4]]]),
-            one,
-            one - 1,
-            torch.tensor([3]),
-            torch.tensor([1]),
-        )
-        moved, rows = pages.view(torch.uint8)[3].view(2, -1), bits.view(4, 2, -1)
-        assert moved[0].equal(rows[1, 1])
-        assert moved[1].equal(rows[3, 0])
-
-
-@st.composite
-def page_tables(draw):
-    """Rows with and without compression, short and long ones."""
-    heads = draw(st.integers(1, 4))
-    rows = []
-    for _ in range(draw(st.integers(1, 4))):
-        if draw(st.booleans()):
-            rows.append((0, 1, [0] * heads, draw(st.integers(0, 40))))
-            continue
-        full = draw(st.integers(2, 9))
-        kept = draw(st.integers(1, full - 1))
-        counts = [kept] * heads
-        for _ in range(draw(st.integers(0, 3))):
-            giver, taker = draw(st.integers(0, heads - 1)), draw(st.integers(0, heads - 1))
-            if giver != taker and counts[giver] > 0 and counts[taker] < full:
-                counts[giver], counts[taker] = counts[giver] - 1, counts[taker] + 1
-        rows.append((full, kept, counts, full * 4 + draw(st.integers(0, 9))))
-    return heads, rows, draw(seeds)
-
-
-class TestHeadPageTables:
-    @given(page_tables())
-    def test_against_loops(self, case):
-        heads, rows, seed = case
-        size = 4
-        num_blocks = 1 + max(-(-length // size) for *_, length in rows)
-        block_table = np.random.default_rng(seed).permutation(len(rows) * num_blocks)
-        block_table = torch.from_numpy(block_table).int().view(len(rows), num_blocks)
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        full, kept, counts, lengths = (torch.tensor(c, dtype=torch.int32) for c in columns)
-        width = num_blocks + 2
-        start = (counts.cumsum(1) - counts).int()
-        table, kv_len = head_page_tables(
-            block_table, lengths, full, kept, counts, start, size, width
-        )
-        assert table.shape == (len(rows) * heads, width)
-        assert table.dtype == kv_len.dtype == torch.int32
-        assert ((table >= 0) & (table < block_table.numel() * heads)).all()
-        for i, (num_full, num_kept, pages, length) in enumerate(rows):
-            number = 0
-            for head, count in enumerate(pages):
-                expected = []
-                for _ in range(count):
-                    block = block_table[i, num_full - num_kept + number % num_kept]
-                    expected.append(int(block) * heads + number // num_kept)
-                    number += 1
-                after = range(num_full, -(-length // size))
-                expected += [int(block_table[i, b]) * heads + head for b in after]
-                row = i * heads + head
-                assert kv_len[row] == length - num_full * size + count * size
-                used = -(-int(kv_len[row]) // size)
-                assert table[row, :used].tolist() == expected
-
-    def test_padding_rows_have_no_tokens(self):
-        """Rows of a full graph without a request: length 0, and ids that may be read."""
-        zero = torch.zeros(1, dtype=torch.int32)
-        table, kv_len = head_page_tables(
-            torch.tensor([[7, 3]], dtype=torch.int32),
-            zero,
-            torch.tensor([5], dtype=torch.int32),
-            torch.tensor([2], dtype=torch.int32),
-            torch.tensor([[2, 2]], dtype=torch.int32),
-            torch.tensor([[0, 2]], dtype=torch.int32),
-            4,
-            3,
-        )
-        assert kv_len.tolist() == [0, 0]
-        assert table.max() < 16

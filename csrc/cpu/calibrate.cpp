@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pooling over the scored prefix, and BACON's scores from window attention in one go, one (request,
+// KV head) at a time. Definitions: triton_kernels/reference_scores.py.
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "ranking.h"
+#include "threads.h"
+
+namespace kvcompress {
+namespace {
+
+constexpr float kEpsilon = 1e-8f;
+
+// out[t] = mean over [t - width/2, t + width/2], zeros outside [0, count) included.
+void pool_mean(const float* x, int64_t count, int64_t width, float* out) {
+  const int64_t half = width / 2;
+  const float divisor = static_cast<float>(width);
+  std::fill_n(out, count, 0.0f);
+  for (int64_t shift = -half; shift <= half; ++shift) {
+    const int64_t begin = std::max<int64_t>(0, -shift), end = std::min(count, count - shift);
+    for (int64_t t = begin; t < end; ++t) out[t] += x[t + shift];
+  }
+  for (int64_t t = 0; t < count; ++t) out[t] /= divisor;
+}
+
+// out[t] = maximum over the part of [t - width/2, t + width/2] that lies in [0, count).
+void pool_max(const float* x, int64_t count, int64_t width, float* out) {
+  const int64_t half = width / 2;
+  std::copy_n(x, count, out);
+  for (int64_t shift = -half; shift <= half; ++shift) {
+    const int64_t begin = std::max<int64_t>(0, -shift), end = std::min(count, count - shift);
+    for (int64_t t = begin; t < end; ++t) {
+      const float near = x[t + shift];
+      out[t] = near <= out[t] || out[t] != out[t] ? out[t] : near;  // NaN is the largest
+    }
+  }
+}
+
+// Pooled scores of the prefix [0, count), `outside` beyond it.
+void pool_row(const float* x, int64_t count, int64_t length, int64_t width, bool take_max,
+              float outside, float* out) {
+  (take_max ? pool_max : pool_mean)(x, count, width, out);
+  std::fill(out + count, out + length, outside);
+}
+
+at::Tensor pool_prefix(const at::Tensor& scores, const at::Tensor& num_scored, int64_t kernel,
+                       bool take_max) {
+  TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat,
+              "scores: expected float32 [N, Hkv, T]");
+  TORCH_CHECK(num_scored.scalar_type() == at::kLong, "num_scored: expected int64");
+  const auto x = scores.contiguous(), scored = num_scored.contiguous();
+  const int64_t num_heads = x.size(1), length = x.size(2);
+  auto pooled = at::empty(x.sizes(), x.options());
+  const float* from = x.const_data_ptr<float>();
+  const int64_t* counts = scored.const_data_ptr<int64_t>();
+  float* to = pooled.mutable_data_ptr<float>();
+  at::parallel_for(0, x.size(0) * num_heads, grain_of(length), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t count = std::clamp<int64_t>(counts[i / num_heads], 0, length);
+      pool_row(from + i * length, count, length, kernel, take_max, 0.0f, to + i * length);
+    }
+  });
+  return pooled;
+}
+
+struct Spread {
+  float mean, deviation;
+};
+
+// Mean and population deviation of the k largest of x; NaN counts as the largest.
+Spread largest(const float* x, int64_t count, int64_t k, std::vector<uint32_t>& keys) {
+  for (int64_t t = 0; t < count; ++t) keys[t] = order_key(x[t]);
+  const Threshold threshold = find_threshold(keys.data(), count, k);
+  const double at_threshold = score_of(threshold.key), ties = static_cast<double>(threshold.ties);
+  double sum = ties * at_threshold;
+  for (int64_t t = 0; t < count; ++t) {
+    sum += x[t] != x[t] || keys[t] > threshold.key ? static_cast<double>(x[t]) : 0.0;
+  }
+  const double mean = sum / static_cast<double>(k);
+  double squares = ties * (at_threshold - mean) * (at_threshold - mean);
+  for (int64_t t = 0; t < count; ++t) {
+    const double off = static_cast<double>(x[t]) - mean;
+    squares += keys[t] > threshold.key ? off * off : 0.0;
+  }
+  const double deviation = std::sqrt(squares / static_cast<double>(k));
+  return {static_cast<float>(mean), static_cast<float>(deviation)};
+}
+
+enum class Mode { kEvidence, kLocal, kTrace, kRelative };
+
+Mode parse_mode(const std::string& mode) {
+  if (mode == "e") return Mode::kEvidence;
+  if (mode == "el") return Mode::kLocal;
+  if (mode == "elt") return Mode::kTrace;
+  TORCH_CHECK(mode == "rel", "mode: expected e, el, elt or rel, got ", mode);
+  return Mode::kRelative;
+}
+
+// What one thread needs for its heads, [T] each.
+struct Scratch {
+  explicit Scratch(int64_t length)
+      : value(length), near(length), neighbours(length), keys(length) {}
+  std::vector<float> value, near, neighbours;
+  std::vector<uint32_t> keys;
+};
+
+// V = evidence + coherence + persistence of one head.
+void combine(const float* base, const float* evidence, const std::vector<const float*>& trace,
+             int64_t count, Mode mode, int64_t local_k, Scratch& scratch) {
+  float* value = scratch.value.data();
+  std::copy_n(evidence, count, value);
+  if (mode == Mode::kEvidence) return;
+  const float *near = scratch.near.data(), *neighbours = scratch.neighbours.data();
+  pool_mean(evidence, count, local_k, scratch.near.data());
+  if (mode == Mode::kRelative) {
+    pool_mean(base, count, local_k, scratch.neighbours.data());
+    for (int64_t t = 0; t < count; ++t) {
+      value[t] += near[t] * neighbours[t] / (neighbours[t] + base[t] + kEpsilon);
+    }
+  } else {
+    for (int64_t t = 0; t < count; ++t) value[t] += near[t];
+  }
+  if (mode == Mode::kLocal || trace.empty()) return;
+  const float layers = static_cast<float>(trace.size());
+  for (int64_t t = 0; t < count; ++t) {
+    float mean = 0, squares = 0;
+    for (const float* layer : trace) mean += layer[t];
+    mean /= layers;
+    if (mode == Mode::kRelative) {
+      for (const float* layer : trace) squares += (layer[t] - mean) * (layer[t] - mean);
+      mean -= std::sqrt(squares / layers);
+      mean = mean < 0.0f ? 0.0f : mean;
+    }
+    value[t] += mean;
+  }
+}
+
+struct Options {
+  int64_t kernel;
+  bool take_max;
+  Mode mode;
+  int64_t local_k;
+  double lambda_c, topk_frac;
+};
+
+// lambda of one head: how strongly V = scratch.value is added to the importance.
+float strength_of(const float* base, int64_t count, int64_t capacity, const Options& options,
+                  Scratch& scratch) {
+  const double wanted = options.topk_frac * static_cast<double>(capacity);
+  const int64_t top = std::min(std::max<int64_t>(static_cast<int64_t>(wanted), 1), count);
+  const Spread of_base = largest(base, count, top, scratch.keys);
+  const Spread of_value = largest(scratch.value.data(), count, top, scratch.keys);
+  const float matched =
+      static_cast<float>(options.lambda_c) * of_base.deviation / (of_value.deviation + kEpsilon);
+  if (options.mode != Mode::kTrace) return matched;
+  const float gate = of_value.mean / (of_base.mean + kEpsilon);
+  return matched * (gate < 0.0f ? 0.0f : gate > 1.0f ? 1.0f : gate);
+}
+
+// B, E and S of one head, [length] each, from its window mean and last row.
+void score_head(const float* mean, const float* last, const std::vector<const float*>& trace,
+                int64_t count, int64_t length, int64_t capacity, const Options& options,
+                Scratch& scratch, float* base, float* evidence, float* final) {
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  pool_row(mean, count, length, options.kernel, options.take_max, lowest, base);
+  pool_row(last, count, length, options.kernel, options.take_max, 0.0f, evidence);
+  for (int64_t t = 0; t < count; ++t) {
+    const float more = evidence[t] - base[t];
+    evidence[t] = more < 0.0f ? 0.0f : more;
+  }
+  std::copy_n(base, length, final);
+  if (count == 0) return;
+  combine(base, evidence, trace, count, options.mode, options.local_k, scratch);
+  const float strength = strength_of(base, count, capacity, options, scratch);
+  for (int64_t t = 0; t < count; ++t) final[t] += strength * scratch.value[t];
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> calibrate_scores(
+    const at::Tensor& mean, const at::Tensor& last, at::TensorList trace,
+    const at::Tensor& num_scored, const at::Tensor& capacity, int64_t kernel, bool take_max,
+    std::string mode, int64_t local_k, double lambda_c, double topk_frac) {
+  const Options options{kernel, take_max, parse_mode(mode), local_k, lambda_c, topk_frac};
+  std::vector<at::Tensor> inputs{mean.contiguous(), last.contiguous()};
+  for (const at::Tensor& layer : trace) inputs.push_back(layer.contiguous());
+  std::vector<const float*> data;
+  for (const at::Tensor& input : inputs) {
+    const bool fits = input.dim() == 3 && input.sizes() == mean.sizes();
+    TORCH_CHECK(fits && input.scalar_type() == at::kFloat,
+                "mean, last and trace: expected float32 [N, Hkv, T]");
+    data.push_back(input.const_data_ptr<float>());
+  }
+  const auto scored = num_scored.contiguous(), capacities = capacity.contiguous();
+  TORCH_CHECK(scored.scalar_type() == at::kLong && capacities.scalar_type() == at::kLong,
+              "num_scored and capacity: expected int64");
+  const int64_t* counts = scored.const_data_ptr<int64_t>();
+  const int64_t* nominal = capacities.const_data_ptr<int64_t>();
+  const int64_t num_heads = mean.size(1), length = mean.size(2);
+  auto base = at::empty(mean.sizes(), mean.options());
+  auto evidence = at::empty(mean.sizes(), mean.options());
+  auto final = at::empty(mean.sizes(), mean.options());
+  float *b = base.mutable_data_ptr<float>(), *e = evidence.mutable_data_ptr<float>();
+  float* s = final.mutable_data_ptr<float>();
+  at::parallel_for(0, mean.size(0) * num_heads, grain_of(length), [&](int64_t begin, int64_t end) {
+    Scratch scratch(length);
+    std::vector<const float*> layers(trace.size());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / num_heads, at = i * length;
+      for (size_t j = 0; j < layers.size(); ++j) layers[j] = data[2 + j] + at;
+      const int64_t count = std::clamp<int64_t>(counts[n], 0, length);
+      score_head(data[0] + at, data[1] + at, layers, count, length, nominal[n], options, scratch,
+                 b + at, e + at, s + at);
+    }
+  });
+  return {base, evidence, final};
+}
+
+}  // namespace
+}  // namespace kvcompress
+
+TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
+  m.def("pool_prefix(Tensor scores, Tensor num_scored, int kernel, bool take_max) -> Tensor",
+        &kvcompress::pool_prefix);
+  m.def("calibrate_scores(Tensor mean, Tensor last, Tensor[] trace, Tensor num_scored, "
+        "Tensor capacity, int kernel, bool take_max, str mode, int local_k, float lambda_c, "
+        "float topk_frac) -> (Tensor, Tensor, Tensor)", &kvcompress::calibrate_scores);
+}

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of each prompt's last W positions on its keys. Definition: triton_kernels/reference.py.
+//
+// The keys of a head are read twice, in tiles: once for the softmax statistics of each row, once
+// for the probabilities. Chunks of a head's tiles are independent of each other in both passes.
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "attention_tiles.h"
+#include "prompt_keys.h"
+#include "query_rows.h"
+#include "threads.h"
+
+namespace kvcompress {
+namespace {
+
+constexpr int64_t kChunkKeys = 8 * kTileKeys;
+
+// One value per key from one per query head and key: the mean or the maximum, times a factor.
+void reduce_heads(const float* heads, int64_t num_heads, float factor, bool take_max, int64_t count,
+                  float* out) {
+  std::copy_n(heads, count, out);
+  for (int64_t g = 1; g < num_heads; ++g) {
+    const float* row = heads + g * kTileKeys;
+    for (int64_t j = 0; j < count; ++j) {
+      const float larger = row[j] <= out[j] || out[j] != out[j] ? out[j] : row[j];  // or NaN
+      out[j] = take_max ? larger : out[j] + row[j];
+    }
+  }
+  const float share = take_max ? factor : factor / static_cast<float>(num_heads);
+  for (int64_t j = 0; j < count; ++j) out[j] *= share;
+}
+
+// queries: one block per request, its window. mean, last: [N, Hkv, length], zeros at first.
+template <typename T>
+void score(const BlockedQueries& queries, const PromptKeys<T>& keys, int64_t length, bool take_max,
+           float* mean, float* last) {
+  const TileKernels& kernels = tile_kernels();
+  const int64_t num_heads = queries.num_kv_heads, num_rows = queries.stride;
+  const int64_t num_pairs = static_cast<int64_t>(queries.blocks.size()) * num_heads;
+  const int64_t max_chunks = ceil_div(length, kChunkKeys), stride = num_rows * kMaxLanes;
+  const int64_t num_items = num_pairs * max_chunks;
+  std::vector<float> max(num_items * stride, -std::numeric_limits<float>::infinity());
+  std::vector<float> sum(num_items * stride, 0.0f);
+
+  at::parallel_for(0, num_items, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> tile(queries.head_size * kTileKeys);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / max_chunks % num_heads, n = i / max_chunks / num_heads;
+      const QueryRows rows = queries.rows(n, head);
+      const int64_t first = i % max_chunks * kChunkKeys;
+      const int64_t stop = std::min(first + kChunkKeys, queries.blocks[n].end());
+      for (int64_t start = first; start < stop; start += kTileKeys) {
+        keys.read_tile(n, head, start, stop, tile.data());
+        kernels.absorb(rows, tile.data(), start, &max[i * stride], &sum[i * stride]);
+      }
+    }
+  });
+
+  std::vector<float> row_max(num_pairs * num_rows), row_inverse(row_max.size());
+  at::parallel_for(0, num_pairs, grain_of(max_chunks * stride), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t from = i * max_chunks * stride, to = i * num_rows;
+      kernels.merge(&max[from], &sum[from], max_chunks, num_rows, &row_max[to], &row_inverse[to]);
+    }
+  });
+
+  at::parallel_for(0, num_items, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> tile(queries.head_size * kTileKeys);
+    std::vector<float> sums(queries.group * kTileKeys), lasts(sums.size());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t pair = i / max_chunks, head = pair % num_heads, n = pair / num_heads;
+      const QueryRows rows = queries.rows(n, head);
+      const float per_row = 1.0f / static_cast<float>(rows.rows_per_head);
+      const int64_t first = i % max_chunks * kChunkKeys;
+      const int64_t stop = std::min(first + kChunkKeys, queries.blocks[n].position);
+      for (int64_t start = first; start < stop; start += kTileKeys) {
+        keys.read_tile(n, head, start, stop, tile.data());
+        kernels.sum(rows, tile.data(), start, &row_max[pair * num_rows],
+                    &row_inverse[pair * num_rows], sums.data(), lasts.data());
+        const int64_t count = std::min(stop - start, kTileKeys), at = pair * length + start;
+        reduce_heads(sums.data(), queries.group, per_row, take_max, count, mean + at);
+        reduce_heads(lasts.data(), queries.group, 1.0f, take_max, count, last + at);
+      }
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, const at::Tensor& pages,
+                                                 const at::Tensor& block_table,
+                                                 int64_t num_kv_heads, const at::Tensor& key_index,
+                                                 const at::Tensor& prompt_lens, double scale,
+                                                 double softcap, bool take_max) {
+  TORCH_CHECK(queries.dim() == 4, "queries: expected [N, W, Hq, D]");
+  TORCH_CHECK(prompt_lens.scalar_type() == at::kLong, "prompt_lens: expected int64");
+  const at::Tensor lens = prompt_lens.contiguous();
+  const int64_t num = queries.size(0), window = queries.size(1), head_size = queries.size(3);
+  const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
+  std::vector<QueryBlock> windows;
+  for (int64_t n = 0; n < num; ++n) {
+    const int64_t prompt_len = lens.const_data_ptr<int64_t>()[n];
+    TORCH_CHECK(window <= prompt_len && prompt_len <= length, "prompt_lens: expected ", window,
+                " to ", length, ", got ", prompt_len);
+    windows.push_back({n, n * window, window, prompt_len - window});
+  }
+  auto mean = at::zeros({num, num_kv_heads, length}, queries.options().dtype(at::kFloat));
+  auto last = at::zeros(mean.sizes(), mean.options());
+  const BlockedQueries blocked(queries.flatten(0, 1), windows, num_kv_heads, scale, softcap);
+  const at::ScalarType type = pages.scalar_type();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "window_scores", [&] {
+    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
+    score(blocked, keys, length, take_max, mean.mutable_data_ptr<float>(),
+          last.mutable_data_ptr<float>());
+  });
+  return {mean, last};
+}
+
+}  // namespace
+}  // namespace kvcompress
+
+TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
+  m.def("window_scores(Tensor queries, Tensor pages, Tensor block_table, int num_kv_heads, "
+        "Tensor key_index, Tensor prompt_lens, float scale, float softcap, bool take_max) "
+        "-> (Tensor, Tensor)", &kvcompress::window_scores);
+}

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every Triton kernel takes from a GPU, compiled ahead of time for GPUs that are not here.
+
+``python -P tests/kernels/kernel_resources.py`` writes ``resources.csv`` anew.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+CAPABILITIES = (80, 90)
+TABLE = Path(__file__).with_name("resources.csv")
+
+
+class Kernel(NamedTuple):
+    """How to compile a kernel.
+
+    Attributes:
+        module: below vllm_kvcompress.kernels.
+        types: of the arguments that are not int32; a list for a tuple of arguments.
+        constants: values of the constexpr arguments.
+    """
+
+    module: str
+    types: dict[str, str | list[str]]
+    constants: dict[str, int | float | bool | str]
+    num_warps: int = 4
+
+
+class Resources(NamedTuple):
+    """Of one compiled kernel; spills are bytes of local memory per thread."""
+
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+
+
+SCORE_TYPES = {"q_ptr": "*bf16", "pages_ptr": "*bf16", "scale": "fp32", "softcap": "fp32"} | (
+    dict.fromkeys(("table_ptr", "prompt_lens_ptr"), "*i64")
+    | dict.fromkeys(("max_ptr", "sum_ptr", "lse_ptr", "mean_ptr", "last_ptr"), "*fp32")
+)
+SCORE_CONSTANTS = {
+    "WINDOW": 32,
+    "HEAD_SIZE": 128,
+    "PAGE_TOKENS": 16,
+    "BLOCK_W": 32,
+    "BLOCK_D": 128,
+    "BLOCK_T": 64,
+    "HAS_SOFTCAP": False,
+    "EXACT": False,
+}
+COLUMN_TYPES = SCORE_TYPES | (
+    dict.fromkeys(("lengths_ptr", "positions_ptr"), "*i64") | {"total_ptr": "*fp32"}
+)
+COLUMN_CONSTANTS = {
+    "HEAD_SIZE": 128,
+    "PAGE_TOKENS": 16,
+    "BLOCK_D": 128,
+    "BLOCK_C": 64,
+    "BLOCK_T": 64,
+    "HAS_SOFTCAP": False,
+    "EXACT": False,
+}
+COPY_TYPES = {"pages_ptr": "*bf16", "staged_ptr": "*bf16"} | dict.fromkeys(
+    ("table_ptr", "kept_ptr", "count_ptr", "start_ptr", "num_full_ptr", "num_kept_ptr"), "*i64"
+)
+COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
+SELECT_TYPES = {"scores_ptr": "*fp32"} | dict.fromkeys(
+    ("count_ptr", "candidates_ptr", "pinned_end_ptr", "kept_ptr"), "*i64"
+)
+CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
+    dict.fromkeys(("num_scored_ptr", "capacity_ptr"), "*i64")
+    | dict.fromkeys(("mean_ptr", "last_ptr", "base_ptr", "evidence_ptr", "value_ptr"), "*fp32")
+    | dict.fromkeys(("scores_ptr", "pooled_ptr"), "*fp32")
+)
+COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32"} | (
+    dict.fromkeys(("capacity_ptr", "counts_ptr"), "*i64")
+)
+VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
+
+KERNELS = {
+    "_stage_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
+    "_write_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
+    "_head_page_tables_kernel": Kernel("page_tables", {}, {"BLOCK_SIZE": 16, "TILE": 1024}),
+    "_row_sums_kernel": Kernel(
+        "window_attention", SCORE_TYPES, SCORE_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
+    ),
+    "_scores_kernel": Kernel(
+        "window_attention", SCORE_TYPES, SCORE_CONSTANTS | {"TAKE_MAX": False}
+    ),
+    "_row_lse_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
+    "_column_sums_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
+    "_select_kernel": Kernel("selection", SELECT_TYPES, {"BLOCK": 4096}, num_warps=16),
+    "_pool_kernel": Kernel("calibration", CALIBRATE_TYPES, VALUE_CONSTANTS),
+    "_value_kernel": Kernel(
+        "calibration",
+        CALIBRATE_TYPES,
+        VALUE_CONSTANTS | {"MODE": "rel", "LOCAL_K": 5, "EPS": 1e-8},
+    ),
+    "_calibrate_kernel": Kernel(
+        "calibration",
+        CALIBRATE_TYPES,
+        {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8, "BLOCK": 4096},
+        num_warps=16,
+    ),
+    "_scale_kernel": Kernel(
+        "head_budgets", COUNT_TYPES, {"NORMALIZE": True, "BLOCK": 4096}, num_warps=16
+    ),
+    "_count_kernel": Kernel("head_budgets", COUNT_TYPES, {"BLOCK": 4096}, num_warps=16),
+}
+
+COMPILE = """
+import importlib, json, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+name, (module, types, constants, num_warps), capabilities = json.loads(sys.argv[1])
+kernel = getattr(importlib.import_module("vllm_kvcompress.kernels." + module), name)
+signature, aligned = {}, {}
+for i, argument in enumerate(kernel.arg_names):
+    kind = types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
+    signature[argument] = tuple(kind) if isinstance(kind, list) else kind
+    # as the tensors of a launch are
+    paths = [(i, j) for j in range(len(kind))] if isinstance(kind, list) else [(i,)]
+    if kind[0].startswith("*"):
+        aligned |= {path: [["tt.divisibility", 16]] for path in paths}
+signature |= dict.fromkeys(constants, "constexpr")
+source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+for capability in capabilities:
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = dict(re.findall(r"(\\w+):(\\d+)", usage))
+    spills = int(used["STACK"]) + int(used["LOCAL"])
+    print(json.dumps([int(used["REG"]), compiled.metadata.shared, spills]))
+"""
+
+
+def measure(name: str) -> dict[int, Resources]:
+    """Compile a kernel, in a process that does not interpret, for every capability.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    request = json.dumps([name, KERNELS[name], CAPABILITIES])
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", COMPILE, request]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found = [Resources(*json.loads(line)) for line in done.stdout.splitlines()]
+    return dict(zip(CAPABILITIES, found, strict=True))
+
+
+def recorded() -> dict[tuple[str, int], Resources]:
+    """The committed table."""
+    with TABLE.open(newline="") as file:
+        return {
+            (row["kernel"], int(row["capability"])): Resources(
+                *(int(row[field]) for field in Resources._fields)
+            )
+            for row in csv.DictReader(file)
+        }
+
+
+def main() -> None:
+    with TABLE.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("kernel", "capability", *Resources._fields))
+        for name in sorted(KERNELS):
+            for capability, resources in measure(name).items():
+                table.writerow((name, capability, *resources))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ operations on scores against their definitions."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def built() -> None:
+    assert native.available(), "csrc/ was not built: install with --no-build-isolation"
+
+
+def prompts_of(
+    lengths: list[int],
+    num_kv_heads: int,
+    head_size: int,
+    size: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> PromptPages:
+    """Paged prompts in a scrambled layout; whatever lies past a prompt's end is NaN."""
+    num_blocks = -(-max(lengths) // size)
+    numel = size * head_size
+    order = [torch.randperm(numel, generator=generator) + part * numel for part in (0, 1)]
+    pages = torch.randn(
+        (1 + len(lengths) * num_blocks) * num_kv_heads, 2 * numel, generator=generator
+    ).to(dtype)
+    table = 1 + torch.randperm(len(lengths) * num_blocks, generator=generator).view(-1, num_blocks)
+    pages[:num_kv_heads] = NAN  # nobody's block
+    for row, length in enumerate(lengths):
+        full, used = divmod(length, size)
+        if used:
+            stale = order[0].view(size, head_size)[used:].flatten()
+            last = int(table[row, full]) * num_kv_heads
+            pages[last : last + num_kv_heads, stale] = NAN
+        table[row, -(-length // size) :] = 0
+    return PromptPages(pages, table, num_kv_heads, PageLayout(size, head_size, *order))
+
+
+def check_window_scores(queries, prompts, lens, softcap=0.0, reduction="mean") -> None:
+    scale = prompts.layout.head_size**-0.5
+    keys = reference.read_prompt(prompts, "key")
+    expected = reference.window_scores(queries, keys, lens, scale, softcap, reduction)
+    found = native.window_scores(queries, prompts, lens, scale, softcap, reduction)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-9, equal_nan=True)
+
+
+class TestWindowScores:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        ("lengths", "group", "num_kv_heads", "head_size", "window", "size"),
+        [
+            ([1], 1, 1, 64, 1, 16),
+            ([63, 9, 64], 4, 2, 24, 8, 16),
+            ([1000, 33, 513], 7, 1, 80, 32, 32),
+            ([4097, 130], 4, 2, 32, 32, 32),
+            ([200, 129], 1, 2, 128, 32, 128),
+        ],
+    )
+    def test_shapes(self, lengths, group, num_kv_heads, head_size, window, size, dtype):
+        generator = torch.Generator().manual_seed(head_size)
+        prompts = prompts_of(lengths, num_kv_heads, head_size, size, dtype, generator)
+        shape = (len(lengths), window, group * num_kv_heads, head_size)
+        queries = (2 * torch.randn(shape, generator=generator)).to(dtype)
+        check_window_scores(queries, prompts, torch.tensor(lengths))
+
+    @pytest.mark.parametrize("softcap", [0.0, 0.3, 30.0])
+    @pytest.mark.parametrize("reduction", ["mean", "max"])
+    @pytest.mark.parametrize("factor", [0.01, 40.0])
+    def test_options(self, softcap, reduction, factor):
+        """Nearly flat and nearly one-hot rows."""
+        generator = torch.Generator().manual_seed(1)
+        prompts = prompts_of([300, 47], 2, 16, 16, torch.float32, generator)
+        queries = factor * torch.randn(2, 5, 6, 16, generator=generator)
+        check_window_scores(queries, prompts, torch.tensor([300, 47]), softcap, reduction)
+
+    @pytest.mark.parametrize("reduction", ["mean", "max"])
+    def test_a_nan_spoils_what_it_spoils_in_the_reference(self, reduction):
+        """One query head of one request, and that one visibly."""
+        generator = torch.Generator().manual_seed(2)
+        prompts = prompts_of([100, 90], 2, 16, 16, torch.float32, generator)
+        queries = torch.randn(2, 4, 4, 16, generator=generator)
+        queries[1, 2, 1, 5] = NAN
+        check_window_scores(queries, prompts, torch.tensor([100, 90]), 0.0, reduction)
+
+    def test_logits_of_minus_infinity(self):
+        """Whole tiles of them, then a visible key."""
+        generator = torch.Generator().manual_seed(3)
+        prompts = prompts_of([640], 1, 4, 16, torch.float32, generator)
+        keys = prompts.layout.key_index.view(16, 4)
+        prompts.pages[prompts.block_table[0, :36, None], keys[:, 0]] = -INF
+        queries = torch.randn(1, 8, 2, 4, generator=generator).abs()
+        check_window_scores(queries, prompts, torch.tensor([640]))
+
+    @pytest.mark.parametrize("prompt_len", [4, 65])
+    def test_lengths_that_do_not_fit_are_refused(self, prompt_len):
+        prompts = prompts_of([64], 1, 8, 16, torch.float32, torch.Generator().manual_seed(4))
+        with pytest.raises(RuntimeError, match="prompt_lens: expected 5 to 64"):
+            native.window_scores(torch.zeros(1, 5, 1, 8), prompts, torch.tensor([prompt_len]), 1.0)
+
+
+class TestColumnSums:
+    @pytest.mark.parametrize("softcap", [0.0, 5.0])
+    @pytest.mark.parametrize(
+        ("ends", "lengths", "group", "num_kv_heads", "head_size", "size"),
+        [
+            ([1], [1], 1, 1, 64, 16),
+            ([63, 63, 64, 20], [63, 9, 1, 0], 4, 2, 24, 16),
+            ([1000, 130], [70, 130], 7, 1, 80, 32),
+            ([4097], [33], 4, 2, 32, 32),
+        ],
+    )
+    def test_shapes(self, ends, lengths, group, num_kv_heads, head_size, size, softcap):
+        """Chunks in the middle and at the end of prompts, whole prompts, a request without rows."""
+        generator = torch.Generator().manual_seed(head_size)
+        prompts = prompts_of(ends, num_kv_heads, head_size, size, torch.bfloat16, generator)
+        shape = (len(ends), max(lengths), group * num_kv_heads, head_size)
+        queries = 2 * torch.randn(shape, generator=generator)
+        for row, length in zip(queries, lengths, strict=True):
+            row[: max(lengths) - length] = NAN  # rows are right-aligned
+        rows, positions = torch.tensor(lengths), torch.tensor(ends) - torch.tensor(lengths)
+        arguments = (queries, rows, positions)
+        keys = reference.read_prompt(prompts, "key").nan_to_num(0.0)
+        expected = reference.column_sums(*arguments, keys, 0.2, softcap)
+        found = native.column_sums(*arguments, prompts, 0.2, softcap)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
+        total = rows[:, None].float().expand(-1, num_kv_heads)
+        torch.testing.assert_close(found.sum(2), total, rtol=1e-4, atol=0)
+
+    def test_rows_that_do_not_fit_are_refused(self):
+        prompts = prompts_of([64], 1, 8, 16, torch.float32, torch.Generator().manual_seed(4))
+        queries, rows = torch.zeros(1, 5, 1, 8), torch.tensor([5])
+        with pytest.raises(RuntimeError, match="lengths: expected at most 5 rows that end by 64"):
+            native.column_sums(queries, rows, torch.tensor([60]), prompts, 1.0)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_smaller_instruction_sets(capability):
+    """The kernels that other processors would use."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-P", "-m", "pytest", __file__, "-k", "TestWindow or TestColumn"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def batch(length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged scores [3, 2, length] as windows give them, 0 past n [3]; head 1 is full of ties."""
+    num_scored = torch.tensor([length, max(1, length // 3), max(1, length - 7)])
+    scores = torch.rand(3, 2, length, generator=generator).pow(6)
+    scores[:, 1] = (scores[:, 1] * 8).round() / 8
+    return scores.masked_fill(torch.arange(length) >= num_scored[:, None, None], 0.0), num_scored
+
+
+LENGTHS = [1, 63, 1000, 4097]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kernel", [1, 3, 5, 31])
+@pytest.mark.parametrize("kind", ["avg", "max"])
+def test_pool_prefix(length, kernel, kind):
+    scores, num_scored = batch(length, torch.Generator().manual_seed(length))
+    scores = scores - 0.25
+    if length > 60:
+        scores[1, 0, 10] = NAN
+    if kernel > 1:
+        scores.masked_fill_(torch.arange(length) >= num_scored[:, None, None], NAN)
+    expected = reference.pool_prefix(scores, num_scored, kernel, kind)
+    found = native.pool_prefix(scores, num_scored, kernel, kind)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("mode", ["e", "el", "elt", "rel"])
+@pytest.mark.parametrize("num_traced", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("topk_frac", "lambda_c", "pool"), [(2.0, 0.5, "avg"), (1e-3, 3.0, "max"), (1e6, 1.0, "avg")]
+)
+def test_calibrate_scores(length, mode, num_traced, topk_frac, lambda_c, pool):
+    generator = torch.Generator().manual_seed(length)
+    (mean, num_scored), (last, _) = batch(length, generator), batch(length, generator)
+    trace = [batch(length, generator)[0] for _ in range(num_traced)]
+    options = {
+        "kernel": 5,
+        "pool": pool,
+        "mode": mode,
+        "local_k": 3,
+        "lambda_c": lambda_c,
+        "topk_frac": topk_frac,
+    }
+    inputs = (mean, last, trace, num_scored, torch.tensor([32, 4, 96]))
+    expected = reference.calibrate_scores(*inputs, **options)
+    found = native.calibrate_scores(*inputs, **options)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-7)
+
+
+def test_no_evidence_leaves_the_score_as_it_is():
+    mean, num_scored = batch(63, torch.Generator().manual_seed(0))
+    options = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5}
+    base, evidence, final = native.calibrate_scores(
+        mean, mean / 2, [], num_scored, num_scored, lambda_c=0.5, topk_frac=2.0, **options
+    )
+    assert not evidence.any()
+    assert final.equal(base)
+
+
+def selection(length: int, generator: torch.Generator) -> torch.Tensor:
+    """Scores [4, 3, length]: no two alike, few values, special values, all alike."""
+    scores = torch.randn(4, 3, length, generator=generator)
+    scores[1] = (scores[1] * 2).round()
+    special = torch.tensor([0.0, -0.0, NAN, -NAN, INF, -INF, 1e-45, -1e-45, 1.0])
+    scores[2] = special[torch.randint(0, len(special), (3, length), generator=generator)]
+    scores[3] = 0.5
+    return scores
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
+def test_select_tokens(length, share):
+    generator = torch.Generator().manual_seed(length)
+    scores = selection(length, generator)
+    pinned_end = torch.tensor([length, length - 1, length // 2 + 1, length])
+    num_candidates = torch.tensor([length, max(length - 32, 0), length // 2, length // 3])
+    pinned = pinned_end - num_candidates
+    skew = torch.tensor([1.0, 0.5, 0.9])
+    count = pinned[:, None] + (share * skew * num_candidates[:, None]).long()
+    arguments = (scores, count, num_candidates, pinned_end)
+    for slack in (0, 5):
+        max_count = min(int(count.max()) + slack, length)
+        expected = reference.select_tokens(*arguments, max_count)
+        assert native.select_tokens(*arguments, max_count).equal(expected)
+
+
+def test_select_tokens_when_counts_do_not_fit():
+    """Fewer than what is pinned, and more than there are candidates: by position."""
+    scores = torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(0))
+    count = torch.tensor([[3, 0], [35, 40]])
+    num_candidates, pinned_end = torch.tensor([20, 10]), torch.tensor([30, 16])
+    expected = reference.select_tokens(scores, count, num_candidates, pinned_end, 40)
+    assert native.select_tokens(scores, count, num_candidates, pinned_end, 40).equal(expected)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_head_counts(length, normalize):
+    """Ragged rows, ties within and across heads, NaN, a head without mass, a budget beyond n."""
+    base, num_scored = batch(length, torch.Generator().manual_seed(length))
+    base = torch.cat([base, base[:, 1:], torch.zeros_like(base[:, :1])], dim=1)
+    base[2, 0, 0] = NAN
+    base = base.masked_fill(torch.arange(length) >= num_scored[:, None, None], -INF)
+    for capacity in ([1, 1, 1], [max(1, length // 9)] * 3, [length] * 3):
+        expected = reference.head_counts(base, torch.tensor(capacity), normalize)
+        assert native.head_counts(base, torch.tensor(capacity), normalize).equal(expected)
+        assert expected.sum(1).tolist() == [4 * c for c in capacity]

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton selection kernel against its definition, index by index."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_kvcompress.kernels import reference, selection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def equals_the_reference(scores, count, candidates, pinned_end, max_count) -> None:
+    tensors = (scores, count, candidates, pinned_end)
+    expected = reference.select_tokens(*tensors, max_count)
+    found = selection.select_tokens(*(t.to(DEVICE) for t in tensors), max_count)
+    assert torch.equal(found.cpu(), expected)
+
+
+def score_rows(kind: str, num: int, heads: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    scores = torch.randn(num, heads, length, generator=generator)
+    if kind == "small":  # like probabilities: few exponents, all digits differ
+        scores = scores.abs() * 1e-4
+    elif kind == "ties":
+        scores = scores.mul(2).round()  # -0.0 among them
+    elif kind == "special":
+        pool = torch.tensor([0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf, math.nan, 1.0, -1.0])
+        scores = pool[torch.randint(0, len(pool), scores.shape, generator=generator)]
+    elif kind == "bits":  # every float there is, NaN payloads of both signs included
+        bits = torch.randint(-(2**31), 2**31, scores.shape, generator=generator)
+        scores = bits.int().view(torch.float32)
+    return scores
+
+
+@pytest.mark.parametrize("kind", ["normal", "small", "ties", "special", "bits"])
+@pytest.mark.parametrize("length", [1, 63, 1000, 4097])
+def test_every_budget(kind, length):
+    """One head per budget: nothing, everything, and what lies between."""
+    budgets = sorted({0, 1, length // 3, length // 2, length - 1, length})
+    scores = score_rows(kind, 1, len(budgets), length)
+    full = torch.tensor([length])
+    equals_the_reference(scores, torch.tensor([budgets]), full, full, length)
+
+
+@pytest.mark.parametrize("kind", ["normal", "special"])
+@pytest.mark.parametrize("slack", [0, 5])
+def test_ragged_requests(kind, slack):
+    """Requests of unlike lengths with pinned ranges, a count for each head, garbage behind."""
+    length, candidates, pinned_end = 4200, [4097, 1000, 0, 63], [4128, 1000, 32, 64]
+    scores = score_rows(kind, 4, 3, length)
+    for row, end in enumerate(candidates):
+        scores[row, :, end:] = math.nan if row % 2 else math.inf
+    counts = torch.tensor([[31, 32, 4128], [0, 999, 1000], [32, 32, 32], [1, 17, 64]])
+    equals_the_reference(
+        scores, counts, torch.tensor(candidates), torch.tensor(pinned_end), 4128 + slack
+    )
+
+
+def test_inputs_of_any_stride():
+    """Counts may be expanded views, scores transposed ones."""
+    scores = score_rows("normal", 3, 2, 100).transpose(0, 1)
+    count = torch.tensor([10, 60])[:, None].expand(-1, 3)
+    ends = torch.tensor([[90, 95], [95, 100]])
+    equals_the_reference(scores, count, ends[:, 0], ends[:, 1], 60)
+
+
+def test_ties_in_several_tiles():
+    """Ten of 4150 equal scores, then the fifty that are larger."""
+    scores = torch.zeros(1, 1, 4200)
+    scores[..., 4150:] = 1
+    full = torch.tensor([4200])
+    equals_the_reference(scores, torch.tensor([[60]]), full, full, 60)
+
+
+def test_output_is_not_wider_than_the_prompt():
+    scores = score_rows("normal", 1, 1, 20)
+    full = torch.tensor([20])
+    found = selection.select_tokens(
+        scores.to(DEVICE), full[None].to(DEVICE), full.to(DEVICE), full.to(DEVICE), 64
+    )
+    assert found.cpu()[0, 0].tolist() == list(range(20))

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BACON's calibration in two launches: values of every token, then one strength per head."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvcompress.kernels import radix
+from vllm_kvcompress.kernels.reference_scores import EPS
+
+_TOKENS_PER_PROGRAM = 512
+_TRACE_STEP = 4
+
+
+@triton.jit
+def _pooled(p_row, o_t, num_scored, KERNEL: tl.constexpr, TAKE_MAX: tl.constexpr):
+    """Pooled scores at positions ``o_t``, 0 outside [0, num_scored)."""
+    b_pool = tl.full(o_t.shape, float("-inf") if TAKE_MAX else 0.0, tl.float32)
+    for tap in range(KERNEL):
+        o_near = o_t + (tap - KERNEL // 2)
+        m_near = (o_near >= 0) & (o_near < num_scored)
+        if TAKE_MAX:
+            b_x = tl.load(p_row + o_near, mask=m_near, other=float("-inf"))
+            b_pool = tl.maximum(b_pool, b_x)
+        else:
+            b_pool += tl.load(p_row + o_near, mask=m_near, other=0.0)
+    if not TAKE_MAX:
+        b_pool = b_pool / KERNEL
+    return tl.where((o_t >= 0) & (o_t < num_scored), b_pool, 0.0)
+
+
+@triton.jit
+def _pool_kernel(
+    scores_ptr,  # [N * H, T] float32
+    num_scored_ptr,  # [N] int64
+    pooled_ptr,  # [N * H, T] float32
+    num_heads,
+    length,  # T
+    KERNEL: tl.constexpr,
+    TAKE_MAX: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    i_seq = tl.program_id(0).to(tl.int64)
+    o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    num_scored = tl.load(num_scored_ptr + i_seq // num_heads).to(tl.int32)
+    b_pool = _pooled(scores_ptr + i_seq * length, o_t, num_scored, KERNEL, TAKE_MAX)
+    tl.store(pooled_ptr + i_seq * length + o_t, b_pool, mask=o_t < length)
+
+
+@triton.jit(do_not_specialize=["num_traced"])
+def _value_kernel(
+    mean_ptr,  # [N * H, T] float32
+    last_ptr,  # [N * H, T] float32
+    trace_ptrs,  # tuple of [N * H, T] float32, the first num_traced of them count
+    num_scored_ptr,  # [N] int64
+    base_ptr,  # [N * H, T] float32
+    evidence_ptr,  # [N * H, T] float32
+    value_ptr,  # [N * H, T] float32
+    num_traced,
+    num_heads,
+    length,  # T
+    KERNEL: tl.constexpr,
+    TAKE_MAX: tl.constexpr,
+    MODE: tl.constexpr,
+    LOCAL_K: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Base score B, evidence E and what is added to it, V, of one tile of tokens."""
+    i_seq = tl.program_id(0).to(tl.int64)
+    o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    num_scored = tl.load(num_scored_ptr + i_seq // num_heads).to(tl.int32)
+    p_mean, p_last = mean_ptr + i_seq * length, last_ptr + i_seq * length
+    m_t = o_t < num_scored
+
+    b_base = _pooled(p_mean, o_t, num_scored, KERNEL, TAKE_MAX)
+    b_evidence = tl.maximum(_pooled(p_last, o_t, num_scored, KERNEL, TAKE_MAX) - b_base, 0.0)
+    b_value = b_evidence
+    if MODE != "e":
+        # neighbours are pooled again rather than waited for: they belong to other programs
+        b_coherence = tl.zeros((BLOCK_T,), tl.float32)
+        b_nearby = tl.zeros((BLOCK_T,), tl.float32)
+        for tap in range(LOCAL_K):
+            o_near = o_t + (tap - LOCAL_K // 2)
+            b_near = _pooled(p_mean, o_near, num_scored, KERNEL, TAKE_MAX)
+            b_late = _pooled(p_last, o_near, num_scored, KERNEL, TAKE_MAX)
+            b_coherence += tl.maximum(b_late - b_near, 0.0)
+            b_nearby += b_near
+        b_coherence = b_coherence / LOCAL_K
+        if MODE == "rel":
+            b_nearby = b_nearby / LOCAL_K
+            b_coherence = b_coherence * b_nearby / (b_nearby + b_base + EPS)
+        b_value += b_coherence
+    if MODE == "elt" or MODE == "rel":
+        layers = tl.maximum(num_traced, 1)
+        b_lasting = tl.zeros((BLOCK_T,), tl.float32)
+        for j in tl.static_range(len(trace_ptrs)):
+            if num_traced > j:
+                b_lasting += tl.load(trace_ptrs[j] + i_seq * length + o_t, mask=m_t, other=0.0)
+        b_lasting = b_lasting / layers
+        if MODE == "rel":
+            b_square = tl.zeros((BLOCK_T,), tl.float32)
+            for j in tl.static_range(len(trace_ptrs)):
+                if num_traced > j:
+                    b_old = tl.load(trace_ptrs[j] + i_seq * length + o_t, mask=m_t, other=0.0)
+                    b_square += (b_old - b_lasting) * (b_old - b_lasting)
+            b_lasting = tl.maximum(b_lasting - tl.sqrt(b_square / layers), 0.0)
+        b_value += b_lasting
+
+    offset, m_out = i_seq * length + o_t, o_t < length
+    tl.store(base_ptr + offset, tl.where(m_t, b_base, float("-inf")), mask=m_out)
+    tl.store(evidence_ptr + offset, b_evidence, mask=m_out)
+    tl.store(value_ptr + offset, b_value, mask=m_out)
+
+
+@triton.jit
+def _top_statistics(p_row, num_scored, top, BLOCK: tl.constexpr):
+    """Mean and population deviation of the ``top`` largest of row[0:num_scored)."""
+    last_key, rest = radix.threshold(p_row, num_scored, top, BLOCK)
+    o_block = tl.arange(0, BLOCK)
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    b_tie = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, num_scored, BLOCK):
+        m_t = start + o_block < num_scored
+        b_x = tl.load(p_row + start + o_block, mask=m_t, other=0.0)
+        key = radix.order_keys(b_x)
+        b_sum += tl.where(m_t & (key > last_key), b_x, 0.0)
+        b_tie = tl.where(m_t & (key == last_key), b_x, b_tie)
+    tie = tl.max(b_tie, 0)  # the smallest of the top; so often as is left to take
+    mean = (tl.sum(b_sum, 0) + rest * tie) / top
+    b_square = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, num_scored, BLOCK):
+        m_t = start + o_block < num_scored
+        b_x = tl.load(p_row + start + o_block, mask=m_t, other=0.0)
+        m_t = m_t & (radix.order_keys(b_x) > last_key)
+        b_square += tl.where(m_t, (b_x - mean) * (b_x - mean), 0.0)
+    square = tl.sum(b_square, 0) + rest * (tie - mean) * (tie - mean)
+    return mean, tl.sqrt(square / top)
+
+
+@triton.jit
+def _calibrate_kernel(
+    base_ptr,  # [N * H, T] float32
+    value_ptr,  # [N * H, T] float32; V goes in, S comes out
+    num_scored_ptr,  # [N] int64
+    capacity_ptr,  # [N] int64
+    num_heads,
+    length,  # T
+    lambda_c,
+    TOPK_FRAC: tl.constexpr,
+    GATED: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """S = B + lambda * V of one head, lambda from the statistics of its largest B and V."""
+    i_seq = tl.program_id(0).to(tl.int64)
+    i_row = i_seq // num_heads
+    num_scored = tl.load(num_scored_ptr + i_row).to(tl.int32)
+    wanted = (tl.load(capacity_ptr + i_row).to(tl.float64) * TOPK_FRAC).to(tl.int64)
+    top = tl.minimum(tl.maximum(wanted, 1), num_scored).to(tl.int32)
+    p_base, p_value = base_ptr + i_seq * length, value_ptr + i_seq * length
+    base_mean, base_std = _top_statistics(p_base, num_scored, top, BLOCK)
+    value_mean, value_std = _top_statistics(p_value, num_scored, top, BLOCK)
+    strength = lambda_c * base_std / (value_std + EPS)
+    if GATED:
+        strength = strength * tl.minimum(tl.maximum(value_mean / (base_mean + EPS), 0.0), 1.0)
+    for start in range(0, length, BLOCK):
+        o_t = start + tl.arange(0, BLOCK)
+        m_t = o_t < num_scored
+        b_base = tl.load(p_base + o_t, mask=m_t, other=0.0)
+        b_value = tl.load(p_value + o_t, mask=m_t, other=0.0)
+        b_final = tl.where(m_t, b_base + strength * b_value, float("-inf"))
+        tl.store(p_value + o_t, b_final, mask=o_t < length)
+
+
+def pool_prefix(
+    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
+) -> torch.Tensor:
+    """See ``reference.pool_prefix``."""
+    if kernel == 1:
+        return scores
+    num, num_heads, length = scores.shape
+    pooled = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    _pool_kernel[(num * num_heads, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
+        scores.contiguous(),
+        num_scored.contiguous(),
+        pooled,
+        num_heads,
+        length,
+        KERNEL=kernel,
+        TAKE_MAX=kind == "max",
+        BLOCK_T=_TOKENS_PER_PROGRAM,
+    )
+    return pooled
+
+
+def calibrate_scores(
+    mean: torch.Tensor,
+    last: torch.Tensor,
+    trace: list[torch.Tensor],
+    num_scored: torch.Tensor,
+    capacity: torch.Tensor,
+    *,
+    kernel: int,
+    pool: str,
+    mode: str,
+    local_k: int,
+    lambda_c: float,
+    topk_frac: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``reference.calibrate_scores``.
+
+    The second launch reads B and V seven times each, from L2 when a head's scores fit there.
+    """
+    num, num_heads, length = mean.shape
+    base, evidence, final = torch.empty(
+        (3, num, num_heads, length), dtype=torch.float32, device=mean.device
+    )
+    mean, last, num_scored = mean.contiguous(), last.contiguous(), num_scored.contiguous()
+    traced = [old.contiguous() for old in trace]
+    # in steps, so that the first layers do not each compile a kernel of their own
+    traced += [mean] * (-len(trace) % _TRACE_STEP if trace else _TRACE_STEP)
+    _value_kernel[(num * num_heads, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
+        mean,
+        last,
+        tuple(traced),
+        num_scored,
+        base,
+        evidence,
+        final,
+        len(trace),
+        num_heads,
+        length,
+        KERNEL=kernel,
+        TAKE_MAX=pool == "max",
+        MODE=mode,
+        LOCAL_K=local_k,
+        EPS=EPS,
+        BLOCK_T=_TOKENS_PER_PROGRAM,
+    )
+    _calibrate_kernel[(num * num_heads,)](
+        base,
+        final,
+        num_scored,
+        capacity.contiguous(),
+        num_heads,
+        length,
+        lambda_c,
+        TOPK_FRAC=topk_frac,
+        GATED=mode == "elt",
+        EPS=EPS,
+        BLOCK=radix.BLOCK,
+        num_warps=radix.NUM_WARPS,
+    )
+    return base, evidence, final

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain definitions of what happens to scores, a part of ``reference.py``."""
+
+import torch
+import torch.nn.functional as F
+
+EPS = 1e-8
+
+
+def pool_prefix(
+    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
+) -> torch.Tensor:
+    """Pooling over the scored prefix, stride 1, same length.
+
+    "avg" divides by ``kernel`` everywhere: positions outside the prefix count as zeros. "max"
+    ignores them. Columns t >= n come back as 0.
+
+    Args:
+        scores: [N, Hkv, T] float32.
+        num_scored: [N] int64, n.
+    """
+    if kernel == 1:
+        return scores
+    outside = (torch.arange(scores.shape[2], device=scores.device) >= num_scored[:, None])[:, None]
+    if kind == "avg":
+        x = scores.masked_fill(outside, 0.0)
+        pooled = F.avg_pool1d(x, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
+    else:
+        x = scores.masked_fill(outside, float("-inf"))
+        pooled = F.max_pool1d(x, kernel, stride=1, padding=kernel // 2)
+    return pooled.masked_fill(outside, 0.0)
+
+
+def calibrate(
+    base: torch.Tensor,
+    evidence: torch.Tensor,
+    trace: list[torch.Tensor],
+    num_scored: torch.Tensor,
+    capacity: torch.Tensor,
+    *,
+    mode: str,
+    local_k: int,
+    lambda_c: float,
+    topk_frac: float,
+) -> torch.Tensor:
+    """BACON's calibrated score S = B + lambda * V.
+
+    Args:
+        base: B [N, Hkv, T] float32, 0 at t >= n.
+        evidence: E = max(Q - B, 0), same shape.
+        trace: evidence of previous layers, same shape each; may be empty.
+        num_scored: [N] int64, n.
+        capacity: [N] int64, nominal scored tokens per head.
+        mode: "e", "el", "elt" or "rel".
+
+    Returns:
+        [N, Hkv, T] float32, meaningless at t >= n.
+    """
+    value = evidence
+    if mode != "e":
+        coherence = pool_prefix(evidence, num_scored, local_k)
+        if mode == "rel":
+            neighbours = pool_prefix(base, num_scored, local_k)
+            coherence = coherence * neighbours / (neighbours + base + EPS)
+        value = value + coherence
+    if mode in ("elt", "rel") and trace:
+        layers = torch.stack(trace)
+        persistence = layers.mean(0)
+        if mode == "rel":
+            persistence = (persistence - layers.std(0, correction=0)).clamp_min(0)
+        value = value + persistence
+    top = (topk_frac * capacity.double()).long().clamp_min(1).minimum(num_scored)
+    base_mean, base_std = _top_statistics(base, num_scored, top)
+    value_mean, value_std = _top_statistics(value, num_scored, top)
+    strength = lambda_c * base_std / (value_std + EPS)
+    if mode == "elt":
+        strength = strength * (value_mean / (base_mean + EPS)).clamp(0, 1)
+    return base + strength[:, :, None] * value
+
+
+def calibrate_scores(
+    mean: torch.Tensor,
+    last: torch.Tensor,
+    trace: list[torch.Tensor],
+    num_scored: torch.Tensor,
+    capacity: torch.Tensor,
+    *,
+    kernel: int,
+    pool: str,
+    mode: str,
+    local_k: int,
+    lambda_c: float,
+    topk_frac: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From window scores to calibrated scores: :func:`pool_prefix`, then :func:`calibrate`.
+
+    Args:
+        mean, last: [N, Hkv, T] float32 of ``window_scores``, finite at t < n, 0 at t >= n.
+        kernel, pool: of the pooling of both.
+
+    Returns:
+        B, E and S, each [N, Hkv, T] float32; at t >= n, B and S are -inf and E is 0.
+    """
+    base = pool_prefix(mean, num_scored, kernel, pool)
+    evidence = (pool_prefix(last, num_scored, kernel, pool) - base).clamp_min(0)
+    final = calibrate(
+        base,
+        evidence,
+        trace,
+        num_scored,
+        capacity,
+        mode=mode,
+        local_k=local_k,
+        lambda_c=lambda_c,
+        topk_frac=topk_frac,
+    )
+    outside = (torch.arange(mean.shape[2], device=mean.device) >= num_scored[:, None])[:, None]
+    lowest = float("-inf")
+    return base.masked_fill(outside, lowest), evidence, final.masked_fill(outside, lowest)
+
+
+def _top_statistics(
+    scores: torch.Tensor, num_scored: torch.Tensor, top: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and population deviation of the ``top`` [N] largest of each head's prefix.
+
+    Returns:
+        [N, Hkv] each.
+    """
+    position = torch.arange(scores.shape[2], device=scores.device)
+    ranked = scores.masked_fill((position >= num_scored[:, None])[:, None], float("-inf"))
+    ranked = ranked.sort(dim=2, descending=True).values
+    count = top[:, None, None]
+    outside = position >= count
+    mean = ranked.masked_fill(outside, 0.0).sum(2, keepdim=True) / count
+    square = (ranked - mean).square().masked_fill(outside, 0.0).sum(2) / top[:, None]
+    return mean[..., 0], square.sqrt()
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    count: torch.Tensor,
+    num_candidates: torch.Tensor,
+    pinned_end: torch.Tensor,
+    max_count: int,
+) -> torch.Tensor:
+    """Exact top-k of every head, in ascending position.
+
+    Candidates are positions [0, num_candidates); [num_candidates, pinned_end) is always kept and
+    counts. Larger scores first, ties by lower position; NaN ranks below -inf.
+
+    Args:
+        scores: [N, Hkv, T] float32.
+        count: [N, Hkv] int64, positions to keep, pinned ones included.
+        num_candidates, pinned_end: [N] int64.
+        max_count: at least ``count.max()``, known to the host.
+
+    Returns:
+        [N, Hkv, max_count] int64; entries beyond ``count`` are T (out of range).
+    """
+    length = scores.shape[2]
+    position = torch.arange(length, device=scores.device)
+    bits = (scores + 0.0).view(torch.int32)  # +0.0: both zeros rank alike
+    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # order-preserving
+    key = key.masked_fill(scores.isnan(), -(1 << 31))
+    candidate = position < num_candidates[:, None]
+    pinned = ~candidate & (position < pinned_end[:, None])
+    key = key.masked_fill(pinned[:, None], 1 << 31)
+    key = key.masked_fill(~(candidate | pinned)[:, None], -(1 << 32))
+    ranked = key.argsort(dim=2, descending=True, stable=True)[:, :, :max_count]
+    rank = torch.arange(ranked.shape[2], device=scores.device)
+    return ranked.masked_fill(rank >= count[:, :, None], length).sort(dim=2).values
+
+
+def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """Entries of each head among the Hkv * b best of its layer.
+
+    Larger scores first, ties by lower head, then by earlier rank inside the head; NaN ranks with
+    -inf. Sums of scores are taken in double precision, so that their order does not matter.
+
+    Args:
+        base: [N, Hkv, T] float32, -inf at t >= n.
+        capacity: [N] int64, b; 1 <= b <= T.
+        normalize: first scale each head by the share of its mass that its own top b holds, mass
+            being the sum of its positive scores.
+
+    Returns:
+        [N, Hkv] int64 with row sums Hkv * b.
+    """
+    num, num_heads, length = base.shape
+    ranked = base.masked_fill(base.isnan(), float("-inf")).sort(dim=2, descending=True).values
+    if normalize:
+        mass = ranked.clamp_min(0).double().cumsum(2)  # -inf padding adds nothing
+        top = mass.gather(2, (capacity - 1)[:, None, None].expand(-1, num_heads, 1))
+        # a head without mass has nothing to scale
+        ranked = ranked * (top / mass[:, :, -1:]).nan_to_num(1.0).float()
+    flat = ranked.reshape(num, num_heads * length)
+    order = flat.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(flat.shape[1], device=base.device) < (num_heads * capacity)[:, None]
+    counts = torch.zeros(num, num_heads, dtype=torch.int64, device=base.device)
+    return counts.scatter_add(1, order // length, chosen.long())
