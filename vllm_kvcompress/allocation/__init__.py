@@ -2,9 +2,36 @@
 """Budget allocators: one file each, one row in the table."""
 
 from vllm_kvcompress.allocation.adakv import AdaKV
-from vllm_kvcompress.allocation.base import Allocator, apportion, pages_from_tokens
+from vllm_kvcompress.allocation.aircache import AirCacheLayers
+from vllm_kvcompress.allocation.base import (
+    Allocator,
+    Demand,
+    LayerAllocator,
+    ModelAllocator,
+    Scope,
+    StaticAllocator,
+)
+from vllm_kvcompress.allocation.prefixkv import PrefixKV
+from vllm_kvcompress.allocation.pyramid import Pyramid
+from vllm_kvcompress.allocation.rounding import apportion, apportion_host, pages_from_kept
+from vllm_kvcompress.allocation.sparsemm import SparseMM
 from vllm_kvcompress.allocation.uniform import Uniform
+from vllm_kvcompress.allocation.vlcache import VLCache
 
-ALLOCATORS: dict[str, type[Allocator]] = {a.name: a for a in (Uniform, AdaKV)}
+ALLOCATORS: dict[str, type[Allocator]] = {
+    allocator.name: allocator
+    for allocator in (Uniform, Pyramid, AdaKV, SparseMM, AirCacheLayers, PrefixKV, VLCache)
+}
 
-__all__ = ["ALLOCATORS", "Allocator", "apportion", "pages_from_tokens"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "Demand",
+    "LayerAllocator",
+    "ModelAllocator",
+    "Scope",
+    "StaticAllocator",
+    "apportion",
+    "apportion_host",
+    "pages_from_kept",
+]

@@ -4,9 +4,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from vllm_kvcompress.allocation.base import Allocator
+from vllm_kvcompress.allocation.base import Allocator, Scope
 
 
 @dataclass(frozen=True)
@@ -15,9 +13,5 @@ class Uniform(Allocator):
 
     name: ClassVar[str] = "uniform"
     source: ClassVar[str] = "SnapKV, arXiv 2404.14469"
-    even: ClassVar[bool] = True
-
-    def allocate(
-        self, base: torch.Tensor, num_scored: torch.Tensor, capacity: torch.Tensor
-    ) -> torch.Tensor:
-        return capacity[:, None].expand(base.shape[:2])
+    cost: ClassVar[str] = "none"
+    scope: ClassVar[Scope] = Scope.EVEN

@@ -5,14 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_kvcompress import kernels
+from vllm_kvcompress.options import require_choice, require_odd, require_range, require_whole
 from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
-from vllm_kvcompress.scoring.snapkv import (
-    SnapKV,
-    mask_prefix,
-    require_choice,
-    require_odd,
-    require_range,
-)
+from vllm_kvcompress.scoring.snapkv import SnapKV
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class Bacon(SnapKV):
 
     name: ClassVar[str] = "bacon"
     source: ClassVar[str] = "BACON, arXiv 2606.14782"
+    cost: ClassVar[str] = "as snapkv, plus L*Hkv*P*(local_k + trace_r) and two sorts"
     needs: ClassVar[Need] = SnapKV.needs | Need.LAYER_TRACE
 
     mode: str = "elt"
@@ -49,24 +45,24 @@ class Bacon(SnapKV):
         super().__post_init__()
         require_choice("mode", self.mode, ("e", "el", "elt", "rel"))
         require_odd("local_k", self.local_k)
-        if not isinstance(self.trace_r, int) or isinstance(self.trace_r, bool) or self.trace_r < 0:
-            raise ValueError(f"trace_r must be a whole number >= 0, got {self.trace_r!r}")
+        require_whole("trace_r", self.trace_r, 0)
         require_range("lambda_c", self.lambda_c, 0, 1e6)
         require_range("topk_frac", self.topk_frac, 0, 1e6)
 
     def score(self, ctx: LayerContext) -> Scores:
-        base, last = self.window_and_last(ctx)
-        evidence = (last - base).clamp_min(0)
-        final = kernels.calibrate(
-            base,
-            evidence,
+        mean, last = self.window_scores(ctx)
+        base, evidence, final = kernels.calibrate_scores(
+            mean,
+            last,
             ctx.trace.previous(ctx.layer, self.trace_r),
             ctx.num_scored,
             ctx.capacity,
+            kernel=self.kernel,
+            pool=self.pool,
             mode=self.mode,
             local_k=self.local_k,
             lambda_c=self.lambda_c,
             topk_frac=self.topk_frac,
         )
         ctx.trace.record(ctx.layer, evidence)
-        return Scores(mask_prefix(base, ctx.num_scored), mask_prefix(final, ctx.num_scored))
+        return Scores(base, final)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More tokens for layers that look at images a lot, and at few of their tokens."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_kvcompress.allocation.base import Demand, ModelAllocator
+from vllm_kvcompress.allocation.rounding import apportion
+from vllm_kvcompress.options import require_choice, require_range
+from vllm_kvcompress.scoring.aircache import ELITE_SCOPES, visual_attention
+from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
+
+
+@dataclass(frozen=True)
+class AirCacheLayers(ModelAllocator):
+    """Layer budgets from strength and skewness of the attention on visual tokens.
+
+    Strength is the sum of what the elite of the instruction pays to the visual tokens, skewness
+    that of its distribution over them; each is divided by its mean over the layers, and the two are
+    averaged. Source: AirCache, arXiv 2503.23956.
+
+    Adaptation notes: no code was published. Normalisation by the layer mean is our proposal, made
+    so that the mean budget stays; negative skewness counts as none; heads are averaged first.
+    Prompts with fewer than 3 visual tokens are budgeted evenly.
+
+    Options:
+        elite, elite_scope: as those of the scorer aircache.
+        statistic: "both", or "strength" or "skewness" alone.
+    """
+
+    name: ClassVar[str] = "aircache"
+    source: ClassVar[str] = "AirCache, arXiv 2503.23956"
+    cost: ClassVar[str] = "2*L*Hq*I*P*D"
+    needs: ClassVar[Need] = Need.KEYS | Need.TEXT_QUERIES | Need.SEGMENTS
+    reconstruction: ClassVar[bool] = True
+
+    elite: float = 0.9
+    elite_scope: str = "head"
+    statistic: str = "both"
+
+    def __post_init__(self) -> None:
+        require_range("elite", self.elite, 0, 1)
+        require_choice("elite_scope", self.elite_scope, ELITE_SCOPES)
+        require_choice("statistic", self.statistic, ("both", "strength", "skewness"))
+
+    def observe(self, ctx: LayerContext, scores: Scores) -> torch.Tensor:
+        """Strength and skewness, [N, 2] float64."""
+        assert ctx.segment is not None
+        heads = visual_attention(ctx, self.elite, self.elite_scope)
+        visual = (ctx.segment >= 0) & ctx.is_prompt
+        return strength_and_skewness(ctx.mean_over_heads(heads).double(), visual)
+
+    def kept_tokens(self, observed: list[torch.Tensor], demand: Demand) -> torch.Tensor:
+        num_layers = len(observed)
+        measured = torch.stack(observed, dim=1).nan_to_num(0.0)  # [N, L, 2]
+        mean = measured.mean(1, keepdim=True)
+        strength, skewness = torch.where(mean > 0, measured / mean, 1.0).unbind(2)
+        # no layer is skewed: strength alone decides
+        skewness = torch.where(mean[..., 1] > 0, skewness, strength)
+        share = {
+            "both": (strength + skewness) / 2,
+            "strength": strength,
+            "skewness": skewness,
+        }[self.statistic]
+        counts = apportion(
+            share * demand.capacity[:, None],
+            demand.capacity * num_layers,
+            torch.ones_like(demand.num_scored),
+            demand.num_scored,
+        )
+        return counts + demand.pinned[:, None]
+
+
+def strength_and_skewness(importance: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Sum and bias-corrected skewness, not below 0, of each row's visual tokens.
+
+    Args:
+        importance: [N, T] float64.
+        visual: [N, T] bool; rows with fewer than 3 get the sum 1, so that all layers look alike.
+
+    Returns:
+        [N, 2] float64.
+    """
+    count = visual.sum(1).double()
+    strength = importance.masked_fill(~visual, 0.0).sum(1)
+    mean = strength / count
+    spread = (importance - mean[:, None]).masked_fill(~visual, 0.0)
+    deviation = (spread.square().sum(1) / (count - 1)).sqrt()
+    cubes = (spread / deviation[:, None]).pow(3).sum(1)
+    skewness = count / ((count - 1) * (count - 2)) * cubes
+    # equal values differ by rounding, which has a skewness of its own
+    skewness = torch.where(deviation > 1e-6 * mean, skewness.clamp_min(0), 0.0)
+    few = count < 3
+    return torch.stack([strength.masked_fill(few, 1.0), skewness.masked_fill(few, 0.0)], dim=1)

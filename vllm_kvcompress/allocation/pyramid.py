@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More tokens for low layers, fewer for high ones."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from vllm_kvcompress.allocation.base import StaticAllocator
+from vllm_kvcompress.allocation.rounding import apportion_host
+from vllm_kvcompress.options import require_choice, require_whole
+
+
+@dataclass(frozen=True)
+class Pyramid(StaticAllocator):
+    """Layer budgets on a straight line from about 2 * b tokens at the bottom to b / beta on top.
+
+    All heads of a layer get the same number; no layer gets more than the prompt offers.
+    Source: PyramidKV, arXiv 2406.02069.
+
+    Adaptation notes: the model's total is conserved to the token (``rounding="exact"``); the
+    released integer step, which overspends by up to 16.8 %, is kept as ``"official"``. The schedule
+    follows the length of each prompt; the released code keeps that of the first prompt it sees.
+
+    Options:
+        beta: how many times smaller than the nominal budget the top layer's is.
+        rounding: "exact" or "official".
+    """
+
+    name: ClassVar[str] = "pyramid"
+    source: ClassVar[str] = "PyramidKV, arXiv 2406.02069"
+    cost: ClassVar[str] = "L on the host"
+
+    beta: int = 20
+    rounding: str = "exact"
+
+    def __post_init__(self) -> None:
+        require_whole("beta", self.beta, 1)
+        require_choice("rounding", self.rounding, ("exact", "official"))
+
+    def scored_tokens(
+        self, capacity: int, num_scored: int, num_layers: int, num_heads: int
+    ) -> list[list[int]]:
+        layers = [capacity]
+        if num_layers > 1:
+            schedule = self._official if self.rounding == "official" else self._exact
+            layers = schedule(capacity, num_scored, num_layers)
+        return [[tokens] * num_heads for tokens in layers]
+
+    def _exact(self, capacity: int, num_scored: int, num_layers: int) -> list[int]:
+        low = Fraction(capacity, self.beta)
+        high = min(2 * capacity - low, Fraction(num_scored))
+        step = 2 * (high - capacity) / (num_layers - 1)  # the mean of the line is the capacity
+        line = [high - layer * step for layer in range(num_layers)]
+        return apportion_host(line, capacity * num_layers, 0, num_scored)
+
+    def _official(self, capacity: int, num_scored: int, num_layers: int) -> list[int]:
+        high = min(2 * capacity - capacity // self.beta, num_scored)
+        step = 2 * (high - capacity) // (num_layers - 1)
+        return [high - layer * step for layer in range(num_layers)]

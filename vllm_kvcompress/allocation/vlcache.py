@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More tokens for layers whose instruction looks at many tokens."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_kvcompress.allocation.base import Demand, ModelAllocator
+from vllm_kvcompress.allocation.rounding import apportion
+from vllm_kvcompress.options import require_range
+from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
+from vllm_kvcompress.scoring.instruction import instruction_rows
+
+
+@dataclass(frozen=True)
+class VLCache(ModelAllocator):
+    """Layer budgets in proportion to how dense the attention of the instruction is.
+
+    An attention probability counts as zero below ``threshold`` times the largest of its row;
+    density is the share of all others in the rows after the last visual token.
+    Source: VL-Cache, arXiv 2410.23317.
+
+    Adaptation notes: after the bounds of 1 % and 100 % of the prompt the total is restored to the
+    token, by largest remainder, which the paper leaves open. At most the last 256 instruction
+    tokens are looked at, and the observation window where a prompt has no image.
+
+    Options:
+        threshold: share of a row's largest probability below which attention is none.
+    """
+
+    name: ClassVar[str] = "vlcache"
+    source: ClassVar[str] = "VL-Cache, arXiv 2410.23317"
+    cost: ClassVar[str] = "2*L*Hq*I*P*D"
+    needs: ClassVar[Need] = Need.KEYS | Need.TEXT_QUERIES
+
+    threshold: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_range("threshold", self.threshold, 0, 1)
+
+    def observe(self, ctx: LayerContext, scores: Scores) -> torch.Tensor:
+        """Density of the layer's attention, [N] float64."""
+        seen = torch.zeros_like(ctx.prompt_lens)
+        dense = torch.zeros_like(ctx.prompt_lens)[:, None]
+        least = math.log(self.threshold) if self.threshold else -math.inf
+        for rows in instruction_rows(ctx):
+            # the softmax of a row divides all of it alike: logits can be compared instead
+            strong = rows.logits >= rows.logits.amax(3, keepdim=True) + least
+            strong &= (ctx.positions <= rows.positions[..., None])[:, None]
+            dense = dense + (strong.sum(3) * rows.counts[:, None]).sum(2)  # [N, Hq]
+            seen = seen + ((rows.positions + 1) * rows.counts).sum(1)
+        return ctx.mean_over_heads(dense / seen[:, None].double())
+
+    def kept_tokens(self, observed: list[torch.Tensor], demand: Demand) -> torch.Tensor:
+        density = torch.stack(observed, dim=1)  # [N, L]
+        length = demand.prompt_lens
+        total = (demand.capacity + demand.pinned) * len(observed)
+        part = (density / density.sum(1, keepdim=True)).nan_to_num(1 / len(observed))
+        shares = torch.maximum(part * total[:, None], 0.01 * length[:, None].double())
+        return apportion(shares, total, (length // 100).clamp_min(1), length)

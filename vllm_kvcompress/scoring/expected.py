@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention that Gaussian queries of the coming tokens would pay."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_kvcompress.options import require_bool, require_range, require_whole
+from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+
+_OFFSETS_AT_ONCE = 64
+_KEYS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Expected(Scorer):
+    """Closed-form attention of Gaussian queries at the next positions, times the value norm.
+
+    Mean and covariance are those of the prompt's queries before RoPE; the rotation is averaged over
+    the next positions. Source: Expected Attention, arXiv 2510.00636.
+
+    Adaptation notes: the next positions follow the largest RoPE position of the prompt (the
+    released code counts tokens, which differs under M-RoPE); the last token is always kept; a soft
+    cap of the model has no closed form and is left out; sinks count 0 towards head budgets.
+
+    Options:
+        horizon: how many positions the rotation is averaged over.
+        sinks: how many of the first tokens are kept, and left out of all statistics.
+        covariance: use the covariance besides the mean.
+        vnorm: weight by the norm of the value.
+        epsilon: added to the attention before that.
+    """
+
+    name: ClassVar[str] = "expected"
+    source: ClassVar[str] = "Expected Attention, arXiv 2510.00636"
+    cost: ClassVar[str] = "2*L*Hq*P*D^2 while prefilling, as much again at the end"
+    needs: ClassVar[Need] = Need.KEYS | Need.VALUES | Need.QUERY_MOMENTS
+
+    horizon: int = 512
+    sinks: int = 4
+    covariance: bool = True
+    vnorm: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_whole("horizon", self.horizon, 1)
+        require_whole("sinks", self.sinks, 0)
+        require_bool("covariance", self.covariance)
+        require_bool("vnorm", self.vnorm)
+        require_range("epsilon", self.epsilon, 0, 1e6)
+
+    def num_recent(self, window: int, kept: int) -> int:
+        return 1
+
+    @property
+    def lookahead(self) -> int:
+        return self.horizon
+
+    def capture_from(self, prompt_len: int) -> int:
+        return min(self.sinks, prompt_len - 1)
+
+    def score(self, ctx: LayerContext) -> Scores:
+        is_sink = ctx.positions < self.sinks
+        outside = is_sink | ~ctx.is_prompt  # [N, T]
+        logits = self._logits(ctx).masked_fill(outside[:, None, None], float("-inf"))
+        score = logits.softmax(-1).mean(2)  # [N, Hkv, T]
+        if self.vnorm:
+            score = (score + self.epsilon) * ctx.values.norm(dim=-1)
+        base = score.masked_fill(is_sink, 0.0)
+        return Scores(base=base, final=score.masked_fill(is_sink, float("inf")))
+
+    def _logits(self, ctx: LayerContext) -> torch.Tensor:
+        """Log of the expected exponential of the logits, [N, Hkv, G, T] float32."""
+        assert ctx.moments is not None, "expected needs query moments"
+        num_kv_heads = ctx.keys.shape[1]
+        turn = self._mean_rotation(ctx)[:, None]  # [N, 1, D, D], row j: the image of unit vector j
+        count = ctx.moments.count.clamp_min(1)[:, None, None]
+        mean = ctx.moments.total / count  # [N, Hq, D]
+        turned = torch.matmul(mean[:, :, None], turn)[:, :, 0].unflatten(1, (num_kv_heads, -1))
+        logits = ctx.scale * torch.matmul(turned, ctx.keys.transpose(2, 3))
+        if not self.covariance:
+            return logits
+        # float64: the difference of two large numbers
+        centre = mean.double()
+        spread = ctx.moments.outer.double() / count[..., None]
+        spread = (spread - centre[..., None] * centre[:, :, None]).float()
+        spread = torch.matmul(torch.matmul(turn.transpose(2, 3), spread), turn)
+        spread = spread.unflatten(1, (num_kv_heads, -1))  # [N, Hkv, G, D, D]
+        # G products as large as the keys: a piece of the prompt at a time
+        pieces = [
+            (torch.matmul(keys, spread) * keys).sum(-1)
+            for keys in ctx.keys[:, :, None].split(_KEYS_AT_ONCE, dim=3)
+        ]
+        return logits + 0.5 * ctx.scale**2 * torch.cat(pieces, dim=3)
+
+    def _mean_rotation(self, ctx: LayerContext) -> torch.Tensor:
+        """RoPE averaged over the horizon, as the images [N, D, D] of the unit vectors.
+
+        Not shared among layers: some models rotate local and global layers differently.
+        """
+        assert ctx.maker is not None, "expected needs the layer's RoPE"
+        num, head_size = len(ctx.prompt_lens), ctx.keys.shape[3]
+        unit = torch.eye(head_size, device=ctx.keys.device).expand(num, 1, -1, -1)
+        total = torch.zeros_like(unit[:, 0])
+        for start in range(1, self.horizon + 1, _OFFSETS_AT_ONCE):
+            stop = min(start + _OFFSETS_AT_ONCE, self.horizon + 1)
+            offsets = torch.arange(start, stop, device=unit.device)
+            total = total + ctx.maker.rotate(unit.expand(-1, stop - start, -1, -1), offsets).sum(1)
+        return total / self.horizon

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heavy hitters: attention accumulated over the whole prompt."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from vllm_kvcompress.options import require_bool, require_choice, require_range
+from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+
+
+@dataclass(frozen=True)
+class H2O(Scorer):
+    """How much attention a token collected from all prompt tokens that see it.
+
+    Source: H2O, arXiv 2306.14048.
+
+    Adaptation notes: one shot after prefill (the original goes on evicting while it decodes); the
+    query heads of a KV head share one kept set; sums are float32. ``text_prior`` is the
+    selection of LOOK-M, arXiv 2406.18139.
+
+    Options:
+        variant: "sum", or "observed": divided by the number of tokens that see the token.
+        recent_share: share of the kept tokens that are the most recent ones; 0: the window.
+        text_prior: keep all text, let visual tokens compete for what is left of the budget.
+    """
+
+    name: ClassVar[str] = "h2o"
+    source: ClassVar[str] = "H2O, arXiv 2306.14048"
+    cost: ClassVar[str] = "2*L*Hq*P^2*D"
+    needs: ClassVar[Need] = Need.COLUMN_SUMS
+
+    variant: str = "sum"
+    recent_share: float = 0.0
+    text_prior: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("variant", self.variant, ("sum", "observed"))
+        require_range("recent_share", self.recent_share, 0, 1)
+        require_bool("text_prior", self.text_prior)
+
+    def num_recent(self, window: int, kept: int) -> int:
+        # exactly: floats make 28.999... of 0.29 * 100
+        share = Fraction(str(self.recent_share))
+        return math.floor(share * kept) if share else window
+
+    def score(self, ctx: LayerContext) -> Scores:
+        assert ctx.column_sums is not None, "h2o needs column sums"
+        score = ctx.column_sums
+        if self.variant == "observed":
+            score = score / (ctx.prompt_lens[:, None] - ctx.positions)[:, None]
+        return Scores(base=score, final=score)
