@@ -83,33 +83,38 @@ def head_major_order(starts: np.ndarray, lengths: np.ndarray, num_heads: int) ->
 
 
 @dataclass(frozen=True)
-class WindowPlan:
-    """Where the window queries of this step come from and go to; all arrays int64.
+class RowPlan:
+    """Where the last query rows of prompts come from and go to in this step; arrays are int64.
 
-    A window [P-W, P) usually lies in the chunk that ends the prompt. When it straddles chunks, the
-    earlier ones put their queries into a per-request store.
+    The last rows of a prompt, whose queries the methods look at, usually lie in the chunk that ends
+    it. When they straddle chunks, the earlier ones put their queries into a per-request store.
 
     Attributes:
-        tokens: [N, W] batch token of each window row of the N ending prompts (0 where stored).
-        load: (row of N, window row, request row of this step) of queries that come from the store.
-        save: (request row of this step, window row, batch token) of queries that go to the store.
+        tokens: [N, Q] batch token of the last Q rows of the N ending prompts (0 where stored or not
+            asked for).
+        load: (row of N, row of Q, request row of this step, store row) of queries from the store.
+        save: (request row of this step, store row, batch token) of queries that go to the store.
+            Store rows count from the prompt's end.
     """
 
     tokens: np.ndarray
-    load: tuple[np.ndarray, np.ndarray, np.ndarray]
-    save: tuple[np.ndarray, np.ndarray, np.ndarray]
+    load: tuple[np.ndarray, ...]
+    save: tuple[np.ndarray, ...]
 
 
-def plan_windows(rows: StepRows, ending: np.ndarray, window: int) -> WindowPlan:
-    """Plan the window queries of the rows ``ending`` [N] and of those that stop inside theirs."""
-    first = rows.prompt_lens - window  # position of window row 0
+def plan_rows(rows: StepRows, ending: np.ndarray) -> RowPlan:
+    """Plan the query rows of the rows ``ending`` [N] and of those that stop inside theirs."""
+    wanted = np.fromiter((plan.num_rows for plan in rows.plans), np.int64, len(rows.plans))
+    first = rows.prompt_lens - wanted  # position of the first row that is looked at
     start, part = rows.num_computed, rows.prompt_part
-    offsets = np.arange(window)
 
-    position = first[ending, None] + offsets  # [N, W]
+    width = int(wanted[ending].max(initial=0))
+    back = np.arange(width, 0, -1)  # distance from the prompt's end
+    position = rows.prompt_lens[ending, None] - back  # [N, Q]
+    asked = position >= first[ending, None]
     here = position >= start[ending, None]
     token = rows.query_starts[ending, None] + position - start[ending, None]
-    entry, window_row = np.nonzero(~here)
+    entry, column = np.nonzero(asked & ~here)
 
     partial = np.flatnonzero(
         rows.compresses & ~rows.ends_prompt & (start + part > first) & (part > 0)
@@ -118,8 +123,43 @@ def plan_windows(rows: StepRows, ending: np.ndarray, window: int) -> WindowPlan:
     length = (start + part)[partial] - low
     saved = ranges(low, length)
     owner = np.repeat(partial, length)
-    return WindowPlan(
-        tokens=np.where(here, token, 0),
-        load=(entry, window_row, ending[entry]),
-        save=(owner, saved - first[owner], rows.query_starts[owner] + saved - start[owner]),
+    return RowPlan(
+        tokens=np.where(asked & here, token, 0),
+        load=(entry, column, ending[entry], back[column] - 1),
+        save=(
+            owner,
+            rows.prompt_lens[owner] - saved - 1,
+            rows.query_starts[owner] + saved - start[owner],
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class SumPlan:
+    """The prompt rows of this step that sums over the prompt take in; arrays are int64.
+
+    Attributes:
+        rows: [M] rows of the step with prompt tokens of a compressing request.
+        starts, lengths: [M] their first batch token and number of tokens.
+        positions: [M] position of the first token.
+        skip: [M] first tokens of each that do not count in moments.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    positions: np.ndarray
+    skip: np.ndarray
+
+
+def plan_sums(rows: StepRows) -> SumPlan:
+    chosen = np.flatnonzero((rows.prompt_part > 0) & rows.compresses)
+    first = np.array([rows.plans[i].moments_from for i in chosen], dtype=np.int64)
+    lengths, positions = rows.prompt_part[chosen], rows.num_computed[chosen]
+    return SumPlan(
+        rows=chosen,
+        starts=rows.query_starts[chosen],
+        lengths=lengths,
+        positions=positions,
+        skip=np.clip(first - positions, 0, lengths),
     )

@@ -3,14 +3,20 @@
 
 import dataclasses
 import difflib
+import enum
+import functools
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
-from vllm_kvcompress.allocation import ALLOCATORS, Allocator
-from vllm_kvcompress.scoring import SCORERS, Scorer
+from vllm_kvcompress.allocation import ALLOCATORS, Allocator, LayerAllocator, Scope
+from vllm_kvcompress.merging import MERGES, Merge
+from vllm_kvcompress.presets import PRESETS
+from vllm_kvcompress.prompt import MAX_TEXT_ROWS
+from vllm_kvcompress.scoring import SCORERS, Need, Scorer
 
 CONFIG_KEY = "kv_compression"
 """Key of the compression settings inside vLLM's ``additional_config``."""
@@ -73,7 +79,7 @@ class Budget:
             if isinstance(value, float):
                 ratio = value
             elif text.endswith("%"):
-                ratio = float(text[:-1]) / 100
+                ratio = float(f"{text[:-1].strip()}e-2")
             elif "." in text:
                 ratio = float(text)
             else:
@@ -87,8 +93,23 @@ class Budget:
             raise ValueError(expected)
         return cls(ratio=ratio)
 
+    @property
+    def exact_ratio(self) -> Fraction:
+        """The ratio as it was written: 7 % of 1100 tokens are 77, not a little more."""
+        assert self.ratio is not None, "a budget has tokens or a ratio"
+        return Fraction(str(self.ratio))
+
     def __str__(self) -> str:
         return str(self.tokens) if self.ratio is None else f"{100 * self.ratio:g}%"
+
+
+class Candidates(enum.Enum):
+    """Which prompt tokens compete for the budget; all others are kept."""
+
+    ALL = "all"
+    VISUAL = "visual"
+    AFTER_TEXT = "after text"
+    """Visual tokens, for what the text leaves of the budget (LOOK-M's text prior)."""
 
 
 @dataclass(frozen=True)
@@ -98,107 +119,218 @@ class KVCompressionConfig:
     Attributes:
         scorer: name in :data:`vllm_kvcompress.scoring.SCORERS`.
         allocator: name in :data:`vllm_kvcompress.allocation.ALLOCATORS`.
-        budget: prompt tokens per KV head, window included.
-        window: length W of the observation window; its tokens are always kept.
-        scorer_options, allocator_options: overrides of the method's own defaults.
+        merge: name in :data:`vllm_kvcompress.merging.MERGES`, or "none".
+        budget: prompt tokens per KV head, window included; of the visual tokens, where only these
+            compete.
+        window: length W of the observation window.
+        candidates: which tokens compete.
+        options: of the three methods, by name; a name that two of them have goes to both.
     """
 
     scorer: str
     allocator: str = "uniform"
+    merge: str = "none"
     budget: Budget = Budget(tokens=128)
     window: int = 32
-    scorer_options: Mapping[str, Any] = field(default_factory=dict)
-    allocator_options: Mapping[str, Any] = field(default_factory=dict)
+    candidates: Candidates = Candidates.ALL
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
-        return f"{self.scorer}+{self.allocator}"
+        parts = [self.scorer, self.allocator, self.merge]
+        return "+".join(parts[:2] if self.merge == "none" else parts)
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> "KVCompressionConfig":
         """Build from the user's mapping.
 
-        Keys: ``method`` ("scorer" or "scorer+allocator"), ``budget``, ``window``, and any option
-        of the chosen scorer or allocator by its own name (see ``vllm-kvcompress methods``).
+        Keys: ``method`` (a preset, or "scorer", "scorer+allocator", "scorer+allocator+merge"),
+        ``budget``, ``window``, ``candidates``, and any option of the chosen methods by its own name
+        (see ``vllm-kvcompress methods``).
 
         Raises:
             KVCompressionError: lists every unknown name and bad value at once.
         """
         reasons: list[str] = []
-        raw = dict(raw)
-        method = raw.pop("method", None)
+        method = raw.get("method")
         if not isinstance(method, str) or not method:
             raise KVCompressionError.from_reasons(
                 ['\'method\' is missing: give a scorer, for example {"method": "bacon"}.']
             )
-        scorer, _, allocator = method.partition("+")
-        allocator = allocator or "uniform"
-        if scorer not in SCORERS:
-            reasons.append(f"unknown scorer {scorer!r}.{_suggest(scorer, sorted(SCORERS))}")
-        if allocator not in ALLOCATORS:
-            reasons.append(
-                f"unknown allocator {allocator!r}.{_suggest(allocator, sorted(ALLOCATORS))}"
-            )
-        budget = cls.budget
-        if "budget" in raw:
-            try:
-                budget = Budget.parse(raw.pop("budget"))
-            except ValueError as error:
-                reasons.append(f"--kv-budget: {error}.")
-        window = raw.pop("window", cls.window)
-        if isinstance(window, str) and window.isdecimal():
-            window = int(window)
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            reasons.append(f"--kv-window: expected a whole number of tokens >= 1, got {window!r}.")
-        elif budget.tokens is not None and budget.tokens <= window:
-            reasons.append(
-                f"--kv-budget {budget} includes the window, so it must be larger than "
-                f"--kv-window {window}: raise the budget to at least {window + 1} or lower the "
-                "window."
-            )
+        raw = {**PRESETS[method].settings, **_without(raw, "method")} if method in PRESETS else raw
+        raw = dict(raw)
+        names = str(raw.pop("method")).split("+")
+        tables = ([*SCORERS], [*ALLOCATORS], ["none", *MERGES])
+        if len(names) > len(tables):
+            reasons.append(f"method {method!r} has too many parts: give SCORER+ALLOCATOR+MERGE.")
+        names += ("uniform", "none")[len(names) - 1 :]
+        for kind, table, name in zip(("scorer", "allocator", "merge"), tables, names, strict=False):
+            if name not in table:
+                known = table if kind != "scorer" else {*table, *PRESETS}
+                reasons.append(f"unknown {kind} {name!r}.{_suggest(name, sorted(known))}")
+        budget, window = _take_sizes(raw, reasons)
         if reasons:  # options can only be checked against methods that exist
             raise KVCompressionError.from_reasons(reasons)
 
-        scorer_options = _take_options(raw, SCORERS[scorer], reasons)
-        allocator_options = _take_options(raw, ALLOCATORS[allocator], reasons)
-        valid = ["method", "budget", "window"]
-        valid += _option_names(SCORERS[scorer]) + _option_names(ALLOCATORS[allocator])
-        reasons += [f"unknown key {key!r} for {method}.{_suggest(key, valid)}" for key in raw]
+        scorer, allocator, merge = names[:3]
+        methods = _classes(scorer, allocator, merge)
+        default = Candidates.VISUAL if SCORERS[scorer].visual_only else Candidates.ALL
+        candidates = _take_candidates(raw, default, reasons)
+        options = _take_options(raw, methods, reasons)
+        valid = ["method", "budget", "window", "candidates"]
+        valid += [name for m in methods for name in _option_names(m)]
+        chosen = "+".join(names[:2] if merge == "none" else names[:3])
+        reasons += [f"unknown key {key!r} for {chosen}.{_suggest(key, valid)}" for key in raw]
+        if not reasons:
+            if options.get("text_prior"):
+                candidates = Candidates.AFTER_TEXT
+            config = cls(scorer, allocator, merge, budget, window, candidates, options)
+            reasons += [*_combination_reasons(config), *_size_reasons(config)]
         if reasons:
             raise KVCompressionError.from_reasons(reasons)
-        return cls(scorer, allocator, budget, window, scorer_options, allocator_options)
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that :meth:`parse` reads back to an equal object."""
+        candidates = {"candidates": self.candidates.value}
         return {
-            "method": self.method,
+            "method": f"{self.scorer}+{self.allocator}+{self.merge}",
             "budget": self.budget.tokens if self.budget.ratio is None else self.budget.ratio,
             "window": self.window,
-            **self.scorer_options,
-            **self.allocator_options,
+            **({} if self.candidates is Candidates.AFTER_TEXT else candidates),
+            **self.options,
         }
 
-    def make_scorer(self) -> Scorer:
-        return SCORERS[self.scorer](**self.scorer_options)
+    @property
+    def tokens_per_head(self) -> int | None:
+        """What a KV head keeps; None where that depends on the prompt."""
+        return None if self.candidates is Candidates.VISUAL else self.budget.tokens
 
-    def make_allocator(self) -> Allocator:
-        return ALLOCATORS[self.allocator](**self.allocator_options)
+    @functools.cached_property
+    def scoring(self) -> Scorer:
+        return SCORERS[self.scorer](**self._options_of(SCORERS[self.scorer]))
+
+    @functools.cached_property
+    def allocation(self) -> Allocator:
+        return ALLOCATORS[self.allocator](**self._options_of(ALLOCATORS[self.allocator]))
+
+    @functools.cached_property
+    def merging(self) -> Merge | None:
+        if self.merge == "none":
+            return None
+        return MERGES[self.merge](**self._options_of(MERGES[self.merge]))
+
+    @functools.cached_property
+    def needs(self) -> Need:
+        """Of scorer, allocator and merge together."""
+        needs = self.scoring.needs | self.allocation.needs
+        merge = self.merging
+        return needs | Need.SEGMENTS if merge is not None and merge.needs_segments else needs
+
+    @property
+    def spans_layers(self) -> bool:
+        """Head pages of one layer may serve another."""
+        return self.allocation.scope in (Scope.STATIC, Scope.MODEL)
+
+    @property
+    def max_rows(self) -> int:
+        """Most last rows of a prompt whose queries are looked at."""
+        return max(self.window, MAX_TEXT_ROWS if Need.TEXT_QUERIES in self.needs else 1)
+
+    def _options_of(self, method: "type[Method]") -> dict[str, Any]:
+        return {name: self.options[name] for name in _option_names(method) if name in self.options}
 
 
-def _option_names(method: type[Scorer] | type[Allocator]) -> list[str]:
+Method = Scorer | Allocator | Merge
+
+
+def _classes(scorer: str, allocator: str, merge: str) -> list[type[Method]]:
+    found: list[type[Method]] = [SCORERS[scorer], ALLOCATORS[allocator]]
+    return found if merge == "none" else [*found, MERGES[merge]]
+
+
+def _without(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in raw.items() if name != key}
+
+
+def _option_names(method: type[Method]) -> list[str]:
     return [f.name for f in dataclasses.fields(method)]
 
 
+def _take_sizes(raw: dict[str, Any], reasons: list[str]) -> tuple[Budget, int]:
+    """Move budget and window out of ``raw``."""
+    budget, window = KVCompressionConfig.budget, raw.pop("window", KVCompressionConfig.window)
+    if "budget" in raw:
+        try:
+            budget = Budget.parse(raw.pop("budget"))
+        except ValueError as error:
+            reasons.append(f"--kv-budget: {error}.")
+    if isinstance(window, str) and window.isdecimal():
+        window = int(window)
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        reasons.append(f"--kv-window: expected a whole number of tokens >= 1, got {window!r}.")
+    return budget, window
+
+
+def _take_candidates(raw: dict[str, Any], default: Candidates, reasons: list[str]) -> Candidates:
+    """Move ``candidates`` out of ``raw``."""
+    value = raw.pop("candidates", default.value)
+    allowed = [Candidates.ALL.value, Candidates.VISUAL.value]
+    if value not in allowed:
+        reasons.append(f"candidates must be one of {', '.join(allowed)}, got {value!r}.")
+        return default
+    return Candidates(value)
+
+
 def _take_options(
-    raw: dict[str, Any], method: type[Scorer] | type[Allocator], reasons: list[str]
+    raw: dict[str, Any], methods: list[type[Method]], reasons: list[str]
 ) -> dict[str, Any]:
-    """Move the options of ``method`` out of ``raw`` and let the method check them."""
-    options = {name: raw.pop(name) for name in _option_names(method) if name in raw}
-    try:
-        method(**options)
-    except (TypeError, ValueError) as error:
-        reasons.append(f"{method.name}: {error}.")
-    return options
+    """Move the options of the methods out of ``raw`` and let each method check its own."""
+    taken: dict[str, Any] = {}
+    for method in methods:
+        options = {name: raw[name] for name in _option_names(method) if name in raw}
+        try:
+            method(**options)
+        except (TypeError, ValueError) as error:
+            reasons.append(f"{method.name}: {error}.")
+        taken.update(options)
+    for name in taken:
+        del raw[name]
+    return taken
+
+
+def _size_reasons(config: KVCompressionConfig) -> list[str]:
+    """Budget and window that do not go together."""
+    budget, window = config.budget, config.window
+    if config.candidates is Candidates.VISUAL or budget.tokens is None or budget.tokens > window:
+        return []
+    return [
+        f"--kv-budget {budget} includes the window, so it must be larger than --kv-window "
+        f"{window}: raise the budget to at least {window + 1} or lower the window."
+    ]
+
+
+def _combination_reasons(config: KVCompressionConfig) -> list[str]:
+    """Methods that do not go together."""
+    scorer, allocator = config.scoring, config.allocation
+    moves_heads = config.allocator in ("adakv", "sparsemm")
+    checks = (
+        (isinstance(allocator, LayerAllocator) and not scorer.countable,
+         f"{config.scorer} has no scores that {config.allocator} could count across heads: use "
+         "another allocator, such as uniform"),
+        (moves_heads and scorer.shared_sets,
+         f"{config.scorer} keeps the same tokens for all heads of a layer, so {config.allocator} "
+         "cannot give heads different budgets: use another allocator, such as uniform"),
+        (config.merge == "elastic" and not scorer.shared_sets,
+         "merge elastic joins dropped tokens to neighbours that all heads keep: use scorer elastic "
+         "or prefixkv, or merge lookm"),
+        (config.merge == "recycle" and not scorer.weighs,
+         f"merge recycle weighs dropped tokens by their scores, and those of {config.scorer} are "
+         "no weights: use another scorer, or merge lookm"),
+        (config.candidates is Candidates.ALL and scorer.visual_only and not scorer.reconstruction,
+         f"{config.scorer} scores visual tokens only: leave candidates at visual"),
+    )  # fmt: skip
+    return [reason + "." for refused, reason in checks if refused]
 
 
 def parse_cli_json(text: str) -> dict[str, Any]:

@@ -1,198 +1,379 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score, allocate, select and compact, for all prompts that end in a step.
+"""Score, allocate, select, merge and compact, for all prompts that end in a step.
 
 Knows tensors, not vLLM.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.allocation import Allocator, pages_from_tokens
-from vllm_kvcompress.scoring import LayerContext, LayerTrace, Scorer
+from vllm_kvcompress.allocation import (
+    Allocator,
+    Demand,
+    LayerAllocator,
+    ModelAllocator,
+    Scope,
+    pages_from_kept,
+)
+from vllm_kvcompress.merging import Merge, MergeContext
+from vllm_kvcompress.page_state import HeadPageState, page_starts
+from vllm_kvcompress.scoring import (
+    HiddenMoments,
+    LayerContext,
+    LayerTrace,
+    QueryMaker,
+    QueryMoments,
+    Scorer,
+)
+from vllm_kvcompress.scoring.base import local_mean
 
 
-class HeadPageState:
-    """Which head pages each request holds, on the device, indexed by request slot.
-
-    Slot ``num_slots`` belongs to nobody: padding rows point there. A slot without compression has
-    num_full_blocks 0, num_kept_blocks 1 and page_count 0, which makes its table the natural one.
+class LayerInputs(NamedTuple):
+    """What one layer hands to the pipeline.
 
     Attributes:
-        num_full_blocks, num_kept_blocks: [S + 1] int32, m and n of the request's prompt.
-        page_count, page_start: [L, S + 1, Hkv] int32; L is 1 when all layers are alike.
+        layer: index in the model.
+        row: index among the compressed layers.
+        queries: [N, Q, Hq, D] of the last Q positions of each prompt.
+        pages: [num_pages, block_size * 2 * D] head pages of the layer.
+        scale, softcap: the layer's.
+        column_sums, hidden, moments, maker: see ``LayerContext``.
     """
 
-    def __init__(
-        self, num_slots: int, num_layers: int, num_kv_heads: int, device: torch.device
-    ) -> None:
-        self.num_slots = num_slots
-        self.num_full_blocks = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
-        self.num_kept_blocks = torch.ones(num_slots + 1, dtype=torch.int32, device=device)
-        shape = (num_layers, num_slots + 1, num_kv_heads)
-        self.page_count = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.page_start = torch.zeros(shape, dtype=torch.int32, device=device)
-
-    def begin(
-        self, slots: torch.Tensor, num_full: torch.Tensor, num_kept: torch.Tensor, even: bool
-    ) -> None:
-        """Set what the plan knows of N requests; uncompressed: ``num_full`` 0, ``num_kept`` 1.
-
-        With an even budget that includes the pages, so that tables for the step in which a prompt
-        ends can be made before its layers run. Otherwise pages follow layer by layer.
-        """
-        self.num_full_blocks[slots] = num_full.int()
-        self.num_kept_blocks[slots] = num_kept.int()
-        pages = num_kept * (num_full > 0) if even else torch.zeros_like(num_kept)
-        count = pages[:, None].expand(-1, self.page_count.shape[2])
-        self.page_count[:, slots] = count.int()
-        self.page_start[:, slots] = page_starts(count).int()
-
-    def set_pages(self, layer: int, slots: torch.Tensor, count: torch.Tensor) -> None:
-        """Store the pages per head [N, Hkv] of one layer."""
-        self.page_count[layer, slots] = count.int()
-        self.page_start[layer, slots] = page_starts(count).int()
-
-    def tables(
-        self,
-        layer: int,
-        slots: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_size: int,
-        width: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page tables and kv_len of the rows' virtual sequences: ``kernels.head_page_tables``."""
-        return kernels.head_page_tables(
-            block_table,
-            seq_lens,
-            self.num_full_blocks[slots],
-            self.num_kept_blocks[slots],
-            self.page_count[layer, slots],
-            self.page_start[layer, slots],
-            block_size,
-            width,
-        )
+    layer: int
+    row: int
+    queries: torch.Tensor
+    pages: torch.Tensor
+    scale: float
+    softcap: float = 0.0
+    column_sums: torch.Tensor | None = None
+    hidden: HiddenMoments | None = None
+    moments: QueryMoments | None = None
+    maker: QueryMaker | None = None
 
 
-def page_starts(count: torch.Tensor) -> torch.Tensor:
-    """Number of each head's first page among its layer's pages. ``count`` [N, Hkv]."""
-    return count.cumsum(1) - count
+class Demands(NamedTuple):
+    """Plans of the N prompts as device tensors, all [N] int64; see ``plan.PromptPlan``."""
+
+    slots: torch.Tensor
+    prompt_lens: torch.Tensor
+    num_full_blocks: torch.Tensor
+    num_kept_blocks: torch.Tensor
+    tail: torch.Tensor
+    capacity: torch.Tensor
+    num_scored: torch.Tensor
+    pinned: torch.Tensor
+    fixed: torch.Tensor
+    recent: torch.Tensor
+    text_rows: torch.Tensor
+
+
+class _Waiting(NamedTuple):
+    """A layer that has been scored and waits for its share of a budget that spans layers."""
+
+    pages: torch.Tensor
+    final: torch.Tensor
+    observed: torch.Tensor
 
 
 @dataclass
 class EndingPrompts:
-    """The N compressing requests whose prompt ends in this step. Device tensors, int64.
+    """The N compressing requests whose prompt ends in this step.
 
     Attributes:
-        slots, prompt_lens, capacity, num_full_blocks, num_kept_blocks, tail: [N].
-        block_table: [N, B] with B = ceil(longest prompt / block_size).
-        max_pages: bound on any head's pages, known to the host.
+        demands: their plans.
+        block_table: [N, B] int64 with B = ceil(longest prompt / block_size).
+        max_pages: bound on any head's pages.
+        total_pages: most pages, over all layers and heads, that one request keeps.
+        visual: [N, T] bool, tokens that may compete; None when all may.
+        segment: [N, T] int64, image of each visual token or -1; None when nothing needs it.
+        num_segments: of the prompt that has the most.
+        static_tokens: [N, L, Hkv] int64 scored tokens of a static allocator.
         trace: what layers of this step leave for later layers.
     """
 
-    slots: torch.Tensor
-    prompt_lens: torch.Tensor
-    capacity: torch.Tensor
-    num_full_blocks: torch.Tensor
-    num_kept_blocks: torch.Tensor
-    tail: torch.Tensor
+    demands: Demands
     block_table: torch.Tensor
     max_pages: int
+    total_pages: int
+    visual: torch.Tensor | None = None
+    segment: torch.Tensor | None = None
+    num_segments: int = 0
+    static_tokens: torch.Tensor | None = None
     trace: LayerTrace = field(default_factory=LayerTrace)
+    _page_count: torch.Tensor | None = None  # [N, L, Hkv], budgets that span layers
+    _staged: torch.Tensor | None = None  # [N, total_pages + 1, block_size * 2 * D]
+    _waiting: list[_Waiting] = field(default_factory=list)
 
 
 class CompressionPipeline:
     """Compresses one layer of all ending prompts at a time.
 
     Args:
-        scorer, allocator: the methods.
+        scorer, allocator, merge: the methods; ``merge`` None drops what is not kept.
         window: W.
+        num_layers, num_kv_heads: compressed layers, and KV heads of this rank.
         layout: where a head page keeps its elements.
         state: receives the pages of every head.
+        mean_over_heads: mean over dimension 1 of a tensor, over the heads of all ranks.
+        first_head: index in the model of the rank's first KV head.
     """
 
     def __init__(
         self,
         scorer: Scorer,
         allocator: Allocator,
+        merge: Merge | None,
         window: int,
+        num_layers: int,
+        num_kv_heads: int,
         layout: kernels.PageLayout,
         state: HeadPageState,
+        mean_over_heads: Callable[[torch.Tensor], torch.Tensor] = local_mean,
+        first_head: int = 0,
     ) -> None:
         self.scorer = scorer
         self.allocator = allocator
+        self.merge = merge
         self.window = window
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
         self.layout = layout
         self.state = state
+        self.mean_over_heads = mean_over_heads
+        self.first_head = first_head
+
+    @property
+    def spans_layers(self) -> bool:
+        """Head pages of a layer may hold tokens of another one."""
+        return self.allocator.scope in (Scope.STATIC, Scope.MODEL)
 
     def compress(
         self,
         batch: EndingPrompts,
-        row: int,
-        layer: int,
-        queries: torch.Tensor,
-        pages: torch.Tensor,
-        num_kv_heads: int,
-        scale: float,
-        softcap: float,
-    ) -> torch.Tensor:
-        """Compress one layer in place.
+        inputs: LayerInputs,
+        all_pages: torch.Tensor | None = None,
+        layer_pages: int = 0,
+    ) -> torch.Tensor | None:
+        """Score one layer, and compact whatever can be compacted by now, in place.
 
         Args:
-            row: row of the layer in the state, 0 when all layers are alike.
-            layer: index of the layer in the model.
-            queries: [N, W, Hq, D] of positions P-W .. P-1.
-            pages: [num_pages, block_size * 2 * D] head pages of the layer.
+            inputs: of the layer; layers come in order.
+            all_pages, layer_pages: head pages of all layers, and pages from one layer to the next,
+                when budgets span layers.
 
         Returns:
-            [N, Hkv] int64, pages per head.
+            [N, ...] int64, pages per head that became known; None when none did.
         """
-        block_size = self.layout.block_size
-        prompts = kernels.PromptPages(pages, batch.block_table, num_kv_heads, self.layout)
-        scores = self.scorer.score(
-            LayerContext(
-                layer=layer,
-                prompt_lens=batch.prompt_lens,
-                capacity=batch.capacity,
-                window=self.window,
-                window_queries=queries,
-                prompts=prompts,
-                scale=scale,
-                softcap=softcap,
-                trace=batch.trace,
+        allocator, demands = self.allocator, batch.demands
+        ctx = self._context(batch, inputs)
+        scores = self.scorer.score(ctx)
+        base, final = self._mask(batch, scores.base, scores.final)
+        prompts = ctx.prompts
+        if not self.spans_layers:
+            if isinstance(allocator, LayerAllocator):
+                tokens = allocator.scored_tokens(base, demands.num_scored, demands.capacity)
+                kept = tokens + demands.pinned[:, None]
+                count = self._pages(batch, kept)
+                self.state.set_pages(inputs.row, demands.slots, count, page_starts(count))
+            else:
+                nominal = (demands.capacity + demands.pinned)[:, None]
+                kept = nominal.expand(-1, self.num_kv_heads)
+                count = demands.num_kept_blocks[:, None].expand_as(kept)
+            staged = self._entries(batch, prompts, final, kept, count)
+            self._write(batch, prompts, staged, count, page_starts(count))
+            return count
+        assert all_pages is not None, "budgets that span layers need a view of all of them"
+        last = inputs.row == self.num_layers - 1
+        if isinstance(allocator, ModelAllocator):
+            observed = allocator.observe(ctx, scores._replace(base=base, final=final))
+            batch._waiting.append(_Waiting(inputs.pages, final, observed))
+            if not last:
+                return None
+            demand = Demand(
+                demands.prompt_lens, demands.num_scored, demands.capacity, demands.pinned
             )
-        )
-        if self.allocator.even:
-            count = batch.num_kept_blocks[:, None].expand(-1, num_kv_heads)
+            kept = allocator.kept_tokens([w.observed for w in batch._waiting], demand)
+            kept = kept[:, :, None].expand(-1, -1, self.num_kv_heads)
+            self._settle(batch, kept)
+            for row, waiting in enumerate(batch._waiting):
+                layer = prompts._replace(pages=waiting.pages)
+                self._stage(batch, layer, waiting.final, row, kept[:, row])
         else:
-            tokens = self.allocator.allocate(
-                scores.base, batch.prompt_lens - self.window, batch.capacity
-            )
-            count = pages_from_tokens(
-                tokens,
-                self.window,
-                batch.tail,
-                batch.num_kept_blocks,
-                batch.num_full_blocks,
-                block_size,
-            )
-            self.state.set_pages(row, batch.slots, count)
-        in_pages = batch.num_full_blocks * block_size
-        kept = kernels.select_tokens(
-            scores.final,
-            count * block_size,
-            num_candidates=torch.minimum(in_pages, batch.prompt_lens - self.window),
-            pinned_end=in_pages,
-            max_count=batch.max_pages * block_size,
-        )
-        kernels.compact_pages(
-            prompts,
-            kept,
-            count,
-            page_starts(count),
-            batch.num_full_blocks,
-            batch.num_kept_blocks,
-        )
+            assert batch.static_tokens is not None
+            kept = batch.static_tokens + demands.pinned[:, None, None]
+            if batch._page_count is None:
+                self._settle(batch, kept)
+            self._stage(batch, prompts, final, inputs.row, kept[:, inputs.row])
+            if not last:
+                return None
+        assert batch._staged is not None
+        assert batch._page_count is not None
+        num = len(demands.slots)
+        total = demands.num_kept_blocks[:, None] * (self.num_layers * self.num_kv_heads)
+        staged = batch._staged[:, :-1].reshape(num, 1, -1, 2 * self.layout.head_size)
+        everything = prompts._replace(pages=all_pages)
+        self._write(batch, everything, staged, total, torch.zeros_like(total), layer_pages)
+        count = batch._page_count
+        batch._staged, batch._waiting = None, []
         return count
+
+    def _context(self, batch: EndingPrompts, inputs: LayerInputs) -> LayerContext:
+        demands = batch.demands
+        capacity = demands.capacity
+        if batch.static_tokens is not None and self.allocator.per_layer:
+            capacity = batch.static_tokens[:, inputs.row, 0]
+        return LayerContext(
+            layer=inputs.layer,
+            prompt_lens=demands.prompt_lens,
+            capacity=capacity,
+            window=self.window,
+            queries=inputs.queries,
+            prompts=kernels.PromptPages(
+                inputs.pages, batch.block_table, self.num_kv_heads, self.layout
+            ),
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            recent=demands.recent,
+            text_rows=demands.text_rows,
+            segment=batch.segment,
+            num_segments=batch.num_segments,
+            first_head=self.first_head,
+            trace=batch.trace,
+            column_sums=inputs.column_sums,
+            hidden=inputs.hidden,
+            moments=inputs.moments,
+            maker=inputs.maker,
+            mean_over_heads=self.mean_over_heads,
+        )
+
+    def _mask(
+        self, batch: EndingPrompts, base: torch.Tensor, final: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-inf in ``base`` where nothing competes, +inf in ``final`` at text that is kept."""
+        demands = batch.demands
+        position = torch.arange(base.shape[2], device=base.device)
+        competes = position < (demands.prompt_lens - demands.recent)[:, None]
+        if batch.visual is not None:
+            final = final.masked_fill(~batch.visual[:, None], float("inf"))
+            competes = competes & batch.visual
+        return base.masked_fill(~competes[:, None], float("-inf")), final
+
+    def _pages(self, batch: EndingPrompts, kept: torch.Tensor) -> torch.Tensor:
+        """Pages of the entries [N, X] of a group that shares its pages."""
+        demands = batch.demands
+        return pages_from_kept(
+            kept,
+            demands.tail,
+            demands.fixed,
+            demands.num_kept_blocks,
+            demands.num_full_blocks,
+            self.layout.block_size,
+        )
+
+    def _settle(self, batch: EndingPrompts, kept: torch.Tensor) -> None:
+        """Pages of every layer and head, from kept tokens [N, L, Hkv]."""
+        if self.allocator.per_layer:
+            count = self._pages(batch, kept[:, :, 0])[:, :, None].expand_as(kept)
+        else:
+            count = self._pages(batch, kept.flatten(1)).view_as(kept)
+        starts = page_starts(count.flatten(1)).view_as(count)
+        self.state.set_all_pages(batch.demands.slots, count, starts)
+        batch._page_count = count
+
+    def _stage(
+        self,
+        batch: EndingPrompts,
+        prompts: kernels.PromptPages,
+        final: torch.Tensor,
+        row: int,
+        kept: torch.Tensor,
+    ) -> None:
+        """Copy the entries of one layer to their places among those of all layers."""
+        assert batch._page_count is not None
+        count = batch._page_count[:, row]
+        staged = self._entries(batch, prompts, final, kept, count)
+        num, width = len(staged), self.layout.block_size * 2 * self.layout.head_size
+        if batch._staged is None:
+            # the last page takes what no head owns
+            batch._staged = staged.new_empty((num, batch.total_pages + 1, width))
+        pages = staged.reshape(num, self.num_kv_heads, -1, width)
+        index = torch.arange(pages.shape[2], device=staged.device)
+        starts = page_starts(batch._page_count.flatten(1)).view_as(batch._page_count)[:, row]
+        target = starts[:, :, None] + index
+        target = target.masked_fill(index >= count[:, :, None], batch.total_pages)
+        batch._staged[torch.arange(num, device=staged.device)[:, None, None], target] = pages
+
+    def _entries(
+        self,
+        batch: EndingPrompts,
+        prompts: kernels.PromptPages,
+        final: torch.Tensor,
+        kept: torch.Tensor,
+        page_count: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the pages of each head will hold, [N, Hkv, max_pages * block_size, 2 * D].
+
+        Args:
+            kept: [N, Hkv] kept tokens of each head as its allocator meant them.
+            page_count: [N, Hkv] its pages.
+        """
+        demands = batch.demands
+        position = torch.arange(final.shape[2], device=final.device)
+        if self.scorer.recent_fraction:
+            recent = (kept * self.scorer.recent_fraction).long().clamp_min(1)
+            is_recent = position >= demands.prompt_lens[:, None, None] - recent[:, :, None]
+            final = final.masked_fill(is_recent, float("inf"))
+        in_pages = demands.num_full_blocks * self.layout.block_size
+        candidates = torch.minimum(in_pages, demands.prompt_lens - demands.recent)
+        slots = page_count * self.layout.block_size
+        max_slots = batch.max_pages * self.layout.block_size
+        if self.merge is None:
+            chosen = kernels.select_tokens(final, slots, candidates, in_pages, max_slots)
+            return kernels.stage_tokens(prompts, chosen, slots)
+        competes = position < candidates[:, None]
+        if batch.visual is not None:
+            competes = competes & batch.visual
+        is_prompt = (position < demands.prompt_lens[:, None])[:, None, :, None]
+        read = (kernels.read_prompt(prompts, part).float() for part in ("key", "value"))
+        keys, values = (rows.masked_fill(~is_prompt, 0.0) for rows in read)
+        pinned = ~competes[:, None] & (position < in_pages[:, None])[:, None]
+        ctx = MergeContext(
+            keys=keys,
+            values=values,
+            final=final.masked_fill(pinned, float("inf")),
+            competes=competes,
+            prompt_lens=demands.prompt_lens,
+            in_pages=in_pages,
+            segment=batch.segment,
+            num_segments=batch.num_segments,
+            slots=slots,
+        )
+        tokens = self.merge.num_tokens(ctx)
+        ctx.kept = kernels.select_tokens(final, tokens, candidates, in_pages, max_slots)
+        entries = torch.cat(self.merge.merge(ctx), dim=-1)
+        return entries.to(prompts.pages.dtype)
+
+    def _write(
+        self,
+        batch: EndingPrompts,
+        prompts: kernels.PromptPages,
+        staged: torch.Tensor,
+        count: torch.Tensor,
+        start: torch.Tensor,
+        layer_pages: int = 0,
+    ) -> None:
+        demands = batch.demands
+        kernels.write_pages(
+            prompts,
+            staged,
+            count,
+            start,
+            demands.num_full_blocks,
+            demands.num_kept_blocks,
+            layer_pages,
+        )

@@ -7,13 +7,21 @@ A prompt of P tokens with block size bs has m = P // bs full blocks and a tail o
     | returned to the pool,      | head pages of the kept     | as stock vLLM writes them
     | still hashed for reuse     | tokens, private, unhashed  |
 
-A *head page* is the part of a block that belongs to one KV head: block_size tokens. The n kept
-blocks hold n * num_kv_heads head pages per layer, which the heads of that layer share out.
+A *head page* is the part of a block that belongs to one KV head of one layer: block_size tokens.
+The n kept blocks hold n * num_kv_heads head pages per layer, which the heads share out: those of
+one layer among themselves, or those of all layers when the allocator moves budget across layers.
 """
 
 import functools
+import json
 import math
 from dataclasses import dataclass
+from fractions import Fraction
+
+from vllm_kvcompress.allocation import StaticAllocator
+from vllm_kvcompress.config import Candidates, KVCompressionConfig
+from vllm_kvcompress.prompt import PromptFacts
+from vllm_kvcompress.scoring import Need
 
 
 @dataclass(frozen=True)
@@ -24,16 +32,34 @@ class PromptPlan:
         num_full_blocks: m, full blocks of the prompt.
         num_kept_blocks: n, the last n of the m blocks, which hold the kept tokens.
         tail: tokens in the partial last block; always kept.
-        budget: tokens per KV head that the plan was made for, window included.
-        max_hit: most tokens that may be taken from the prefix cache: the observation window and the
-            kept blocks must be recomputed, because compaction writes into the latter.
+        capacity: nominal competing tokens that a head keeps.
+        num_scored: competing tokens as allocators count them.
+        pinned: tokens that every head keeps anyway; capacity + pinned is the nominal total.
+        fixed: tokens in full blocks that every head keeps anyway.
+        recent: R, last tokens that are always kept.
+        num_rows: last prompt rows whose queries are looked at.
+        text_rows: how many of them belong to the instruction.
+        capture_from: first position whose row counts in any sum over the prompt.
+        moments_from: first position that counts in moments.
+        max_hit: most tokens that may be taken from the prefix cache: rows that are looked at and
+            the kept blocks must be recomputed, because compaction writes into the latter.
+        facts: of the prompt.
     """
 
     num_full_blocks: int
     num_kept_blocks: int
     tail: int
-    budget: int
+    capacity: int
+    num_scored: int
+    pinned: int
+    fixed: int
+    recent: int
+    num_rows: int
+    text_rows: int
+    capture_from: int
+    moments_from: int
     max_hit: int
+    facts: PromptFacts
 
     @property
     def num_freed_blocks(self) -> int:
@@ -47,39 +73,131 @@ class PromptPlan:
 
 @dataclass(frozen=True)
 class BlockPlanner:
-    """Makes a :class:`PromptPlan` from a prompt length.
+    """Makes a :class:`PromptPlan` from the facts of a prompt.
 
     Attributes:
+        settings: the configuration as JSON.
         block_size: tokens per block.
-        window: observation window W in tokens.
-        budget_tokens, budget_ratio: exactly one is set; a ratio is of the prompt length.
+        num_layers, num_kv_heads: compressed layers, and KV heads of the model over all ranks.
     """
 
+    settings: str
     block_size: int
-    window: int
-    budget_tokens: int | None = None
-    budget_ratio: float | None = None
+    num_layers: int
+    num_kv_heads: int
 
-    def budget_for(self, prompt_len: int) -> int:
-        """Tokens per KV head for this prompt; a ratio never goes below one block or window + 1."""
-        if self.budget_ratio is None:
-            assert self.budget_tokens is not None, "a planner has tokens or a ratio"
-            return self.budget_tokens
-        asked = math.ceil(self.budget_ratio * prompt_len)
-        return max(asked, self.block_size, self.window + 1)
+    @property
+    def config(self) -> KVCompressionConfig:
+        return _config(self.settings)
 
-    def plan(self, prompt_len: int) -> PromptPlan:
-        return _plan(self, prompt_len)
+    @property
+    def max_rows(self) -> int:
+        """Bound on ``PromptPlan.num_rows``."""
+        return self.config.max_rows
+
+    def plan(self, facts: PromptFacts) -> PromptPlan:
+        return _plan(self, facts)
+
+    def scored_tokens(self, plan: PromptPlan) -> list[list[int]]:
+        """C[l][g] of a static allocator, over all layers and KV heads of the model."""
+        return _scored_tokens(self, plan.capacity, plan.num_scored)
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _plan(planner: BlockPlanner, prompt_len: int) -> PromptPlan:
-    block_size = planner.block_size
-    num_full = prompt_len // block_size
-    tail = prompt_len - num_full * block_size
-    budget = planner.budget_for(prompt_len)
-    num_kept = min(num_full, -(-(budget - tail) // block_size))
-    if num_kept == num_full:
-        return PromptPlan(num_full, num_full, tail, budget, max_hit=max(prompt_len - 1, 0))
-    # budget >= window, so the kept blocks and the tail cover the window
-    return PromptPlan(num_full, num_kept, tail, budget, max_hit=(num_full - num_kept) * block_size)
+@functools.lru_cache(maxsize=64)
+def _config(settings: str) -> KVCompressionConfig:
+    return KVCompressionConfig.parse(json.loads(settings))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _scored_tokens(planner: BlockPlanner, capacity: int, num_scored: int) -> list[list[int]]:
+    allocator = planner.config.allocation
+    assert isinstance(allocator, StaticAllocator)
+    return allocator.scored_tokens(capacity, num_scored, planner.num_layers, planner.num_kv_heads)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _plan(planner: BlockPlanner, facts: PromptFacts) -> PromptPlan:
+    config, block_size, length = planner.config, planner.block_size, facts.length
+    num_full = length // block_size
+    tail = length - num_full * block_size
+    capacity, num_scored, recent = _competition(config, block_size, facts)
+    pinned = length - num_scored if config.candidates is not Candidates.ALL else config.window
+    in_pages = num_full * block_size
+    if config.candidates is Candidates.ALL:
+        fixed = max(0, recent - tail)
+    else:
+        fixed = in_pages - facts.num_visual(min(in_pages, length - recent))
+    num_rows, text_rows = _rows(config, facts)
+    capture_from, moments_from = _sums(config, length)
+
+    num_kept = num_full
+    if 0 <= capacity < num_scored:
+        mean = Fraction(capacity)
+        if isinstance(config.allocation, StaticAllocator):
+            tokens = _scored_tokens(planner, capacity, num_scored)
+            mean = Fraction(sum(map(sum, tokens)), sum(map(len, tokens)))
+        pages = math.ceil((mean + pinned - tail) / block_size)
+        num_kept = min(num_full, max(1, pages, -(-fixed // block_size)))
+    first_row = min(length - num_rows, capture_from)
+    compresses = num_kept < num_full
+    return PromptPlan(
+        num_full_blocks=num_full,
+        num_kept_blocks=num_kept,
+        tail=tail,
+        capacity=capacity,
+        num_scored=num_scored,
+        pinned=pinned,
+        fixed=fixed,
+        recent=recent,
+        num_rows=num_rows,
+        text_rows=text_rows,
+        capture_from=capture_from,
+        moments_from=moments_from,
+        max_hit=min(num_full - num_kept, first_row // block_size) * block_size
+        if compresses
+        else max(length - 1, 0),
+        facts=facts,
+    )
+
+
+def _competition(
+    config: KVCompressionConfig, block_size: int, facts: PromptFacts
+) -> tuple[int, int, int]:
+    """Capacity, competing tokens and R of a prompt."""
+    budget, window, length = config.budget, config.window, facts.length
+    scorer = config.scoring
+    if budget.tokens is not None:
+        kept = budget.tokens
+    else:  # never below one block or window + 1
+        kept = max(math.ceil(budget.exact_ratio * length), block_size, window + 1)
+    recent = min(scorer.num_recent(window, kept), length)
+    if config.candidates is Candidates.ALL:
+        return kept - window, length - window, recent
+    visual = facts.num_visual(length - recent)
+    if config.candidates is Candidates.AFTER_TEXT:
+        return max(0, kept - recent - (length - recent - visual)), visual, recent
+    if budget.tokens is not None:
+        return min(budget.tokens, visual), visual, recent
+    return min(visual, max(1, round(budget.exact_ratio * visual))), visual, recent
+
+
+def _rows(config: KVCompressionConfig, facts: PromptFacts) -> tuple[int, int]:
+    """Rows whose queries are looked at, and those of the instruction."""
+    needs, length = config.needs, facts.length
+    text_rows = facts.num_text_rows(config.window)
+    num_rows = 0
+    if Need.WINDOW_QUERIES in needs:
+        num_rows = config.window
+    if Need.TEXT_QUERIES in needs:
+        num_rows = max(num_rows, text_rows)
+    if Need.LAST_QUERY in needs:
+        num_rows = max(num_rows, 1)
+    return min(num_rows, length), text_rows
+
+
+def _sums(config: KVCompressionConfig, length: int) -> tuple[int, int]:
+    """First rows that count in any sum over the prompt, and in moments."""
+    moments_from = length
+    if config.needs & (Need.HIDDEN_MOMENTS | Need.QUERY_MOMENTS):
+        moments_from = config.scoring.capture_from(length)
+    return 0 if Need.COLUMN_SUMS in config.needs else moments_from, moments_from

@@ -2,25 +2,34 @@
 """The backend and the attention implementation of a compressing layer, on every platform."""
 
 import copy
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
-from vllm_kvcompress.adapter import refusals
+from vllm_kvcompress.adapter import attention_inputs, refusals
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.captures import SumRows
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.kernels import PromptPages
+from vllm_kvcompress.pipeline import LayerInputs
+from vllm_kvcompress.scoring import Need
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.adapter.builder import CompressedBuilder
 
 
 class CompressedBackend:
     """Mixin of a platform's ``AttentionBackend``; only layers of a compressing engine get it.
 
     Attributes:
-        settings: of the engine; set by the subclass that ``selection`` makes for it.
+        settings, model_kv_heads: of the engine (see ``CompressedSpec``); set by the subclass that
+            ``selection`` makes for it.
     """
 
-    settings: ClassVar[KVCompressionConfig]
+    settings: ClassVar[str]
+    model_kv_heads: ClassVar[int]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -32,12 +41,7 @@ class CompressedBackend:
         spec = super().customize_spec(spec)  # type: ignore[misc]
         if type(spec) is not FullAttentionSpec:
             return spec
-        return CompressedSpec.of(
-            spec,
-            window=cls.settings.window,
-            budget_tokens=cls.settings.budget.tokens,
-            budget_ratio=cls.settings.budget.ratio,
-        )
+        return CompressedSpec.of(spec, settings=cls.settings, model_kv_heads=cls.model_kv_heads)
 
 
 class _AttentionLayer(Protocol):
@@ -100,7 +104,7 @@ class CompressedImpl:
             part = torch.empty_like(result[: meta.natural.num_actual_tokens])
             stock(layer, queries[meta.natural_tokens], None, None, kv_cache, meta.natural, part)
             result[meta.natural_tokens] = part
-        if meta.windows is not None:
+        if meta.queries is not None or meta.sums is not None:
             self._compress(layer, queries, kv_cache, meta)
         if meta.virtual is not None:
             self._attend_virtual(layer, queries, kv_cache, meta, result)
@@ -113,34 +117,83 @@ class CompressedImpl:
         kv_cache: torch.Tensor,
         meta: CompressedMetadata,
     ) -> None:
-        builder, windows, ending = meta.builder, meta.windows, meta.ending
-        assert windows is not None
+        builder, moved, ending = meta.builder, meta.queries, meta.ending
         row = builder.layer_rows[layer.layer_name]
-        if windows.save is not None:
-            store_row, window_row, token = windows.save
-            builder.window_store.reserve(queries)[store_row, row, window_row] = queries[token]
-        if ending is None:
-            return
         with builder.telemetry.layer():
-            window_queries = queries[windows.tokens]  # [N, W, Hq, D]
-            if windows.load is not None:
-                entry, window_row, store_row = windows.load
-                stored = builder.window_store.reserve(queries)
-                window_queries[entry, window_row] = stored[store_row, row, window_row]
-            count = builder.pipeline.compress(
-                ending,
-                0 if builder.even else row,
-                builder.layer_indices[layer.layer_name],
-                window_queries,
-                kv_cache.view(-1, kv_cache.shape[2] * kv_cache.shape[3]),
-                self.num_kv_heads,
-                self.scale,
-                self.logits_soft_cap,
+            sums = self._add_sums(layer, row, queries, kv_cache, meta)
+            if moved is not None and moved.save is not None:
+                request, store_row, token = moved.save
+                builder.stored_queries(queries)[request, row, store_row] = queries[token]
+            if ending is None:
+                return
+            assert moved is not None
+            assert moved.tokens is not None
+            last_queries = queries[moved.tokens]  # [N, Q, Hq, D]
+            if moved.load is not None:
+                entry, column, request, store_row = moved.load
+                stored = builder.stored_queries(queries)
+                last_queries[entry, column] = stored[request, row, store_row]
+            inputs = LayerInputs(
+                layer=builder.layer_indices[layer.layer_name],
+                row=row,
+                queries=last_queries,
+                pages=_as_pages(kv_cache),
+                scale=self.scale,
+                softcap=self.logits_soft_cap,
+                **sums,
             )
-            builder.telemetry.record_pages(count)
+            all_pages, layer_pages = builder.span()
+            count = builder.pipeline.compress(ending, inputs, all_pages, layer_pages)
+            if count is not None:
+                builder.telemetry.record_pages(count)
         if layer.layer_name == builder.last_layer:
             pages = len(builder.layer_rows) * self.num_kv_heads
             builder.telemetry.end_step(builder.block_size / pages, meta.tail_tokens)
+
+    def _add_sums(
+        self,
+        layer: _AttentionLayer,
+        row: int,
+        queries: torch.Tensor,
+        kv_cache: torch.Tensor,
+        meta: CompressedMetadata,
+    ) -> dict[str, Any]:
+        """Take this step's rows into the sums over the prompt; the totals of those that end."""
+        builder, rows, sums = meta.builder, meta.sums, meta.builder.sums
+        found: dict[str, Any] = {}
+        if rows is None:
+            return found
+        if Need.COLUMN_SUMS in sums.needs:
+            prompts = PromptPages(
+                _as_pages(kv_cache), rows.block_table, self.num_kv_heads, builder.pipeline.layout
+            )
+            total = sums.add_columns(rows, row, queries, prompts, self.scale, self.logits_soft_cap)
+            if meta.ending is not None:
+                length = meta.ending.block_table.shape[1] * builder.block_size
+                found["column_sums"] = total[:, :, :length]
+        if sums.needs & attention_inputs.CAPTURED:
+            inputs = attention_inputs.inputs_of(builder.layers[row])
+            found.update(self._add_moments(builder, row, inputs, rows))
+        return found
+
+    def _add_moments(
+        self,
+        builder: "CompressedBuilder",
+        row: int,
+        inputs: attention_inputs.AttentionInputs,
+        rows: SumRows,
+    ) -> dict[str, Any]:
+        """Moments of what goes into the layer before RoPE, and the way to make more of it."""
+        sums = builder.sums
+        found: dict[str, Any] = {}
+        if Need.HIDDEN_MOMENTS in sums.needs:
+            found["hidden"] = sums.add_hidden(rows, row, inputs.hidden)
+        if Need.QUERY_MOMENTS in sums.needs:
+            queries = inputs.queries.view(-1, self.num_heads, self.head_size)
+            found["moments"] = sums.add_queries(rows, row, queries)
+        last = inputs.positions[rows.tokens[rows.ending, -1]].amax(1)
+        found["maker"] = attention_inputs.LayerQueries(inputs, last, self.num_heads, self.head_size)
+        return found
 
     def _attend_virtual(
         self,
@@ -160,8 +213,9 @@ class CompressedImpl:
         stock_meta = meta.builder.virtual_metadata(
             virtual, meta.builder.layer_rows[layer.layer_name]
         )
-        num_blocks, num_heads, block_size, width = kv_cache.shape
-        pages = kv_cache.view(num_blocks * num_heads, 1, block_size, width)
+        all_pages, _ = meta.builder.span()
+        pages = _as_pages(kv_cache) if all_pages is None else all_pages
+        pages = pages.view(-1, 1, *kv_cache.shape[2:])
         if virtual.order is None:
             num_tokens = meta.num_actual_tokens
             rows = queries[:num_tokens].reshape(-1, group, head_size)
@@ -172,3 +226,8 @@ class CompressedImpl:
         out = torch.empty_like(rows)
         self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
         result.view(-1, group, head_size)[virtual.order] = out
+
+
+def _as_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """[num_blocks, Hkv, block_size, 2 * D] as head pages [num_blocks * Hkv, block_size * 2 * D]."""
+    return kv_cache.view(-1, kv_cache.shape[2] * kv_cache.shape[3])

@@ -6,6 +6,7 @@ own page table and length. So the decode rows of R requests run as a *virtual ba
 sequences through the platform's own attention kernel, while prompts run as stock vLLM runs them.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,17 +19,22 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.adapter import refusals
+from vllm_kvcompress.adapter import ending_prompts, refusals
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
-from vllm_kvcompress.adapter.metadata import CompressedMetadata, VirtualBatch, WindowTransfer
+from vllm_kvcompress.adapter.metadata import CompressedMetadata, RowTransfer, VirtualBatch
+from vllm_kvcompress.adapter.parallel import mean_over_heads, rank_heads
 from vllm_kvcompress.adapter.runner import current_step
 from vllm_kvcompress.adapter.settings import settings_of
 from vllm_kvcompress.adapter.telemetry import WorkerTelemetry
-from vllm_kvcompress.batch import StepRows, head_major_order, plan_windows, ranges
-from vllm_kvcompress.config import Budget, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.allocation import Scope
+from vllm_kvcompress.batch import StepRows, head_major_order, plan_rows, ranges
+from vllm_kvcompress.captures import PromptSums
+from vllm_kvcompress.config import Candidates, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
-from vllm_kvcompress.pipeline import CompressionPipeline, EndingPrompts, HeadPageState
-from vllm_kvcompress.window_store import WindowStore
+from vllm_kvcompress.page_state import HeadPageState
+from vllm_kvcompress.pipeline import CompressionPipeline
+from vllm_kvcompress.plan import BlockPlanner
+from vllm_kvcompress.request_store import RequestStore
 
 logger = init_logger("vllm.kvcompress")
 
@@ -55,29 +61,50 @@ class CompressedBuilder:
                 f"compressed ({type(kv_cache_spec).__name__}): serve the model without "
                 "--kv-compression."
             )
-        self.settings: KVCompressionConfig = settings
         names = sorted(layer_names, key=extract_layer_index)
         self.layer_rows = {name: row for row, name in enumerate(names)}
         self.layer_indices = {name: extract_layer_index(name) for name in names}
         self.last_layer = names[-1]
         self.num_kv_heads = kv_cache_spec.num_kv_heads
         self.max_num_rows = vllm_config.scheduler_config.max_num_seqs
-        allocator = settings.make_allocator()
-        self.even = allocator.even
-        self.state = HeadPageState(
-            self.max_num_rows, 1 if self.even else len(names), self.num_kv_heads, device
+        parallel = vllm_config.parallel_config
+        self.heads = rank_heads(
+            kv_cache_spec.model_kv_heads, self.num_kv_heads, parallel.tensor_parallel_size
         )
-        self.pipeline = CompressionPipeline(
-            settings.make_scorer(), allocator, settings.window, self.page_layout(), self.state
-        )
-        self.window_store = WindowStore(len(names), settings.window)
-        rank = vllm_config.parallel_config.rank
-        self.telemetry = WorkerTelemetry(device, active=rank == 0)
+        self.layers = [vllm_config.compilation_config.static_forward_context[n] for n in names]
+        self._span: tuple[torch.Tensor, int] | None = None
+        self.telemetry = WorkerTelemetry(device, active=parallel.rank == 0)
         self.virtual_builder = self.make_virtual_builder(
             replace(kv_cache_spec.plain(), num_kv_heads=1), vllm_config
         )
         self.arange = torch.arange(self.max_num_rows * self.num_kv_heads + 1, dtype=torch.int32)
+        self.configure(settings, kv_cache_spec.planner)
         self._announce(vllm_config)
+
+    def configure(self, settings: KVCompressionConfig, planner: BlockPlanner) -> None:
+        """Use these settings from now on; no request may be running."""
+        self.settings, self.planner = settings, planner
+        num_layers = len(self.layer_rows)
+        assert planner.num_layers == num_layers, "plans count the layers of the group"
+        allocator = settings.allocation
+        self.even = allocator.scope is Scope.EVEN
+        self.state = HeadPageState(
+            self.max_num_rows, 1 if self.even else num_layers, self.num_kv_heads, self.device
+        )
+        self.pipeline = CompressionPipeline(
+            settings.scoring,
+            allocator,
+            settings.merging,
+            settings.window,
+            num_layers,
+            self.num_kv_heads,
+            self.page_layout(),
+            self.state,
+            mean_over_heads,
+            int(self.heads[0]),
+        )
+        self.stored_rows = RequestStore()
+        self.sums = PromptSums(num_layers, settings.needs)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -100,12 +127,13 @@ class CompressedBuilder:
     def _announce(self, vllm_config) -> None:
         runner = "V2" if vllm_config.use_v2_model_runner else "V1"
         logger.info_once(
-            "KV compression is on: scorer %s, allocator %s, budget %s per KV head, "
+            "KV compression is on: scorer %s, allocator %s, merge %s, budget %s per KV head, "
             "window %d, block size %d, %d layers x %d KV heads, backend %s on %s, model runner %s, "
             "kernels: %s. Refused: %s.",
             self.settings.scorer,
             self.settings.allocator,
-            describe_budget(self.settings.budget),
+            self.settings.merge,
+            describe_budget(self.settings),
             self.settings.window,
             self.block_size,
             len(self.layer_rows),
@@ -134,7 +162,7 @@ class CompressedBuilder:
         if step is None:  # dummy runs have no requests
             return super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
         self.telemetry.poll()
-        self.window_store.discard(step.state.slots.take_left())
+        self._forget(step.state.slots.take_left())
         rows = step.rows(cam)
         self._begin_requests(rows)
         decode, prompt = rows.decode_part, rows.prompt_part
@@ -201,61 +229,68 @@ class CompressedBuilder:
     def _compression_part(
         self, meta: CompressedMetadata, cam: CommonAttentionMetadata, rows: StepRows
     ) -> None:
-        """What ends in this step, and the window queries that it brings or still misses."""
+        """What ends in this step, and the rows that it brings or still misses."""
         ends = rows.ends_prompt
         ending = np.flatnonzero(ends & rows.compresses)
         self.telemetry.record_prompts(
             len(ending), int(ends.sum()) - len(ending), int(rows.prompt_lens[ending].sum())
         )
-        windows = plan_windows(rows, ending, self.settings.window)
+        moved = plan_rows(rows, ending)
         load = save = tokens = None
-        if windows.load[0].size:
-            entry, window_row, owner = windows.load
-            store = self.window_store.rows([rows.req_ids[i] for i in owner])
-            load = tuple(self.upload(a) for a in (entry, window_row, store))
-        if windows.save[0].size:
-            owner, window_row, token = windows.save
-            store = self.window_store.rows([rows.req_ids[i] for i in owner])
-            save = tuple(self.upload(a) for a in (store, window_row, token))
+        if moved.load[0].size:
+            entry, column, owner, store_row = moved.load
+            request = self.stored_rows.rows([rows.req_ids[i] for i in owner])
+            load = tuple(self.upload(a) for a in (entry, column, request, store_row))
+        if moved.save[0].size:
+            owner, store_row, token = moved.save
+            request = self.stored_rows.rows([rows.req_ids[i] for i in owner])
+            save = tuple(self.upload(a) for a in (request, store_row, token))
+        if self.sums:
+            meta.sums = ending_prompts.sum_rows(self, cam, rows, ending)
         if ending.size:
-            tokens = self.upload(windows.tokens)
-            meta.ending = self._ending_prompts(cam, rows, ending)
+            tokens = self.upload(moved.tokens)
+            meta.ending = ending_prompts.gather(self, cam, rows, ending)
             meta.tail_tokens = sum(rows.plans[i].tail for i in ending)
-            self.window_store.discard(rows.req_ids[i] for i in ending)
+            self._forget([rows.req_ids[i] for i in ending])
         if ending.size or save:
-            meta.windows = WindowTransfer(tokens, load, save)
+            meta.queries = RowTransfer(tokens, load, save)
 
-    def _ending_prompts(
-        self, cam: CommonAttentionMetadata, rows: StepRows, ending: np.ndarray
-    ) -> EndingPrompts:
-        plans = [rows.plans[i] for i in ending]
-        facts = np.array(
-            [
-                rows.slots[ending],
-                rows.prompt_lens[ending],
-                [plan.budget - self.settings.window for plan in plans],
-                [plan.num_full_blocks for plan in plans],
-                [plan.num_kept_blocks for plan in plans],
-                [plan.tail for plan in plans],
-                ending,
-            ],
-            dtype=np.int64,
-        )
-        slots, prompt_lens, capacity, num_full, num_kept, tail, index = self.upload(facts)
-        num_blocks = -(-int(rows.prompt_lens[ending].max()) // self.block_size)
-        pages = (plan.num_kept_blocks * (1 if self.even else self.num_kv_heads) for plan in plans)
-        return EndingPrompts(
-            slots=slots,
-            prompt_lens=prompt_lens,
-            capacity=capacity,
-            num_full_blocks=num_full,
-            num_kept_blocks=num_kept,
-            tail=tail,
-            block_table=cam.block_table_tensor[index, :num_blocks].long(),
-            max_pages=max(
-                min(p, plan.num_full_blocks) for p, plan in zip(pages, plans, strict=True)
-            ),
-        )
+    def _forget(self, req_ids: Iterable[str]) -> None:
+        """These requests need nothing of earlier chunks any more."""
+        gone = list(req_ids)
+        self.stored_rows.discard(gone)
+        self.sums.discard(gone)
+
+    def stored_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """[requests, L, rows, Hq, D] of earlier chunks."""
+        shape = (len(self.layer_rows), self.planner.max_rows, *queries.shape[-2:])
+        return self.stored_rows.reserve(shape, queries.dtype, queries.device)
+
+    def span(self) -> tuple[torch.Tensor | None, int]:
+        """Head pages of all layers and the pages from one layer to the next.
+
+        None and 0 when no page moves between layers.
+        """
+        if not self.pipeline.spans_layers:
+            return None, 0
+        caches = [layer.kv_cache for layer in self.layers]
+        first = caches[0]
+        if self._span is None or self._span[0].data_ptr() != first.data_ptr():
+            elems = first.shape[2] * first.shape[3]
+            offsets = [cache.storage_offset() - first.storage_offset() for cache in caches]
+            step = offsets[1] if len(offsets) > 1 else 0
+            storages = {cache.untyped_storage().data_ptr() for cache in caches}
+            regular = offsets == [row * step for row in range(len(offsets))]
+            if len(storages) > 1 or not regular or step % elems:
+                raise KVCompressionError(
+                    f"the allocator {self.settings.allocator} moves budget between layers, but "
+                    "vLLM does not place the layers of this model at equal distances: use an "
+                    "allocator that stays inside a layer, such as uniform or adakv."
+                )
+            count = (offsets[-1] + first.numel()) // elems
+            pages = torch.as_strided(first, (count, elems), (elems, 1), first.storage_offset())
+            self._span = pages, step // elems
+        return self._span
 
     def _decode_batch(self, cam: CommonAttentionMetadata, slots: np.ndarray) -> VirtualBatch:
         """All rows decode one token: query memory already is in virtual order.
@@ -341,6 +376,7 @@ class CompressedBuilder:
             virtual.seq_lens,
             self.block_size,
             virtual.width,
+            self.span()[1],
         )
         if self.even and virtual.order is None:
             table, kv_len = self.hold("table", table), self.hold("kv_len", kv_len)
@@ -348,5 +384,9 @@ class CompressedBuilder:
         return self.virtual_builder.build(0, cam, fast_build=not self.even)
 
 
-def describe_budget(budget: Budget) -> str:
-    return f"{budget} of the prompt" if budget.tokens is None else f"{budget} tokens"
+def describe_budget(settings: KVCompressionConfig) -> str:
+    of = "visual tokens" if settings.candidates is Candidates.VISUAL else "prompt"
+    budget = settings.budget
+    if budget.tokens is None:
+        return f"{budget} of the {of}"
+    return f"{budget} visual tokens" if of != "prompt" else f"{budget} tokens"

@@ -18,6 +18,8 @@ from vllm_kvcompress.config import (
     KVCompressionError,
     parse_cli_json,
 )
+from vllm_kvcompress.merging import MERGES
+from vllm_kvcompress.presets import PRESETS
 from vllm_kvcompress.scoring import SCORERS
 
 CPU_BLOCK_SIZE = 32
@@ -48,17 +50,20 @@ def _add_flags(original):
         # absent unless given: other front ends must not meet flags that they do not know
         group.add_argument(
             "--kv-compression",
-            metavar="SCORER[+ALLOCATOR]",
+            metavar="PRESET|SCORER[+ALLOCATOR[+MERGE]]",
             default=argparse.SUPPRESS,
-            help=f"Turn compression on. Scorers: {', '.join(sorted(SCORERS))}. "
-            f"Allocators: {', '.join(sorted(ALLOCATORS))} (default: uniform).",
+            help=f"Turn compression on. Presets: {', '.join(sorted(PRESETS))}. "
+            f"Scorers: {', '.join(sorted(SCORERS))}. "
+            f"Allocators: {', '.join(sorted(ALLOCATORS))} (default: uniform). "
+            f"Merges: {', '.join(sorted(MERGES))} (default: none).",
         )
         group.add_argument(
             "--kv-budget",
             metavar="N|P%",
             default=argparse.SUPPRESS,
             help="Prompt tokens that a KV head keeps, window included, or a share of the prompt "
-            f"such as 10%%. Default: {KVCompressionConfig.budget}.",
+            "such as 10%%; of its visual tokens where only these compete, and all text stays. "
+            f"Default: what the preset says, else {KVCompressionConfig.budget}.",
         )
         group.add_argument(
             "--kv-window",

@@ -7,16 +7,22 @@ it, and no other process is touched.
 
 import contextvars
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
+from vllm_kvcompress.prompt import PromptFacts
 
 _hit_cap: contextvars.ContextVar[int | None] = contextvars.ContextVar("hit_cap", default=None)
 
@@ -26,16 +32,19 @@ class CompressedSpec(FullAttentionSpec):
     """A full-attention layer whose prompts are compressed.
 
     Attributes:
-        window, budget_tokens, budget_ratio: see ``BlockPlanner``.
+        settings: the configuration as JSON.
+        model_kv_heads: KV heads of the model, over all ranks.
+        num_layers: layers that share the spec; 0 until vLLM has grouped them.
     """
 
-    window: int
-    budget_tokens: int | None = None
-    budget_ratio: float | None = None
+    settings: str
+    model_kv_heads: int
+    num_layers: int = 0
 
     @property
     def planner(self) -> BlockPlanner:
-        return BlockPlanner(self.block_size, self.window, self.budget_tokens, self.budget_ratio)
+        assert self.num_layers, "plans are made from the spec of a group"
+        return BlockPlanner(self.settings, self.block_size, self.num_layers, self.model_kv_heads)
 
     @classmethod
     def merge(cls, specs):
@@ -49,7 +58,7 @@ class CompressedSpec(FullAttentionSpec):
         }
         assert all(getattr(spec, name) == value for spec in specs for name, value in extra.items())
         plain = FullAttentionSpec.merge([spec.plain() for spec in specs])
-        return cls.of(plain, **extra)
+        return cls.of(plain, **{**extra, "num_layers": len(specs)})
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, **extra) -> "CompressedSpec":
@@ -69,8 +78,21 @@ class CompressedManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: CompressedSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._planner = kv_cache_spec.planner
+        self.planner = kv_cache_spec.planner
+        self._plans: dict[str, PromptPlan] = {}
         self._telemetry = SchedulerTelemetry()
+
+    def plan_of(self, request: Request) -> PromptPlan:
+        """The request's plan, remembered until its blocks are freed."""
+        if request.request_id not in self._plans:
+            self._plans[request.request_id] = self.planner.plan(
+                prompt_facts(request.num_prompt_tokens, request.mm_features)
+            )
+        return self._plans[request.request_id]
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._plans.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     def remove_skipped_blocks(
         self,
@@ -86,8 +108,7 @@ class CompressedManager(FullAttentionManager):
         assert num_prompt_tokens is not None, "vLLM always passes the prompt length"
         if processed_computed_tokens < num_prompt_tokens:
             return
-        plan = self._planner.plan(num_prompt_tokens)
-        blocks = self.req_to_blocks.get(request_id)
+        plan, blocks = self._plans[request_id], self.req_to_blocks.get(request_id)
         if not plan.compresses or not blocks or blocks[plan.num_freed_blocks - 1].is_null:
             return
         held = sum(not block.is_null for block in blocks)
@@ -96,10 +117,11 @@ class CompressedManager(FullAttentionManager):
         freed = self.block_pool.get_num_free_blocks() - before
         self._telemetry.record(held, held - plan.num_freed_blocks, freed)
 
-    def cache_blocks(self, request, num_tokens: int, *args, **kwargs) -> None:
-        plan = self._planner.plan(request.num_prompt_tokens)
+    def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
+        plan = self.plan_of(request)
         if plan.compresses:
-            num_tokens = min(num_tokens, plan.max_hit)
+            # those past a hit cap are hashed all the same: other methods' caps may lie higher
+            num_tokens = min(num_tokens, plan.num_freed_blocks * self.block_size)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     @classmethod
@@ -110,17 +132,29 @@ class CompressedManager(FullAttentionManager):
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
 
-def plan_for(manager: KVCacheManager, num_prompt_tokens: int) -> PromptPlan | None:
-    """The plan that the manager's compressed group has for a prompt; None without such a group."""
-    for group in manager.kv_cache_config.kv_cache_groups:
-        if isinstance(group.kv_cache_spec, CompressedSpec):
-            return group.kv_cache_spec.planner.plan(num_prompt_tokens)
+def prompt_facts(length: int, features: Iterable[MultiModalFeatureSpec]) -> PromptFacts:
+    """Length and visual tokens of a prompt, from vLLM's multimodal features."""
+    runs = [
+        (start, end + 1)
+        for feature in features
+        if feature.modality in ("image", "video")
+        for start, end in feature.mm_position.extract_embeds_range()
+    ]
+    return PromptFacts.from_runs(length, runs)
+
+
+def manager_of(manager: KVCacheManager) -> CompressedManager | None:
+    """The manager of the compressed group; None when nothing is compressed."""
+    for each in manager.coordinator.single_type_managers:
+        if isinstance(each, CompressedManager):
+            return each
     return None
 
 
 def _cap_hits(original):
     def get_computed_blocks(self: KVCacheManager, request, *args, **kwargs):
-        plan = plan_for(self, request.num_prompt_tokens)
+        compressed = manager_of(self)
+        plan = compressed.plan_of(request) if compressed is not None else None
         if plan is None or not plan.compresses:
             return original(self, request, *args, **kwargs)
         token = _hit_cap.set(plan.max_hit)
@@ -136,8 +170,35 @@ def _cap_hits(original):
     return get_computed_blocks
 
 
+def _split_at_prompts_end(original):
+    def _mamba_block_aligned_split(
+        self: Scheduler, request, num_new_tokens: int, *computed: int
+    ) -> int:
+        if self.has_mamba_layers:
+            num_new_tokens = original(self, request, num_new_tokens, *computed)
+        left = request.num_prompt_tokens - request.num_computed_tokens - sum(computed)
+        return min(num_new_tokens, left) if left > 0 else num_new_tokens
+
+    return _mamba_block_aligned_split
+
+
+def _ask_for_split(original):
+    def __init__(self: Scheduler, *args, **kwargs) -> None:
+        original(self, *args, **kwargs)
+        compressed = manager_of(self.kv_cache_manager)
+        if compressed is not None and compressed.planner.config.spans_layers:
+            # Pages that move between layers are written after the last layer, so replayed outputs
+            # of a preempted request must not share a step with the end of its prompt. vLLM offers
+            # the scheduler's one hook for such a split to Mamba layers only.
+            self.need_mamba_block_aligned_split = True
+
+    return __init__
+
+
 KVCacheSpecRegistry._ensure_registered()  # before ours: it fills an empty registry only
 KVCacheSpecRegistry.register(
     CompressedSpec, CompressedManager, uniform_type_base_spec=FullAttentionSpec
 )
 wrap(KVCacheManager, "get_computed_blocks", _cap_hits)
+wrap(Scheduler, "__init__", _ask_for_split)
+wrap(Scheduler, "_mamba_block_aligned_split", _split_at_prompts_end)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvcompress.captures import SumRows
 from vllm_kvcompress.pipeline import EndingPrompts
 
 if TYPE_CHECKING:
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class WindowTransfer:
-    """Index tensors that move window queries in this step (see ``batch.WindowPlan``)."""
+class RowTransfer:
+    """Index tensors that move query rows in this step (see ``batch.RowPlan``)."""
 
-    tokens: torch.Tensor | None  # [N, W]
-    load: tuple[torch.Tensor, ...] | None  # row of N, window row, store row
-    save: tuple[torch.Tensor, ...] | None  # store row, window row, token
+    tokens: torch.Tensor | None  # [N, Q]
+    load: tuple[torch.Tensor, ...] | None  # row of N, row of Q, request row, store row
+    save: tuple[torch.Tensor, ...] | None  # request row, store row, token
 
 
 @dataclass
@@ -55,7 +56,8 @@ class CompressedMetadata:
         natural_tokens: [T] int64 device, their tokens; None when they are the whole batch.
         virtual: decode rows; None when there are none.
         ending: prompts to compress; None when there are none.
-        windows: window queries to move; None when there are none.
+        queries: query rows to move; None when there are none.
+        sums: prompt rows that sums over the prompt take in; None when nothing is summed.
     """
 
     builder: "CompressedBuilder"
@@ -65,4 +67,5 @@ class CompressedMetadata:
     virtual: VirtualBatch | None = None
     ending: EndingPrompts | None = None
     tail_tokens: int = 0
-    windows: WindowTransfer | None = None
+    queries: RowTransfer | None = None
+    sums: SumRows | None = None

@@ -35,7 +35,7 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache = vllm_config.cache_config
     block_size = cache.block_size
-    kept = settings.budget.tokens
+    kept = settings.tokens_per_head
     checks = (
         (model.use_mla, "the model uses MLA, whose latent cache has no KV heads: serve it without "
          "--kv-compression"),

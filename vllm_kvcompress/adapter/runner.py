@@ -12,12 +12,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from vllm.config import VllmConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
-from vllm_kvcompress.adapter.kv_cache import CompressedSpec
+from vllm_kvcompress.adapter import attention_inputs
+from vllm_kvcompress.adapter.kv_cache import CompressedSpec, prompt_facts
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.settings import settings_of
 from vllm_kvcompress.batch import StepRows
@@ -61,15 +64,25 @@ class RequestSlots:
 
 @dataclass
 class RunnerState:
-    """Our side of one model runner.
-
-    Attributes:
-        plans: of the request in each slot.
-    """
+    """Our side of one model runner."""
 
     slots: RequestSlots
     planner: BlockPlanner
-    plans: dict[int, PromptPlan] = field(default_factory=dict)
+    _plans: dict[str, PromptPlan] = field(default_factory=dict)
+
+    def plan(self, runner: "RunnerV1 | RunnerV2", req_id: str, prompt_len: int) -> PromptPlan:
+        """The plan of a request, remembered until it leaves."""
+        if req_id not in self._plans:
+            features = _features_of(runner, req_id)
+            self._plans[req_id] = self.planner.plan(prompt_facts(prompt_len, features))
+        return self._plans[req_id]
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        """These requests have left, or come back as new ones."""
+        req_ids = list(req_ids)
+        for req_id in req_ids:
+            self._plans.pop(req_id, None)
+        self.slots.release(req_ids)
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,7 @@ class Step:
         req_ids, prompt_lens, num_computed = facts
         starts = cam.query_start_loc_cpu.numpy()[: len(req_ids) + 1].astype(np.int64)
         slots, new = self.state.slots.assign(req_ids)
-        plans = self.state.plans
-        for row in new.tolist():
-            plans[int(slots[row])] = self.state.planner.plan(int(prompt_lens[row]))
+        lens = prompt_lens.tolist()
         fresh = np.zeros(len(req_ids), dtype=bool)
         fresh[new] = True
         return StepRows(
@@ -99,7 +110,7 @@ class Step:
             num_computed=num_computed.astype(np.int64),
             query_lens=starts[1:] - starts[:-1],
             query_starts=starts[:-1],
-            plans=[plans[slot] for slot in slots.tolist()],
+            plans=[self.state.plan(runner, *r) for r in zip(req_ids, lens, strict=True)],
         )
 
 
@@ -115,6 +126,13 @@ def _facts_v2(runner: RunnerV2, cam: CommonAttentionMetadata):
     assert index is not None, "runner V2 names the request of every row"
     req_ids = [states.index_to_req_id[i] for i in index.tolist()]
     return req_ids, states.prompt_len.np[index], states.num_computed_tokens_np[index]
+
+
+def _features_of(runner: "RunnerV1 | RunnerV2", req_id: str) -> list[MultiModalFeatureSpec]:
+    if isinstance(runner, RunnerV1):
+        return runner.requests[req_id].mm_features
+    cache = runner.encoder_cache
+    return cache.mm_features[req_id] if cache is not None else []
 
 
 _current: contextvars.ContextVar[Step | None] = contextvars.ContextVar("step", default=None)
@@ -133,9 +151,9 @@ def _follow_requests(original):
         state = None if dummy else _states.get(self)
         if state is None:
             return original(self, scheduler_output, *args, **kwargs)
-        state.slots.release(scheduler_output.finished_req_ids)
-        state.slots.release(scheduler_output.preempted_req_ids or ())
-        state.slots.release(new.req_id for new in scheduler_output.scheduled_new_reqs)
+        state.release(scheduler_output.finished_req_ids)
+        state.release(scheduler_output.preempted_req_ids or ())
+        state.release(new.req_id for new in scheduler_output.scheduled_new_reqs)
         token = _current.set(Step(self, state))
         try:
             return original(self, scheduler_output, *args, **kwargs)
@@ -146,15 +164,24 @@ def _follow_requests(original):
 
 
 def needs_python(
-    planner: BlockPlanner, prompt_lens: np.ndarray, num_computed: np.ndarray, query_lens: np.ndarray
+    runner: "RunnerV1 | RunnerV2",
+    state: RunnerState,
+    req_ids: Sequence[str],
+    prompt_lens: np.ndarray,
+    num_computed: np.ndarray,
+    query_lens: np.ndarray,
 ) -> bool:
-    """Whether some row brings queries of an observation window or ends its prompt.
+    """Whether some row brings prompt tokens that the methods look at.
 
     Such a step must not be replayed from a full graph, where our Python does not run.
     """
-    end = num_computed + query_lens
-    close = np.flatnonzero((num_computed < prompt_lens) & (end > prompt_lens - planner.window))
-    return any(planner.plan(length).compresses for length in prompt_lens[close].tolist())
+    for row in np.flatnonzero(num_computed < prompt_lens).tolist():
+        plan = state.plan(runner, req_ids[row], int(prompt_lens[row]))
+        end = num_computed[row] + query_lens[row]
+        first = min(prompt_lens[row] - max(plan.num_rows, 1), plan.capture_from)
+        if plan.compresses and end > first:
+            return True
+    return False
 
 
 def _veto_full_graph_v2(original):
@@ -165,7 +192,9 @@ def _veto_full_graph_v2(original):
             return batch, uniform
         states, index = self.req_states, batch.idx_mapping_np
         if needs_python(
-            state.planner,
+            self,
+            state,
+            [states.index_to_req_id[i] for i in index.tolist()],
             states.prompt_len.np[index],
             states.num_computed_tokens_np[index],
             batch.num_scheduled_tokens,
@@ -183,7 +212,9 @@ def _veto_full_graph_v1(original):
         if step is not None:
             batch = self.input_batch
             if needs_python(
-                step.state.planner,
+                self,
+                step.state,
+                batch.req_ids[:num_reqs],
                 batch.num_prompt_tokens[:num_reqs],
                 batch.num_computed_tokens_cpu[:num_reqs],
                 num_scheduled_tokens_np[:num_reqs],
@@ -212,13 +243,30 @@ def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
             "off."
         )
     spec = found[0]
-    if spec.budget_tokens is not None and spec.budget_tokens < spec.block_size:
+    budget = spec.planner.config.tokens_per_head
+    if budget is not None and budget < spec.block_size:
         raise KVCompressionError(
-            f"--kv-budget {spec.budget_tokens} is smaller than one block, and this model's hybrid "
+            f"--kv-budget {budget} is smaller than one block, and this model's hybrid "
             f"cache has blocks of {spec.block_size} tokens: set --kv-budget {spec.block_size} or "
             "more."
         )
     return spec
+
+
+def check_files(vllm_config: VllmConfig, spec: CompressedSpec) -> None:
+    """Files among the allocator's options must belong to the model.
+
+    Raises:
+        KVCompressionError: one was made for another model.
+    """
+    parallel = vllm_config.parallel_config
+    heads = vllm_config.model_config.get_num_attention_heads(parallel)
+    try:
+        spec.planner.config.allocation.check_model(
+            spec.num_layers, heads * parallel.tensor_parallel_size
+        )
+    except ValueError as error:
+        raise KVCompressionError(f"{spec.planner.config.allocator}: {error}.") from error
 
 
 def check_whole_blocks(runner: "RunnerV1 | RunnerV2", block_size: int) -> None:
@@ -244,6 +292,7 @@ def _know_groups(original):
             original(self, kv_cache_config, *args, **kwargs)
             return
         spec = compressed_spec(kv_cache_config)
+        check_files(self.vllm_config, spec)
         slots = RequestSlots(self.vllm_config.scheduler_config.max_num_seqs)
         _states[self] = RunnerState(slots, spec.planner)
         original(self, kv_cache_config, *args, **kwargs)
@@ -252,10 +301,19 @@ def _know_groups(original):
     return initialize_kv_cache
 
 
+def _hook_attention_inputs(original):
+    def get_kv_cache_spec(self):
+        attention_inputs.install(self.get_model(), self.vllm_config)  # nothing is compiled yet
+        return original(self)
+
+    return get_kv_cache_spec
+
+
 def install() -> None:
     """Wrap both runners; they behave as before for engines that do not compress."""
     for runner in (RunnerV1, RunnerV2):
         wrap(runner, "execute_model", _follow_requests)
         wrap(runner, "initialize_kv_cache", _know_groups)
+        wrap(runner, "get_kv_cache_spec", _hook_attention_inputs)
     wrap(RunnerV1, "_determine_batch_execution_and_padding", _veto_full_graph_v1)
     wrap(RunnerV2, "gather_batch_req_state", _veto_full_graph_v2)

@@ -9,12 +9,13 @@ import functools
 import importlib
 import json
 
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import attention as attention_layer
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.settings import current_settings
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import KVCompressionError
 
 _SUPPORTED = {
     "CPU_ATTN": ("vllm_kvcompress.adapter.cpu", "CompressedCPUBackend"),
@@ -39,13 +40,16 @@ def _choose(original):
         attn_type = kwargs.get("attn_type") or AttentionType.DECODER
         if attn_type != AttentionType.DECODER or kwargs.get("has_sliding_window"):
             return backend
-        return compressed(backend, json.dumps(settings.to_json()))
+        model = get_current_vllm_config().model_config
+        return compressed(backend, json.dumps(settings.to_json()), model.get_total_num_kv_heads())
 
     return get_attn_backend
 
 
 @functools.cache
-def compressed(backend: type[AttentionBackend], settings: str) -> type[AttentionBackend]:
+def compressed(
+    backend: type[AttentionBackend], settings: str, model_kv_heads: int
+) -> type[AttentionBackend]:
     """Our subclass of ``backend`` for an engine with these settings (JSON).
 
     Raises:
@@ -60,4 +64,4 @@ def compressed(backend: type[AttentionBackend], settings: str) -> type[Attention
         )
     module, cls_name = _SUPPORTED[name]
     cls = getattr(importlib.import_module(module), cls_name)
-    return type(cls_name, (cls,), {"settings": KVCompressionConfig.parse(json.loads(settings))})
+    return type(cls_name, (cls,), {"settings": settings, "model_kv_heads": model_kv_heads})
