@@ -6,10 +6,11 @@
 | family      | architecture                    | for tests of                                     |
 |-------------|---------------------------------|--------------------------------------------------|
 | llama       | LlamaForCausalLM                | text, Llama 3 RoPE                               |
-| qwen2-vl    | Qwen2VLForConditionalGeneration | images, M-RoPE                                   |
 | gemma3      | Gemma3ForCausalLM               | layers with a sliding window beside full ones    |
 | deepseek-v2 | DeepseekV2ForCausalLM           | refusal of multi-head latent attention           |
 | whisper     | WhisperForConditionalGeneration | refusal of encoder-decoder models                |
+
+More families, for tests of breadth, are in tiny_families.py.
 
 All share one tokenizer: a token per byte of text and no BOS, so the prompt "abc" has three tokens.
 Token ids 0..93 are the printable ASCII characters "!".."~", and only these can be generated:
@@ -21,10 +22,11 @@ and a test of our own refusal must not pass because of theirs.
 
 import argparse
 import hashlib
+import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,16 +40,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
 
-QUERY_HEADS = 8
 SLIDING_WINDOW = 64  # tokens; the gemma3 family
-VISION_WIDTH = 64
-PATCH = 14  # pixels; 2 x 2 patches make one visual token
 GENERATED_IDS = 94  # ids [0, 94) are "!".."~"
 WEIGHT_STD = 0.05
 
@@ -72,6 +69,7 @@ class Recipe:
 
     family: str
     head_dim: int = 32
+    query_heads: int = 8
     kv_heads: int = 2
     layers: int = 4
     dtype: str = "float32"
@@ -82,8 +80,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {self.family!r}")
-        if QUERY_HEADS % self.kv_heads:
-            raise ValueError(f"kv_heads: expected a divisor of {QUERY_HEADS}, got {self.kv_heads}")
+        if self.query_heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads: expected a divisor of {self.query_heads}, got {self.kv_heads}"
+            )
 
     @property
     def folder_name(self) -> str:
@@ -96,15 +96,19 @@ class Recipe:
         return "-".join([self.family, *settings])
 
     @property
+    def width(self) -> int:
+        """Size of a hidden state of the language model."""
+        return self.query_heads * self.head_dim
+
+    @property
     def text_config(self) -> dict:
         """Arguments that most text configurations of transformers have in common."""
-        width = QUERY_HEADS * self.head_dim
         return {
             "vocab_size": VOCAB_SIZE,
-            "hidden_size": width,
-            "intermediate_size": 2 * width,
+            "hidden_size": self.width,
+            "intermediate_size": 2 * self.width,
             "num_hidden_layers": self.layers,
-            "num_attention_heads": QUERY_HEADS,
+            "num_attention_heads": self.query_heads,
             "num_key_value_heads": self.kv_heads,
             "max_position_embeddings": self.max_positions,
             "tie_word_embeddings": False,
@@ -119,6 +123,7 @@ def make(
     outdir: Path,
     *,
     head_dim: int = 32,
+    query_heads: int = 8,
     kv_heads: int = 2,
     layers: int = 4,
     dtype: str = "float32",
@@ -131,7 +136,8 @@ def make(
     Args:
         family: a row of the table above.
         head_dim: vLLM's CPU attention takes 32, 48, 64, 80, 96 or 128, but not 16.
-        kv_heads: KV heads for the eight query heads (no effect on deepseek-v2 and whisper).
+        query_heads: attention heads of a layer; the hidden state has `query_heads * head_dim`.
+        kv_heads: KV heads among which they are divided (no effect on deepseek-v2 and whisper).
         layers: decoder layers; in gemma3 every third one attends fully, so 6 make two layers per
             KV cache group in vLLM and 4 make one.
         dtype: of the stored weights, e.g. "bfloat16".
@@ -143,9 +149,11 @@ def make(
     Raises:
         ValueError: unknown family, or KV heads that do not divide the query heads.
     """
-    recipe = Recipe(family, head_dim, kv_heads, layers, dtype, sharpness, max_positions, seed)
+    recipe = Recipe(
+        family, head_dim, query_heads, kv_heads, layers, dtype, sharpness, max_positions, seed
+    )
     folder = Path(outdir) / recipe.folder_name
-    receipt = json.dumps(asdict(recipe) | {"generator": _generator_digest()}, indent=2)
+    receipt = json.dumps(asdict(recipe) | {"generator": _generator_digest(recipe)}, indent=2)
     receipt_file = folder / "recipe.json"
     if receipt_file.is_file() and receipt_file.read_text() == receipt:
         return folder
@@ -162,9 +170,10 @@ def make(
     return folder
 
 
-def _generator_digest() -> str:
-    """Fingerprint of this file: a changed generator must not reuse old checkpoints."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+def _generator_digest(recipe: Recipe) -> str:
+    """Fingerprint of the files involved: a changed generator must not reuse old checkpoints."""
+    files = (__file__, inspect.getfile(FAMILIES[recipe.family]))
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -200,7 +209,7 @@ def _llama(recipe: Recipe, folder: Path) -> None:
         "original_max_position_embeddings": recipe.max_positions // 8,
     }
     config = LlamaConfig(**recipe.text_config, head_dim=recipe.head_dim, rope_parameters=rope)
-    _save(LlamaForCausalLM(config), recipe, folder)
+    save(LlamaForCausalLM(config), recipe, folder)
 
 
 def _gemma3(recipe: Recipe, folder: Path) -> None:
@@ -218,59 +227,12 @@ def _gemma3(recipe: Recipe, folder: Path) -> None:
             "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         },
     )
-    _save(Gemma3ForCausalLM(config), recipe, folder)
-
-
-def _qwen2_vl(recipe: Recipe, folder: Path) -> None:
-    rotated = recipe.head_dim // 2
-    time, height = rotated // 4, (rotated - rotated // 4) // 2
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [time, height, rotated - time - height],
-    }
-    config = Qwen2VLConfig(
-        text_config=recipe.text_config | {"rope_parameters": rope},
-        vision_config={
-            "depth": 2,
-            "embed_dim": VISION_WIDTH,
-            "hidden_size": QUERY_HEADS * recipe.head_dim,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": PATCH,
-        },
-        image_token_id=token_id(IMAGE),
-        video_token_id=token_id(VIDEO),
-        vision_start_token_id=token_id(VISION_START),
-        vision_end_token_id=token_id(VISION_END),
-    )
-    tokenizer = {"tokenizer_class": "Qwen2Tokenizer", "processor_class": "Qwen2VLProcessor"}
-    _save(Qwen2VLForConditionalGeneration(config), recipe, folder, tokenizer)
-
-    pixels_per_token = (2 * PATCH) ** 2
-    processor = {
-        "processor_class": "Qwen2VLProcessor",
-        "patch_size": PATCH,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        # 4 to 256 tokens per image
-        "size": {"shortest_edge": 4 * pixels_per_token, "longest_edge": 256 * pixels_per_token},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    _write_json(
-        folder / "preprocessor_config.json",
-        processor | {"image_processor_type": "Qwen2VLImageProcessor"},
-    )
-    _write_json(
-        folder / "video_preprocessor_config.json",
-        processor | {"video_processor_type": "Qwen2VLVideoProcessor"},
-    )
+    save(Gemma3ForCausalLM(config), recipe, folder)
 
 
 def _deepseek_v2(recipe: Recipe, folder: Path) -> None:
     config = DeepseekV2Config(
-        **recipe.text_config | {"num_key_value_heads": QUERY_HEADS},
+        **recipe.text_config | {"num_key_value_heads": recipe.query_heads},
         # vLLM's CPU kernels for latent attention are compiled for exactly 512 + 64
         kv_lora_rank=512,
         qk_rope_head_dim=64,
@@ -281,18 +243,18 @@ def _deepseek_v2(recipe: Recipe, folder: Path) -> None:
         first_k_dense_replace=recipe.layers,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    _save(DeepseekV2ForCausalLM(config), recipe, folder)
+    save(DeepseekV2ForCausalLM(config), recipe, folder)
 
 
 def _whisper(recipe: Recipe, folder: Path) -> None:
-    width = QUERY_HEADS * recipe.head_dim
+    width = recipe.width
     config = WhisperConfig(
         vocab_size=VOCAB_SIZE,
         d_model=width,
         encoder_layers=2,
         decoder_layers=recipe.layers,
-        encoder_attention_heads=QUERY_HEADS,
-        decoder_attention_heads=QUERY_HEADS,
+        encoder_attention_heads=recipe.query_heads,
+        decoder_attention_heads=recipe.query_heads,
         encoder_ffn_dim=2 * width,
         decoder_ffn_dim=2 * width,
         max_target_positions=recipe.max_positions,
@@ -302,8 +264,8 @@ def _whisper(recipe: Recipe, folder: Path) -> None:
         decoder_start_token_id=token_id(WHISPER_TOKENS[0]),
     )
     tokenizer = {"tokenizer_class": "WhisperTokenizer", "processor_class": "WhisperProcessor"}
-    _save(WhisperForConditionalGeneration(config), recipe, folder, tokenizer)
-    _write_json(
+    save(WhisperForConditionalGeneration(config), recipe, folder, tokenizer)
+    write_json(
         folder / "preprocessor_config.json",
         {
             "processor_class": "WhisperProcessor",
@@ -315,7 +277,6 @@ def _whisper(recipe: Recipe, folder: Path) -> None:
 
 FAMILIES: dict[str, Callable[[Recipe, Path], None]] = {
     "llama": _llama,
-    "qwen2-vl": _qwen2_vl,
     "gemma3": _gemma3,
     "deepseek-v2": _deepseek_v2,
     "whisper": _whisper,
@@ -332,7 +293,7 @@ def _randomise(model: PreTrainedModel, recipe: Recipe) -> None:
         noise = torch.randn(weight.shape, generator=generator)
         if weight.dim() >= 2:
             weight.copy_(noise * WEIGHT_STD)
-        elif name.endswith("weight"):  # of a norm
+        elif name.endswith(("weight", "lambda_1", "lambda_2")):  # of a norm or a layer scale
             weight.copy_(unit + noise * 0.1)
         else:
             weight.copy_(noise * 0.02)
@@ -346,18 +307,18 @@ def _randomise(model: PreTrainedModel, recipe: Recipe) -> None:
     model.get_output_embeddings().weight[GENERATED_IDS:] = 0
 
 
-def _save(
+def save(
     model: PreTrainedModel, recipe: Recipe, folder: Path, tokenizer: dict | None = None
 ) -> None:
     """Write weights, configuration and tokenizer; `tokenizer` adds to tokenizer_config.json."""
     _randomise(model, recipe)
     model.to(getattr(torch, recipe.dtype)).save_pretrained(folder)
-    _write_json(
+    write_json(
         folder / "generation_config.json",
         {"eos_token_id": token_id(END), "pad_token_id": token_id(PAD), "do_sample": False},
     )
     TOKENIZER.save(str(folder / "tokenizer.json"))
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -371,19 +332,19 @@ def _save(
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def _write_json(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def main() -> None:
+def main(make: Callable[[str, Path], Path], families: Iterable[str]) -> None:
     """Make the given families with default settings and print their folders."""
     parser = argparse.ArgumentParser(description="Make tiny random checkpoints for tests.")
     parser.add_argument("outdir", type=Path)
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="family")
+    parser.add_argument("families", nargs="*", default=list(families), metavar="family")
     args = parser.parse_args()
     for family in args.families:
         print(make(family, args.outdir))
 
 
 if __name__ == "__main__":
-    main()
+    main(make, FAMILIES)
