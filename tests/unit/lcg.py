@@ -5,6 +5,7 @@ L = 3 layers, Hq = 4, Hkv = 2, T = 12 positions, D = 4, window W = 3, so n = 9 s
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,15 @@ from vllm_kvcompress.scoring import LayerContext, LayerTrace
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, LENGTH, HEAD_SIZE, WINDOW = 3, 4, 2, 12, 4, 3
 NUM_SCORED = LENGTH - WINDOW
 SCALE = HEAD_SIZE**-0.5
+SEGMENT = (-1, -1, 0, 0, 0, 1, 1, 1, -1, -1, -1, -1)
+"""Two images of three tokens between a system text and an instruction."""
+TEXT_ROWS = 4
+VISUAL = tuple(t for t, image in enumerate(SEGMENT) if image >= 0)
+
+
+def published(text: str) -> list[float]:
+    """Numbers as they stand in a publication."""
+    return [float(word) for word in text.split()]
 
 
 @functools.cache
@@ -45,16 +55,24 @@ def dense_prompts(keys: torch.Tensor, values: torch.Tensor) -> PromptPages:
     return PromptPages(pages, table, num_heads, PageLayout(length, head_size))
 
 
-def layer_context(layer: int, capacity: int, trace: LayerTrace) -> LayerContext:
-    """One layer of the model as a batch of one request."""
+def layer_context(layer: int, capacity: int, trace: LayerTrace, **facts: Any) -> LayerContext:
+    """One layer of the model as a batch of one request; ``facts`` are further fields."""
     q, k, v = (torch.from_numpy(x[layer]).float() for x in queries_keys_values())
+    facts = {
+        "recent": torch.tensor([WINDOW]),
+        "text_rows": torch.tensor([TEXT_ROWS]),
+        "segment": torch.tensor([SEGMENT]),
+        "num_segments": 2,
+        **facts,
+    }
     return LayerContext(
         layer=layer,
         prompt_lens=torch.tensor([LENGTH]),
         capacity=torch.tensor([capacity]),
         window=WINDOW,
-        window_queries=q[:, -WINDOW:].transpose(0, 1)[None],
+        queries=q.transpose(0, 1)[None],
         prompts=dense_prompts(k[None], v[None]),
         scale=SCALE,
         trace=trace,
+        **facts,
     )

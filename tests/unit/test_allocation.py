@@ -2,6 +2,7 @@
 """Allocators and integer apportionment: published examples and properties."""
 
 from fractions import Fraction
+from typing import NamedTuple
 
 import lcg
 import numpy as np
@@ -11,10 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.allocation import ALLOCATORS, apportion, pages_from_tokens
+from vllm_kvcompress.allocation import (
+    ALLOCATORS,
+    Scope,
+    apportion,
+    apportion_host,
+    pages_from_kept,
+)
 from vllm_kvcompress.allocation.adakv import AdaKV
 from vllm_kvcompress.allocation.uniform import Uniform
-from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.scoring import LayerTrace
 from vllm_kvcompress.scoring.bacon import Bacon
 from vllm_kvcompress.scoring.snapkv import SnapKV
@@ -34,7 +40,7 @@ def allocate_row(allocator, base, capacity) -> list[int]:
     """Allocation of one request from its base scores [Hkv][n]."""
     base = torch.as_tensor(np.asarray(base, dtype=np.float32))[None]
     num_scored = torch.tensor([base.shape[2]])
-    return allocator.allocate(base, num_scored, torch.tensor([capacity]))[0].tolist()
+    return allocator.scored_tokens(base, num_scored, torch.tensor([capacity]))[0].tolist()
 
 
 def linear_schedule(num_layers, budget, beta, num_scored) -> list[Fraction]:
@@ -49,7 +55,7 @@ def linear_schedule(num_layers, budget, beta, num_scored) -> list[Fraction]:
 
 @st.composite
 def apportionments(draw):
-    """Shares with small denominators, so that exact ties happen, and a total of any size."""
+    """Shares with small denominators, so that exact ties happen, and totals near and far."""
     count = draw(st.integers(1, 9))
     denominator = draw(st.sampled_from([1, 2, 3, 5, 8, 10, 32]))
     shares = draw(
@@ -57,7 +63,9 @@ def apportionments(draw):
     )
     low = draw(st.integers(0, 10))
     high = draw(st.integers(low, 40))
-    total = draw(st.integers(0, 45 * count))
+    near = sum(min(max(share // denominator, low), high) for share in shares)
+    rest = st.integers(max(-near, -count), 2 * count).map(lambda rest: near + rest)
+    total = draw(rest | st.integers(0, 45 * count))
     return [Fraction(share, denominator) for share in shares], total, low, high
 
 
@@ -99,6 +107,13 @@ class TestApportion:
     def test_equals_the_loop(self, case):
         shares, total, low, high = case
         assert apportion_row(shares, total, low, high) == oracle.apportion(shares, total, low, high)
+
+    @given(apportionments())
+    def test_the_host_agrees(self, case):
+        shares, total, low, high = case
+        result = apportion_row(shares, total, low, high)
+        assert apportion_host(shares, total, low, high) == result
+        assert apportion_host([float(share) for share in shares], total, low, high) == result
 
     @given(apportionments())
     def test_total_and_bounds(self, case):
@@ -143,11 +158,13 @@ class TestAdaKVExamples:
         contexts = [lcg.layer_context(layer, 4, trace) for layer in (0, 1)]
         bacon = [Bacon().score(ctx) for ctx in contexts][1]
         window = SnapKV().score(contexts[1])
-        assert bacon.base.equal(window.base)
+        base = bacon.base
+        assert base[..., : lcg.NUM_SCORED].equal(window.base[..., : lcg.NUM_SCORED])
+        assert base[..., lcg.NUM_SCORED :].isneginf().all()
         num_scored, capacity = torch.tensor([lcg.NUM_SCORED]), torch.tensor([4])
         allocator = AdaKV(alpha=0.5)
-        assert allocator.counts(bacon.base, capacity).tolist() == [[3, 5]]
-        assert allocator.allocate(bacon.base, num_scored, capacity).tolist() == [[4, 4]]
+        assert allocator.counts(base, capacity).tolist() == [[3, 5]]
+        assert allocator.scored_tokens(base, num_scored, capacity).tolist() == [[4, 4]]
 
 
 @st.composite
@@ -199,7 +216,7 @@ class TestAdaKVProperties:
         for i, (base, _) in enumerate(rows):
             padded[i, :, : len(base[0])] = torch.tensor(base)
         allocator = AdaKV(normalize=normalize)
-        result = allocator.allocate(
+        result = allocator.scored_tokens(
             padded,
             torch.tensor([len(base[0]) for base, _ in rows]),
             torch.tensor([capacity for _, capacity in rows]),
@@ -219,76 +236,68 @@ class TestAdaKVProperties:
         assert allocate_row(AdaKV(), [SPIKY], 7) == [7]
 
 
+class PageCase(NamedTuple):
+    """Kept tokens of each head that an allocator could give, and what the plan says."""
+
+    kept: list[int]
+    tail: int
+    fixed: int
+    num_kept_blocks: int
+    num_full_blocks: int
+
+
 @st.composite
-def page_cases(draw):
-    """Scored tokens per head that an allocator could give, with the prompt's plan."""
-    block_size = draw(st.sampled_from([4, 16, 32]))
-    window = draw(st.integers(1, 40))
-    budget = draw(st.integers(max(window + 1, block_size), window + 90))
-    prompt_len = draw(st.integers(budget + block_size, budget + 200))
-    plan = BlockPlanner(block_size, window, budget).plan(prompt_len)
-    heads = draw(st.integers(1, 6))
-    high = prompt_len - window
-    tokens = draw(st.lists(st.integers(0, high), min_size=heads, max_size=heads))
-    return tokens, window, plan, block_size
+def page_cases(draw, heads=None, block_size=None):
+    heads = heads or draw(st.integers(1, 6))
+    block_size = block_size or draw(st.sampled_from([4, 16, 32]))
+    num_full = draw(st.integers(2, 12))
+    tail = draw(st.integers(0, block_size - 1))
+    num_kept = draw(st.integers(1, num_full - 1))
+    fixed = draw(st.integers(0, num_kept * block_size))
+    most = num_full * block_size + tail
+    kept = draw(st.lists(st.integers(0, most), min_size=heads, max_size=heads))
+    return PageCase(kept, tail, fixed, num_kept, num_full), block_size
 
 
-def pages_row(case) -> list[int]:
-    tokens, window, plan, block_size = case
-    facts = (plan.tail, plan.num_kept_blocks, plan.num_full_blocks)
-    tail, kept, full = (torch.tensor([value]) for value in facts)
-    return pages_from_tokens(torch.tensor([tokens]), window, tail, kept, full, block_size)[
-        0
-    ].tolist()
+def pages_of(cases: list[PageCase], block_size: int) -> list[list[int]]:
+    columns = (torch.tensor(column) for column in zip(*cases, strict=True))
+    return pages_from_kept(*columns, block_size).tolist()
 
 
 class TestPages:
     @given(page_cases())
-    def test_layer_keeps_its_pages(self, case):
-        tokens, window, plan, block_size = case
-        pages = pages_row(case)
-        assert sum(pages) == plan.num_kept_blocks * len(tokens)
-        least = -(-max(0, window - plan.tail) // block_size)
-        assert all(least <= count <= plan.num_full_blocks for count in pages)
+    def test_group_holds_its_pages(self, drawn):
+        case, block_size = drawn
+        [pages] = pages_of([case], block_size)
+        assert sum(pages) == case.num_kept_blocks * len(case.kept)
+        least = -(-case.fixed // block_size)
+        assert all(least <= count <= case.num_full_blocks for count in pages)
+        assert [pages] == pages_of([case], block_size)
 
     @given(page_cases())
-    def test_equals_the_loop(self, case):
-        tokens, window, plan, block_size = case
-        shares = [Fraction(count + window - plan.tail, block_size) for count in tokens]
-        least = -(-max(0, window - plan.tail) // block_size)
-        total = plan.num_kept_blocks * len(tokens)
-        expected = oracle.apportion(shares, total, least, plan.num_full_blocks)
-        assert pages_row(case) == expected
+    def test_equals_the_loop(self, drawn):
+        case, block_size = drawn
+        shares = [Fraction(kept - case.tail, block_size) for kept in case.kept]
+        total = case.num_kept_blocks * len(case.kept)
+        least = -(-case.fixed // block_size)
+        expected = oracle.apportion(shares, total, least, case.num_full_blocks)
+        assert pages_of([case], block_size) == [expected]
 
-    @given(page_cases(), page_cases())
+    @given(page_cases(heads=4, block_size=16), page_cases(heads=4, block_size=16))
     def test_rows_are_independent(self, one, two):
-        heads = min(len(one[0]), len(two[0]))
-        window, block_size = one[1], one[3]
-        plans = [
-            BlockPlanner(block_size, window, max(window + 1, block_size)).plan(length)
-            for length in (window + 5 * block_size, window + 7 * block_size + 1)
-        ]
-        tokens = [[min(t, p.num_full_blocks) for t in row[:heads]] for row, p in
-                  zip((one[0], two[0]), plans, strict=True)]  # fmt: skip
-        facts = (
-            torch.tensor([getattr(plan, name) for plan in plans])
-            for name in ("tail", "num_kept_blocks", "num_full_blocks")
-        )
-        both = pages_from_tokens(torch.tensor(tokens), window, *facts, block_size)
-        alone = [
-            pages_row((row, window, plan, block_size))
-            for row, plan in zip(tokens, plans, strict=True)
-        ]
-        assert both.tolist() == alone
+        cases = [one[0], two[0]]
+        assert pages_of(cases, 16) == [pages_of([case], 16)[0] for case in cases]
 
     def test_even_tokens_get_even_pages(self):
-        plan = BlockPlanner(32, 32, 96).plan(1000)
-        assert pages_row(([64] * 4, 32, plan, 32)) == [plan.num_kept_blocks] * 4
+        assert pages_of([PageCase([96] * 4, 8, 24, 3, 31)], 32) == [[3] * 4]
+
+    def test_a_head_has_no_more_pages_than_the_prompt(self):
+        """What the first head cannot use goes to the others."""
+        assert pages_of([PageCase([320, 0, 0], 0, 0, 3, 4)], 32) == [[4, 3, 2]]
 
 
-def test_uniform_gives_everyone_the_capacity():
-    assert allocate_row(Uniform(), [SPIKY, FLAT], 5) == [5, 5]
-    assert Uniform.even
+def test_uniform_is_known_from_the_prompt_length():
+    assert Uniform.scope is Scope.EVEN
 
 
 def test_table_rows_stand_under_their_own_name():

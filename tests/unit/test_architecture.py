@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vllm_kvcompress.allocation import ALLOCATORS
+from vllm_kvcompress.merging import MERGES
 from vllm_kvcompress.scoring import SCORERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -18,27 +19,31 @@ PACKAGE = REPOSITORY / "vllm_kvcompress"
 KERNELS = REPOSITORY / "triton_kernels"
 MAX_LINES = 400
 
-FOUNDATIONS = {"plan", "batch", "metrics", "window_store"}
-"""Modules that know none of the others (but for what MAY_IMPORT adds)."""
+FOUNDATIONS = {"metrics", "options", "presets", "prompt", "request_store"}
+"""Modules that know none of the others."""
 
 MAY_IMPORT = {
     "": {"adapter"},  # register() alone
-    "adapter": FOUNDATIONS | {"adapter", "allocation", "config", "kernels", "pipeline", "scoring"},
-    "tools": {"allocation", "config", "scoring", "tools"},
-    "pipeline": {"allocation", "kernels", "scoring"},
-    "config": {"allocation", "scoring"},
-    "scoring": {"kernels", "scoring"},
-    "allocation": {"allocation", "kernels"},
+    "adapter": FOUNDATIONS
+    | {"adapter", "allocation", "batch", "captures", "config", "kernels", "merging", "page_state"}
+    | {"pipeline", "plan", "scoring"},
+    "tools": {"allocation", "config", "merging", "presets", "prompt", "scoring", "tools"},
+    "pipeline": {"allocation", "kernels", "merging", "page_state", "scoring"},
+    "captures": {"kernels", "request_store", "scoring"},
+    "plan": {"allocation", "config", "prompt", "scoring"},
+    "config": {"allocation", "merging", "presets", "prompt", "scoring"},
+    "scoring": {"kernels", "options", "scoring"},
+    "allocation": {"allocation", "kernels", "options", "scoring"},
+    "merging": {"kernels", "merging", "options"},
     "batch": {"plan"},
+    "page_state": {"kernels"},
     "kernels": {"kernels"},
-    "plan": set(),
-    "metrics": set(),
-    "window_store": set(),
+    **{part: set() for part in FOUNDATIONS},
 }
 """Which part of the package may import which others; adapter on top, never back."""
 
 HOST_SYNCS = {"item", "tolist", "cpu"}
-DEVICE_PARTS = ("pipeline", "scoring", "allocation", "kernels")
+DEVICE_PARTS = ("pipeline", "page_state", "captures", "scoring", "allocation", "merging", "kernels")
 
 
 def part_of(path: Path) -> str:
@@ -178,15 +183,20 @@ class TestSources:
 
 
 class TestMethods:
-    METHODS = (*SCORERS.values(), *ALLOCATORS.values())
+    METHODS = (*SCORERS.values(), *ALLOCATORS.values(), *MERGES.values())
     ADAPTED = tuple(method for method in METHODS if method.name != "uniform")
 
     @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
     def test_source(self, method):
         """A method names its paper, in the text and for the command line."""
-        assert "arXiv" in method.source
+        assert re.search(r"arXiv \d{4}\.\d{5}|CVPR \d{4}", method.source)
         text = " ".join(inspect.getdoc(method).split())
         assert f"Source: {method.source}" in text
+
+    @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+    def test_cost(self, method):
+        """Of its own: what a method inherits is not what it costs."""
+        assert vars(method)["cost"]
 
     @pytest.mark.parametrize("method", ADAPTED, ids=lambda m: m.name)
     def test_deviations_are_told(self, method):

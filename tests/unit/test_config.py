@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.allocation import ALLOCATORS
+from vllm_kvcompress.allocation import ALLOCATORS, LayerAllocator
 from vllm_kvcompress.config import (
     CONFIG_KEY,
     Budget,
@@ -16,9 +16,24 @@ from vllm_kvcompress.config import (
     KVCompressionError,
     parse_cli_json,
 )
-from vllm_kvcompress.scoring import SCORERS
+from vllm_kvcompress.merging import MERGES
+from vllm_kvcompress.presets import PRESETS
+from vllm_kvcompress.scoring import SCORERS, Need
 
-METHODS = [f"{scorer}+{allocator}" for scorer in SCORERS for allocator in ALLOCATORS]
+METHODS = [
+    f"{scorer}+{allocator}"
+    for scorer in SCORERS
+    for allocator in ALLOCATORS
+    if SCORERS[scorer].countable or not issubclass(ALLOCATORS[allocator], LayerAllocator)
+    if ALLOCATORS[allocator].per_layer or not SCORERS[scorer].shared_sets
+]
+
+
+@pytest.fixture(scope="module")
+def head_scores(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scores") / "heads.json"
+    path.write_text('{"0-0": [0.5], "0-1": [0.1]}')
+    return str(path)
 
 
 def reasons_of(**raw) -> str:
@@ -35,6 +50,7 @@ class TestBudget:
             ("128", Budget(tokens=128)),
             (" 128 ", Budget(tokens=128)),
             ("10%", Budget(ratio=0.1)),
+            ("1.1 %", Budget(ratio=0.011)),  # 1.1 / 100 is a little more
             ("0.5%", Budget(ratio=0.005)),
             ("100%", Budget(ratio=1.0)),
             (0.25, Budget(ratio=0.25)),
@@ -74,8 +90,56 @@ class TestParse:
             {"method": "bacon+adakv", "budget": "64", "window": "8", "mode": "rel", "alpha": 0.5}
         )
         assert config.window == 8
-        assert config.make_scorer() == SCORERS["bacon"](mode="rel")
-        assert config.make_allocator() == ALLOCATORS["adakv"](alpha=0.5)
+        assert config.scoring == SCORERS["bacon"](mode="rel")
+        assert config.allocation == ALLOCATORS["adakv"](alpha=0.5)
+        assert config.merging is None
+
+    def test_three_parts(self):
+        raw = {"method": "snapkv+adakv+lookm", "merge_mode": "avg", "kernel": 7}
+        config = KVCompressionConfig.parse(raw)
+        assert config.method == "snapkv+adakv+lookm"
+        assert config.merging == MERGES["lookm"](merge_mode="avg")
+        assert config.scoring == SCORERS["snapkv"](kernel=7)
+        assert KVCompressionConfig.parse({"method": "snapkv+adakv+none"}).merging is None
+
+    def test_an_option_that_two_methods_share_reaches_both(self):
+        config = KVCompressionConfig.parse({"method": "elastic+uniform+elastic", "sinks": 3})
+        assert config.scoring == SCORERS["elastic"](sinks=3)
+        assert config.merging == MERGES["elastic"](sinks=3)
+
+    @pytest.mark.parametrize(
+        ("method", "given", "expected"),
+        [
+            ("snapkv", {}, "all"),
+            ("snapkv", {"candidates": "visual"}, "visual"),
+            ("aircache+uniform", {}, "visual"),
+            ("das", {}, "visual"),
+            ("das", {"candidates": "all"}, "all"),
+            ("h2o", {"text_prior": True}, "after text"),
+            ("h2o", {"text_prior": False}, "all"),
+        ],
+    )
+    def test_candidates(self, method, given, expected):
+        config = KVCompressionConfig.parse({"method": method, **given})
+        assert config.candidates.value == expected
+
+    @pytest.mark.parametrize(
+        ("method", "needs"),
+        [
+            ("snapkv", Need.KEYS | Need.WINDOW_QUERIES),
+            ("snapkv+uniform+recycle", Need.KEYS | Need.WINDOW_QUERIES | Need.SEGMENTS),
+            ("h2o+uniform+lookm", Need.COLUMN_SUMS),
+        ],
+    )
+    def test_needs_of_all_methods_together(self, method, needs):
+        assert KVCompressionConfig.parse({"method": method}).needs == needs
+
+    @pytest.mark.parametrize(
+        ("method", "spans"),
+        [("snapkv", False), ("snapkv+adakv", False), ("snapkv+pyramid", True)],
+    )
+    def test_budgets_that_span_layers(self, method, spans):
+        assert KVCompressionConfig.parse({"method": method}).spans_layers == spans
 
     def test_the_input_is_left_as_it_is(self):
         raw = {"method": "snapkv", "kernel": 3}
@@ -83,16 +147,18 @@ class TestParse:
         assert raw == {"method": "snapkv", "kernel": 3}
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_every_combination_serves_its_own_defaults(self, method):
+    def test_every_combination_serves_its_own_defaults(self, method, head_scores):
         scorer, allocator = method.split("+")
+        required = {"head_scores": head_scores} if allocator == "sparsemm" else {}
+        classes = SCORERS[scorer], ALLOCATORS[allocator]
         options = {
-            f.name: f.default
-            for cls in (SCORERS[scorer], ALLOCATORS[allocator])
+            f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            for cls in classes
             for f in dataclasses.fields(cls)
         }
-        config = KVCompressionConfig.parse({"method": method, **options})
-        assert config.make_scorer() == SCORERS[scorer]()
-        assert config.make_allocator() == ALLOCATORS[allocator]()
+        config = KVCompressionConfig.parse({"method": method, **options, **required})
+        assert config.scoring == classes[0]()
+        assert config.allocation == classes[1](**required)
 
 
 class TestRefusals:
@@ -102,21 +168,69 @@ class TestRefusals:
 
     def test_unknown_scorer(self):
         text = reasons_of(method="snapvk")
-        assert "unknown scorer 'snapvk'. Did you mean 'snapkv'? Valid: bacon, snapkv." in text
+        assert "unknown scorer 'snapvk'. Did you mean 'snapkv'? Valid: " in text
+        valid = text.split("Valid: ")[1].removesuffix(".").split(", ")
+        assert valid == sorted({*SCORERS, *PRESETS})
 
     def test_unknown_allocator(self):
         text = reasons_of(method="snapkv+adakw")
-        assert "unknown allocator 'adakw'. Did you mean 'adakv'? Valid: adakv, uniform." in text
+        valid = ", ".join(sorted(ALLOCATORS))
+        assert f"unknown allocator 'adakw'. Did you mean 'adakv'? Valid: {valid}." in text
+
+    def test_unknown_merge(self):
+        text = reasons_of(method="snapkv+uniform+lookn")
+        valid = ", ".join(sorted(["none", *MERGES]))
+        assert f"unknown merge 'lookn'. Did you mean 'lookm'? Valid: {valid}." in text
+
+    def test_too_many_parts(self):
+        text = reasons_of(method="snapkv+uniform+none+none")
+        assert "method 'snapkv+uniform+none+none' has too many parts" in text
+        assert text.count("\n  - ") == 1
+
+    def test_a_preset_is_a_whole_method(self):
+        assert "unknown scorer 'pyramidkv'" in reasons_of(method="pyramidkv+adakv")
+
+    @pytest.mark.parametrize(
+        ("method", "options", "reason"),
+        [
+            ("streaming+adakv", {}, "streaming has no scores that adakv could count across heads"),
+            ("elastic+adakv", {}, "elastic has no scores that adakv could count across heads"),
+            ("prefixkv+adakv", {}, "prefixkv has no scores that adakv could count across heads"),
+            ("elastic+sparsemm", {}, "elastic keeps the same tokens for all heads of a layer"),
+            ("prefixkv+sparsemm", {}, "prefixkv keeps the same tokens for all heads of a layer"),
+            ("das+sparsemm", {"base": "elastic"}, "das keeps the same tokens for all heads"),
+            ("das+adakv", {"base": "elastic"}, "das has no scores that adakv could count"),
+            ("snapkv+uniform+elastic", {}, "use scorer elastic or prefixkv, or merge lookm"),
+            ("keydiff+uniform+recycle", {}, "merge recycle weighs dropped tokens by their scores"),
+            ("streaming+uniform+recycle", {}, "those of streaming are no weights"),
+            ("aircache+uniform", {"candidates": "all"}, "aircache scores visual tokens only"),
+        ],
+    )
+    def test_methods_that_do_not_go_together(self, method, options, reason, head_scores):
+        if "sparsemm" in method:
+            options = {**options, "head_scores": head_scores}
+        assert reason in reasons_of(method=method, **options)
+
+    @pytest.mark.parametrize("value", ["text", "after text", None, ["all"], True])
+    def test_candidates(self, value):
+        text = reasons_of(method="snapkv", candidates=value)
+        assert f"candidates must be one of all, visual, got {value!r}" in text
+        assert text.count("\n  - ") == 1
+
+    def test_text_prior_needs_a_budget_above_the_window(self):
+        assert "includes the window" in reasons_of(method="h2o", text_prior=True, budget=32)
+        visual = {"method": "snapkv", "candidates": "visual", "budget": 32}
+        assert KVCompressionConfig.parse(visual).budget == Budget(tokens=32)
 
     def test_far_off_names_get_the_list_only(self):
         text = reasons_of(method="zzz")
-        assert "Valid: bacon, snapkv." in text
+        assert "Valid: " in text
         assert "Did you mean" not in text
 
     def test_unknown_key(self):
         text = reasons_of(method="snapkv", kernal=5)
-        assert "unknown key 'kernal' for snapkv. Did you mean 'kernel'?" in text
-        assert "Valid: method, budget, window, kernel, pool, reduction." in text
+        assert "unknown key 'kernal' for snapkv+uniform. Did you mean 'kernel'?" in text
+        assert "Valid: method, budget, window, candidates, kernel, pool, reduction." in text
 
     def test_options_of_a_method_that_was_not_chosen(self):
         assert "unknown key 'alpha'" in reasons_of(method="bacon", alpha=0.2)
@@ -186,9 +300,14 @@ budgets = st.one_of(
 
 
 class TestJSON:
-    @given(st.sampled_from(METHODS), budgets, st.integers(1, 32))
-    def test_round_trip(self, method, budget, window):
-        config = KVCompressionConfig.parse({"method": method, "budget": budget, "window": window})
+    @given(st.sampled_from(METHODS), st.sampled_from(["", "lookm"]), budgets, st.integers(1, 32))
+    def test_round_trip(self, head_scores, method, merge, budget, window):
+        raw = {"method": method, "budget": budget, "window": window}
+        if "sparsemm" in method:
+            raw["head_scores"] = head_scores
+        if merge == "lookm":
+            raw["method"] += "+lookm"
+        config = KVCompressionConfig.parse(raw)
         assert KVCompressionConfig.parse(json.loads(json.dumps(config.to_json()))) == config
 
     def test_round_trip_with_options(self):
@@ -196,8 +315,22 @@ class TestJSON:
         config = KVCompressionConfig.parse(raw)
         again = KVCompressionConfig.parse(json.loads(json.dumps(config.to_json())))
         assert again == config
-        assert again.scorer_options == {"mode": "rel", "lambda_c": 0.3}
-        assert again.allocator_options == {"normalize": False}
+        assert again.options == {"mode": "rel", "lambda_c": 0.3, "normalize": False}
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            {"method": "h2o+uniform+lookm", "text_prior": True, "recent_share": 0.5},
+            {"method": "das", "base": "h2o", "base_options": {"variant": "observed"}},
+            {"method": "snapkv", "candidates": "visual", "budget": 5},
+            {"method": "elastic+uniform+elastic", "sinks": 2},
+        ],
+    )
+    def test_round_trip_of_candidates_and_merges(self, raw):
+        config = KVCompressionConfig.parse(raw)
+        again = KVCompressionConfig.parse(json.loads(json.dumps(config.to_json())))
+        assert again == config
+        assert (again.scoring, again.merging) == (config.scoring, config.merging)
 
     def test_command_line_value(self):
         assert parse_cli_json('{"mode": "rel"}') == {"mode": "rel"}
@@ -247,7 +380,11 @@ class TestCommandLine:
         engine = engine_args.from_cli_args(args)
         raw = engine.additional_config[CONFIG_KEY]
         assert KVCompressionConfig.parse(raw) == KVCompressionConfig(
-            "bacon", "adakv", Budget(ratio=0.1), 16, {"mode": "rel"}, {"alpha": 0.5}
+            "bacon",
+            "adakv",
+            budget=Budget(ratio=0.1),
+            window=16,
+            options={"mode": "rel", "alpha": 0.5},
         )
 
     def test_flags_leave_the_namespace(self, engine_args, parse):

@@ -1,237 +1,275 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole chain on a paged cache: what the page tables show must be what the oracle keeps."""
 
-from dataclasses import dataclass
+import json
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from paged_cache import HEAD_SIZE, LAYERS, NUM_KV_HEADS, NUM_Q_HEADS, SCALE, Cache, compress
+from planners import oracle_config, planner_of
+from scorer_inputs import Prompt, maker_of, rotation
 
-from vllm_kvcompress import kernels
-from vllm_kvcompress.allocation import ALLOCATORS
-from vllm_kvcompress.pipeline import CompressionPipeline, EndingPrompts, HeadPageState
+from vllm_kvcompress.allocation import ALLOCATORS, Allocator, LayerAllocator, ModelAllocator
+from vllm_kvcompress.allocation.pyramid import Pyramid
+from vllm_kvcompress.page_state import HeadPageState
 from vllm_kvcompress.plan import BlockPlanner
-from vllm_kvcompress.scoring import SCORERS
-
-LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_SIZE = 3, 4, 2, 8
-SCALE = HEAD_SIZE**-0.5
+from vllm_kvcompress.prompt import PromptFacts
+from vllm_kvcompress.scoring import SCORERS, Scorer
 
 
-@dataclass
-class Cache:
-    """Random prompts in the head pages of a cache; block 0 is the null block.
+def oracle_prompt(prompt: Prompt, facts: PromptFacts) -> oracle.Prompt:
+    weight = maker_of([prompt]).weight
 
-    Attributes:
-        lengths: prompt tokens of each request.
-        q, k, v: [L, H, P, D] of each request.
-        pages: of each layer, [num_blocks * Hkv, block_size * 2 * D].
-        block_table: [R, B] int32, with room for decode tokens; unused entries are 0.
-    """
+    def rotate(layer, vectors, positions):
+        turns = np.array([rotation(p, HEAD_SIZE) for p in positions[0]])
+        return np.einsum("nde,hne->hnd", turns, vectors)
 
-    lengths: list[int]
-    q: list[np.ndarray]
-    k: list[np.ndarray]
-    v: list[np.ndarray]
-    pages: list[torch.Tensor]
-    block_table: torch.Tensor
-    block_size: int
-
-    @classmethod
-    def random(cls, lengths: list[int], block_size: int, seed: int, extra: int = 0) -> "Cache":
-        rng = np.random.default_rng(seed)
-
-        def draw(heads: int, length: int) -> np.ndarray:
-            return rng.normal(size=(LAYERS, heads, length, HEAD_SIZE)).astype(np.float32) * 1.5
-
-        q = [draw(NUM_Q_HEADS, length) for length in lengths]
-        k, v = ([draw(NUM_KV_HEADS, length) for length in lengths] for _ in range(2))
-        needed = [-(-(length + extra) // block_size) for length in lengths]
-        ids = rng.permutation(np.arange(1, sum(needed) + 3))  # two blocks belong to nobody
-        table = np.zeros((len(lengths), max(needed)), dtype=np.int32)
-        for i, count in enumerate(needed):
-            table[i, :count], ids = ids[:count], ids[count:]
-        shape = (sum(needed) + 3, NUM_KV_HEADS, block_size, 2, HEAD_SIZE)
-        pages = []
-        for layer in range(LAYERS):
-            cache = rng.normal(size=shape).astype(np.float32)  # stale values everywhere else
-            for i, length in enumerate(lengths):
-                position = np.arange(length)
-                block, token = table[i, position // block_size], position % block_size
-                cache[block, :, token, 0] = k[i][layer].swapaxes(0, 1)
-                cache[block, :, token, 1] = v[i][layer].swapaxes(0, 1)
-            pages.append(torch.from_numpy(cache).view(shape[0] * NUM_KV_HEADS, -1))
-        return cls(lengths, q, k, v, pages, torch.from_numpy(table), block_size)
-
-    def read(self, layer: int, table: torch.Tensor, kv_len: int) -> np.ndarray:
-        """[kv_len, 2, D] of one virtual sequence."""
-        rows = self.pages[layer][table.long()].view(-1, 2, HEAD_SIZE)
-        return rows[:kv_len].numpy()
-
-
-def compress(cache: Cache, scorer, allocator, planner: BlockPlanner) -> HeadPageState:
-    """Run every layer of the requests whose plan compresses; request i has slot 2 * i."""
-    layout = kernels.PageLayout(cache.block_size, HEAD_SIZE)
-    state = HeadPageState(
-        2 * len(cache.lengths),
-        1 if allocator.even else LAYERS,
-        NUM_KV_HEADS,
-        torch.device("cpu"),
+    return oracle.Prompt(
+        prompt.q,
+        prompt.k,
+        SCALE,
+        v=prompt.v,
+        segments=facts.visual,
+        hidden=prompt.hidden,
+        raw_q=prompt.raw,
+        project=lambda layer, inputs: np.einsum("nx,xhd->hnd", inputs, weight),
+        rotate=rotate,
     )
-    pipeline = CompressionPipeline(scorer, allocator, planner.window, layout, state)
-    plans = {i: planner.plan(length) for i, length in enumerate(cache.lengths)}
-    chosen = {i: plan for i, plan in plans.items() if plan.compresses}
-    if not chosen:
-        return state
-    facts = torch.tensor(
-        [
-            (2 * i, cache.lengths[i], p.budget - planner.window, p.num_full_blocks,
-             p.num_kept_blocks, p.tail)
-            for i, p in chosen.items()
-        ]
-    ).T  # fmt: skip
-    state.begin(facts[0], facts[3], facts[4], allocator.even)
-    longest = max(cache.lengths[i] for i in chosen)
-    share = 1 if allocator.even else NUM_KV_HEADS
-    batch = EndingPrompts(
-        *facts,
-        block_table=cache.block_table[list(chosen), : -(-longest // cache.block_size)].long(),
-        max_pages=max(min(p.num_kept_blocks * share, p.num_full_blocks) for p in chosen.values()),
-    )
+
+
+def check(cache: Cache, planner: BlockPlanner, cfg: oracle.OracleConfig | None = None) -> None:
+    """Compress, and compare what every virtual sequence shows with the oracle."""
+    cfg = cfg or oracle_config(planner)
+    before = cache.all_pages.clone()
+    state, pipeline = compress(cache, planner)
+    plans = [planner.plan(fact) for fact in cache.facts]
+    size, layer_pages = cache.block_size, cache.layer_pages
+    may_change = torch.zeros(len(before), dtype=torch.bool)
+    may_change[:NUM_KV_HEADS] = True  # the null block takes what nobody reads
+    chosen = [
+        oracle.select(oracle_prompt(prompt, fact), cfg)
+        for prompt, fact in zip(cache.prompts, cache.facts, strict=True)
+    ]
+    owner: dict[int, tuple] = {}
     for layer in range(LAYERS):
-        queries = torch.stack(
-            [
-                torch.from_numpy(cache.q[i][layer][:, -planner.window :]).transpose(0, 1)
-                for i in chosen
-            ]
-        )
-        count = pipeline.compress(
-            batch,
-            0 if allocator.even else layer,
-            layer,
-            queries,
-            cache.pages[layer],
-            NUM_KV_HEADS,
-            SCALE,
-            0.0,
-        )
-        assert (count.sum(1) == batch.num_kept_blocks * NUM_KV_HEADS).all()
-    return state
+        may_change[layer * layer_pages :][:NUM_KV_HEADS] = True
+        lengths = [fact.length for fact in cache.facts]
+        tables, kv_lens = cache.tables(state, pipeline.spans_layers, layer, lengths)
+        for i, (prompt, plan, selection) in enumerate(
+            zip(cache.prompts, plans, chosen, strict=True)
+        ):
+            assert plan.compresses == selection.plan.compressed
+            for head in range(NUM_KV_HEADS):
+                shown = cache.read(tables[i, head], kv_lens[i, head])
+                expected = entries(prompt, cache.facts[i], selection, cfg, layer, head)
+                assert len(shown) == len(expected)
+                if cfg.merge == "none":
+                    np.testing.assert_array_equal(shown, expected)
+                else:
+                    np.testing.assert_allclose(shown, expected, rtol=2e-5, atol=2e-5)
+                pages = tables[i, head, : -(-len(shown) // size)].tolist()
+                for page in pages:
+                    assert owner.setdefault(page, (i, layer, head)) == (i, layer, head)
+            kept = cache.block_table[i, plan.num_freed_blocks : plan.num_full_blocks].long()
+            if plan.compresses:
+                pages = kept[:, None] * NUM_KV_HEADS + torch.arange(NUM_KV_HEADS)
+                may_change[layer * layer_pages + pages.flatten()] = True
+    assert cache.all_pages[~may_change].equal(before[~may_change])
 
 
+def entries(prompt, facts, selection, cfg, layer, head) -> np.ndarray:
+    """[kv_len, 2, D] as one head should show them: tokens in order, bins, the tail."""
+    rows = np.stack([prompt.k[layer, head], prompt.v[layer, head]], axis=1)
+    kept = selection.kept[layer][head]
+    in_pages = kept < prompt.length - selection.plan.tail
+    bins = []
+    merged = oracle.merged_entries(oracle_prompt(prompt, facts), selection, cfg)
+    if merged:
+        rows = rows.astype(np.float64)
+        positions, keys, values = merged[layer][head]
+        if cfg.merge == "recycle":
+            bins = list(np.stack([keys, values], axis=1))
+        else:
+            rows[positions] = np.stack([keys, values], axis=1)
+    return np.array([*rows[kept[in_pages]], *bins, *rows[kept[~in_pages]]]).reshape(
+        -1, 2, HEAD_SIZE
+    )
+
+
+def texts(*lengths: int) -> list[PromptFacts]:
+    return [PromptFacts(length) for length in lengths]
+
+
+IMAGES = [
+    PromptFacts(150, ((10, 60), (65, 120))),
+    PromptFacts(97, ((0, 80),)),  # begins with its image
+    PromptFacts(131),
+    PromptFacts(120, ((30, 120),)),  # ends with one
+    PromptFacts(40, ((4, 20),)),
+    PromptFacts(203, ((5, 50), (60, 90), (91, 130))),
+]
 CASES = [
-    # block size, window, budget, lengths: odd ones, block ends, and prompts that fit
-    (4, 3, 8, [9, 12, 13, 8, 1]),
-    (16, 8, 33, [100, 47, 48, 64, 63]),
-    (32, 32, 64, [1000, 97, 65, 95]),
-    (16, 20, 24, [57, 33, 250]),
-    (1, 2, 5, [7, 30]),
+    # block size, window, budget, prompts: odd ones, block ends, and some that fit
+    (4, 3, 8, texts(9, 12, 13, 8, 1)),
+    (16, 8, 33, texts(100, 47, 48, 64, 63)),
+    (32, 32, 64, texts(1000, 97, 65, 95)),
+    (16, 20, 24, texts(57, 33, 250)),
+    (1, 2, 5, texts(7, 30)),
+    (16, 8, 48, IMAGES),
+    (8, 8, "30%", IMAGES),
 ]
 
 
-@pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
-@pytest.mark.parametrize("scorer", sorted(SCORERS))
-@pytest.mark.parametrize(("block_size", "window", "budget", "lengths"), CASES)
-def test_tables_show_what_the_oracle_keeps(scorer, allocator, block_size, window, budget, lengths):
-    cache = Cache.random(lengths, block_size, seed=sum(lengths), extra=2 * block_size)
-    before = [pages.clone() for pages in cache.pages]
-    even = ALLOCATORS[allocator].even
-    planner = BlockPlanner(block_size, window, budget)
-    state = compress(cache, SCORERS[scorer](), ALLOCATORS[allocator](), planner)
-    cfg = oracle.OracleConfig(
-        budget=budget, scorer=scorer, allocator=allocator, window=window, block_size=block_size
+@pytest.fixture(scope="module")
+def head_scores(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scores") / "heads.json"
+    rng = np.random.default_rng(0)
+    heads = [(layer, head) for layer in range(LAYERS) for head in range(NUM_Q_HEADS)]
+    path.write_text(json.dumps({f"{a}-{b}": [rng.exponential()] for a, b in heads}))
+    return str(path)
+
+
+def serves(scorer: type[Scorer], allocator: type[Allocator]) -> bool:
+    if issubclass(allocator, LayerAllocator) and not scorer.countable:
+        return False
+    return allocator.per_layer or not scorer.shared_sets
+
+
+COMBINATIONS = [(s, a) for s in SCORERS for a in ALLOCATORS if serves(SCORERS[s], ALLOCATORS[a])]
+
+
+@pytest.mark.parametrize(("scorer", "allocator"), COMBINATIONS)
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_tables_show_what_the_oracle_keeps(scorer, allocator, case, head_scores):
+    block_size, window, budget, facts = CASES[case]
+    options = {"head_scores": head_scores} if allocator == "sparsemm" else {}
+    planner = planner_of(
+        block_size, method=f"{scorer}+{allocator}", window=window, budget=budget, **options
     )
-    slots = 2 * torch.arange(len(lengths))
-    seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    written = torch.zeros(len(before[0]), dtype=torch.bool)
-    for i, length in enumerate(lengths):
-        plan = planner.plan(length)
-        if plan.compresses:
-            kept = cache.block_table[i, plan.num_freed_blocks : plan.num_full_blocks].long()
-            written[(kept[:, None] * NUM_KV_HEADS + torch.arange(NUM_KV_HEADS)).flatten()] = True
-    written[:NUM_KV_HEADS] = True  # the null block takes what nobody reads
-
-    for layer in range(LAYERS):
-        tables, kv_lens = state.tables(
-            0 if even else layer,
-            slots,
-            cache.block_table,
-            seq_lens,
-            block_size,
-            cache.block_table.shape[1],
-        )
-        for i, (q, k, v) in enumerate(zip(cache.q, cache.k, cache.v, strict=True)):
-            expected = oracle.kept_sets(q, k, cfg, SCALE)[layer]
-            for head, positions in enumerate(expected):
-                row = i * NUM_KV_HEADS + head
-                assert kv_lens[row] == len(positions)
-                shown = cache.read(layer, tables[row], int(kv_lens[row]))
-                np.testing.assert_array_equal(shown[:, 0], k[layer, head, positions])
-                np.testing.assert_array_equal(shown[:, 1], v[layer, head, positions])
-        assert cache.pages[layer][~written].equal(before[layer][~written])
+    seed = sum(fact.length for fact in facts)
+    check(Cache.random(facts, block_size, seed, extra=2 * block_size), planner)
 
 
-@pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
+VARIANTS = [
+    {"method": "h2o+uniform", "recent_share": 0.5},
+    {"method": "h2o+uniform", "variant": "observed"},
+    {"method": "h2o+adakv", "text_prior": True, "recent_share": 0.29},
+    {"method": "h2o+pyramid", "text_prior": True, "budget": 20},
+    {"method": "h2o+adakv", "text_prior": True, "budget": 20},  # nothing is left for images
+    {"method": "snapkv+adakv", "candidates": "visual", "alpha": 0.0},
+    {"method": "postvision+adakv", "alpha": 0.0},
+    {"method": "bacon+pyramid", "candidates": "visual", "rounding": "official"},
+    {"method": "keydiff+adakv", "candidates": "visual", "normalize": False},
+    {"method": "streaming+uniform", "sinks": 0},
+    {"method": "das+pyramid", "base": "bacon", "candidates": "all"},
+    {"method": "mixkv+uniform", "diversity": "flat"},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_variants_equal_the_oracle(settings):
+    planner = planner_of(16, **{"window": 8, "budget": 48, **settings})
+    check(Cache.random(IMAGES, 16, seed=5), planner)
+
+
+MERGES = [
+    {"method": "snapkv+uniform+lookm"},
+    {"method": "snapkv+adakv+lookm", "merge_mode": "weighted", "candidates": "visual"},
+    {"method": "snapkv+pyramid+lookm", "merge_mode": "avg"},
+    {"method": "elastic+uniform+elastic"},
+    {"method": "prefixkv+pyramid+elastic"},
+    {"method": "das+uniform+recycle"},
+    {"method": "snapkv+adakv+recycle", "bins": 3},
+    {"method": "h2o+pyramid+recycle", "bins": 2, "text_prior": True},
+]
+
+
+@pytest.mark.parametrize("settings", MERGES, ids=str)
+def test_merged_entries_equal_the_oracle(settings):
+    planner = planner_of(16, **{"window": 8, "budget": 60, **settings})
+    check(Cache.random(IMAGES, 16, seed=6), planner)
+
+
+class Late(ModelAllocator):
+    """Pyramid, but decided once all layers are known."""
+
+    name = "late"
+
+    def observe(self, ctx, scores):
+        assert scores.base.shape == (len(ctx.prompt_lens), NUM_KV_HEADS, len(ctx.positions))
+        return torch.full_like(ctx.prompt_lens, ctx.layer)
+
+    def kept_tokens(self, observed, demand):
+        assert torch.stack(observed, 1).tolist() == [[0, 1, 2]] * len(demand.capacity)
+        facts = zip(demand.capacity.tolist(), demand.num_scored.tolist(), strict=True)
+        tokens = torch.tensor([Pyramid().scored_tokens(*fact, LAYERS, 1) for fact in facts])
+        return tokens[:, :, 0] + demand.pinned[:, None]
+
+
+@pytest.mark.parametrize("merge", ["none", "lookm", "recycle"])
+@pytest.mark.parametrize("candidates", ["all", "visual"])
+def test_allocators_that_wait_for_all_layers(monkeypatch, candidates, merge):
+    """Layers that wait are not touched until the last one, then written as one run."""
+    monkeypatch.setitem(ALLOCATORS, "late", Late)
+    settings = {"window": 8, "budget": 48, "candidates": candidates}
+    planner = planner_of(16, method=f"snapkv+late+{merge}", **settings)
+    twin = planner_of(16, method=f"snapkv+pyramid+{merge}", **settings)
+    check(Cache.random(IMAGES, 16, seed=7), planner, oracle_config(twin))
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "pyramid", "adakv"])
 def test_decoding_appends_to_the_tail(allocator):
     """Tokens written by their logical position follow the kept ones in the virtual sequence."""
     block_size, decoded = 4, 7
-    lengths = [21, 6, 18]
-    cache = Cache.random(lengths, block_size, seed=1, extra=decoded)
-    planner = BlockPlanner(block_size, 3, 8)
-    state = compress(cache, SCORERS["snapkv"](), ALLOCATORS[allocator](), planner)
-    slots = 2 * torch.arange(3)
-    prompt = torch.tensor(lengths, dtype=torch.int32)
-    width = cache.block_table.shape[1]
-    args = slots, cache.block_table
-    short, short_lens = state.tables(0, *args, prompt, block_size, width)
-    long, long_lens = state.tables(0, *args, prompt + decoded, block_size, width)
-    assert long_lens.equal(short_lens + decoded)
+    facts = texts(21, 6, 18)
+    cache = Cache.random(facts, block_size, seed=1, extra=decoded)
+    planner = planner_of(block_size, method=f"snapkv+{allocator}", window=3, budget=8)
+    state, pipeline = compress(cache, planner)
+    lengths = [fact.length for fact in facts]
+    longer = [length + decoded for length in lengths]
     marks = np.arange(2 * HEAD_SIZE, dtype=np.float32).reshape(2, HEAD_SIZE)
-    for i, length in enumerate(lengths):
-        for head in range(NUM_KV_HEADS):
-            row = i * NUM_KV_HEADS + head
-            kept = cache.read(0, short[row], int(short_lens[row])).copy()
-            for position in range(length, length + decoded):
+    for layer in range(LAYERS):
+        short, short_lens = cache.tables(state, pipeline.spans_layers, layer, lengths)
+        long, long_lens = cache.tables(state, pipeline.spans_layers, layer, longer)
+        assert long_lens.equal(short_lens + decoded)
+        for i, head in np.ndindex(len(facts), NUM_KV_HEADS):
+            kept = cache.read(short[i, head], short_lens[i, head]).copy()
+            for position in range(lengths[i], longer[i]):
                 block = int(cache.block_table[i, position // block_size])
-                page = cache.pages[0][block * NUM_KV_HEADS + head].view(block_size, 2, HEAD_SIZE)
-                page[position % block_size] = torch.from_numpy(marks + position)
-            shown = cache.read(0, long[row], int(long_lens[row]))
+                page = cache.pages(layer)[block * NUM_KV_HEADS + head]
+                page.view(block_size, 2, HEAD_SIZE)[position % block_size] = torch.from_numpy(
+                    marks + position
+                )
+            shown = cache.read(long[i, head], long_lens[i, head])
             np.testing.assert_array_equal(shown[: len(kept)], kept)
-            new = np.stack([marks + p for p in range(length, length + decoded)])
+            new = np.stack([marks + p for p in range(lengths[i], longer[i])])
             np.testing.assert_array_equal(shown[len(kept) :], new)
 
 
-def test_together_as_alone():
+@pytest.mark.parametrize("method", ["bacon+adakv", "shiftkv+pyramid", "das+uniform+recycle"])
+def test_together_as_alone(method):
     """A request's outcome does not depend on who else ends its prompt in the step."""
-    lengths = [50, 129, 77]
-    planner = BlockPlanner(16, 8, 40)
-    scorer, allocator = SCORERS["bacon"](), ALLOCATORS["adakv"]()
-    together = Cache.random(lengths, 16, seed=3)
-    alone = [Cache.random(lengths, 16, seed=3) for _ in lengths]
-    state = compress(together, scorer, allocator, planner)
-    for i, cache in enumerate(alone):
-        one = Cache(
-            lengths[i : i + 1],
-            cache.q[i : i + 1],
-            cache.k[i : i + 1],
-            cache.v[i : i + 1],
-            cache.pages,
-            cache.block_table[i : i + 1],
-            16,
-        )
-        its_state = compress(one, scorer, allocator, planner)
+    planner = planner_of(16, method=method, window=8, budget=40)
+    together = Cache.random(IMAGES, 16, seed=3)
+    lengths = [fact.length for fact in IMAGES]
+    state, pipeline = compress(together, planner)
+    for i in range(len(IMAGES)):
+        alone = Cache.random(IMAGES, 16, seed=3).only(i)
+        its_state, _ = compress(alone, planner)
         for layer in range(LAYERS):
-            facts = [
-                s.tables(layer, torch.tensor([slot]), one.block_table,
-                         torch.tensor(lengths[i : i + 1], dtype=torch.int32), 16, 6)
-                for s, slot in ((state, 2 * i), (its_state, 0))
-            ]  # fmt: skip
-            (tables, kv_lens), (its_tables, its_lens) = facts
-            assert kv_lens.equal(its_lens)
-            for row, kv_len in enumerate(kv_lens.tolist()):
-                np.testing.assert_array_equal(
-                    together.read(layer, tables[row], kv_len),
-                    one.read(layer, its_tables[row], kv_len),
+            tables, kv_lens = together.tables(state, pipeline.spans_layers, layer, lengths)
+            own, own_lens = alone.tables(
+                its_state, pipeline.spans_layers, layer, lengths[i : i + 1]
+            )
+            assert kv_lens[i].equal(own_lens[0])
+            for head in range(NUM_KV_HEADS):
+                np.testing.assert_allclose(
+                    together.read(tables[i, head], kv_lens[i, head]),
+                    alone.read(own[0, head], own_lens[0, head]),
+                    rtol=0,
+                    atol=1e-6 if "recycle" in method else 0,
                 )
 
 
@@ -239,11 +277,12 @@ class TestHeadPageState:
     def test_a_slot_that_was_never_used_shows_the_natural_table(self):
         state = HeadPageState(3, 2, NUM_KV_HEADS, torch.device("cpu"))
         table = torch.tensor([[4, 7, 2]], dtype=torch.int32)
-        tables, kv_len = state.tables(
-            1, torch.tensor([3]), table, torch.tensor([9], dtype=torch.int32), 4, 3
-        )
+        args = torch.tensor([3]), table, torch.tensor([9], dtype=torch.int32), 4, 3
+        tables, kv_len = state.tables(1, *args)
         assert tables.tolist() == [[8, 14, 4], [9, 15, 5]]
         assert kv_len.tolist() == [9, 9]
+        tables, _ = state.tables(1, *args, layer_pages=20)
+        assert tables.tolist() == [[28, 34, 24], [29, 35, 25]]
 
     def test_even_pages_are_known_before_the_layers_run(self):
         state = HeadPageState(3, 1, NUM_KV_HEADS, torch.device("cpu"))
@@ -255,11 +294,20 @@ class TestHeadPageState:
         state = HeadPageState(3, 2, NUM_KV_HEADS, torch.device("cpu"))
         slots = torch.tensor([1, 2])
         state.begin(slots, torch.tensor([5, 6]), torch.tensor([2, 3]), even=False)
+        count, start = torch.tensor([[1, 3], [4, 2]]), torch.tensor([[0, 1], [0, 4]])
         for layer in (0, 1):
-            state.set_pages(layer, slots, torch.tensor([[1, 3], [4, 2]]))
+            state.set_pages(layer, slots, count, start)
         assert state.page_start[:, slots].tolist() == [[[0, 1], [0, 4]]] * 2
         state.begin(slots[:1], torch.tensor([0]), torch.tensor([1]), even=False)
         assert state.page_count[:, 1].eq(0).all()
         assert state.num_full_blocks.tolist() == [0, 0, 6, 0]
         assert state.num_kept_blocks.tolist() == [1, 1, 3, 1]
         assert state.page_count[:, 2].tolist() == [[4, 2], [4, 2]]
+
+    def test_pages_of_all_layers_at_once(self):
+        state = HeadPageState(3, 2, NUM_KV_HEADS, torch.device("cpu"))
+        count = torch.tensor([[[1, 3], [4, 2]]])  # [N, L, Hkv]
+        state.set_all_pages(torch.tensor([2]), count, count + 10)
+        assert state.page_count[:, 2].tolist() == [[1, 3], [4, 2]]
+        assert state.page_start[:, 2].tolist() == [[11, 13], [14, 12]]
+        assert state.page_count[:, :2].eq(0).all()

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs for scorers that are made from whole prompts, slowly and in float64."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import lcg
+import numpy as np
+import pytest
+import torch
+
+from vllm_kvcompress import kernels
+from vllm_kvcompress.scoring import LayerContext, LayerTrace
+from vllm_kvcompress.scoring.base import HiddenMoments, QueryMoments, Scorer
+
+
+def published(text: str) -> list[float]:
+    return [float(word) for word in text.split()]
+
+
+def six_digits(values) -> object:
+    """Equal to a published number, which has six decimals."""
+    return pytest.approx(values, abs=6e-7)
+
+
+def best(scores: torch.Tensor, capacity: int) -> list[set[int]]:
+    """Positions that each head of [Hkv, n] keeps of the n that compete."""
+    heads, length = scores.shape
+    chosen = kernels.select_tokens(
+        scores[None],
+        torch.full((1, heads), capacity),
+        torch.tensor([length]),
+        torch.tensor([length]),
+        capacity,
+    )
+    return [set(row) for row in chosen[0].tolist()]
+
+
+def attention(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
+    """Causal probabilities [Hq, T, T] of q [Hq, T, D] on k [Hkv, T, D]."""
+    keys = np.repeat(k.astype(np.float64), len(q) // len(k), axis=0)
+    logits = q.astype(np.float64) @ keys.swapaxes(1, 2) * scale
+    logits[:, np.triu(np.ones(logits.shape[1:], bool), 1)] = -np.inf
+    logits -= logits.max(-1, keepdims=True)
+    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+
+
+def group_mean(values: np.ndarray, num_kv_heads: int) -> np.ndarray:
+    return values.reshape(num_kv_heads, -1, *values.shape[1:]).mean(1)
+
+
+def column_sums(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
+    """[Hkv, T]."""
+    return group_mean(attention(q, k, scale).sum(1), len(k))
+
+
+def rotation(position: int, head_size: int) -> np.ndarray:
+    """RoPE matrix [D, D], half-split layout, theta 1e4."""
+    half = head_size // 2
+    angles = position * 1e4 ** (-np.arange(half) / half)
+    cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
+    return np.block([[cos, -sin], [sin, cos]])
+
+
+@dataclass
+class Maker:
+    """Queries of N prompts from hidden states, by a weight [d, Hq, D] and RoPE.
+
+    Attributes:
+        last: position of each prompt's last token.
+    """
+
+    weight: np.ndarray
+    last: list[int]
+
+    def project(self, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        weight = torch.from_numpy(self.weight).float()
+        return self.rotate(torch.einsum("nmx,xhd->nmhd", hidden, weight), offsets)
+
+    def rotate(self, queries: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        size = queries.shape[-1]
+        turns = [[rotation(last + i, size) for i in offsets.tolist()] for last in self.last]
+        turns = torch.from_numpy(np.array(turns)).float()
+        return torch.einsum("nmde,nmhe->nmhd", turns, queries)
+
+
+@dataclass
+class Prompt:
+    """Everything that a model would show of a prompt, by layer.
+
+    Attributes:
+        q, raw: [L, Hq, P, D] queries with and without RoPE.
+        k, v: [L, Hkv, P, D].
+        hidden: [L, P, d] inputs of the attention layers.
+        segment: [P], index of the image of a visual token, else -1.
+    """
+
+    q: np.ndarray
+    raw: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    hidden: np.ndarray
+    segment: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of the instruction."""
+        visual = np.flatnonzero(self.segment >= 0)
+        return max(1, self.length - 1 - visual[-1]) if len(visual) else 8
+
+
+def random_prompt(
+    seed: int,
+    length: int,
+    images: tuple[tuple[int, int], ...] = (),
+    num_q=4,
+    num_kv=2,
+    size=8,
+    layers=2,
+) -> Prompt:
+    """Hidden states have 6 features. ``images`` are [start, end)."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=(layers, *shape)).astype(np.float32) * 1.5
+
+    segment = np.full(length, -1)
+    for index, (start, end) in enumerate(images):
+        segment[start:end] = index
+    raw = draw(num_q, length, size)
+    turns = np.array([rotation(i, size) for i in range(length)], dtype=np.float32)
+    return Prompt(
+        q=np.einsum("tde,lhte->lhtd", turns, raw),
+        raw=raw,
+        k=draw(num_kv, length, size),
+        v=draw(num_kv, length, size),
+        hidden=draw(length, 6),
+        segment=segment,
+    )
+
+
+def context(
+    prompts: list[Prompt],
+    layer: int,
+    scorer: Scorer,
+    trace: LayerTrace,
+    window: int = 8,
+    capacity: int = 4,
+    garbage: float = float("nan"),
+) -> LayerContext:
+    """One layer of several requests, with ``garbage`` wherever a scorer must not look."""
+    num, longest = len(prompts), max(p.length for p in prompts)
+    num_q, num_kv, size = prompts[0].q.shape[1], *prompts[0].k.shape[1::2]
+    num_rows = max(window, *(p.text_rows for p in prompts))
+    keys, values = torch.full((2, num, num_kv, longest, size), garbage)
+    sums = torch.full((num, num_kv, longest), garbage)
+    queries = torch.full((num, num_rows, num_q, size), garbage)
+    segment = torch.zeros(num, longest, dtype=torch.int64)
+    for i, p in enumerate(prompts):
+        keys[i, :, : p.length] = torch.from_numpy(p.k[layer])
+        values[i, :, : p.length] = torch.from_numpy(p.v[layer])
+        collected = column_sums(p.q[layer], p.k[layer], size**-0.5)
+        sums[i, :, : p.length] = torch.from_numpy(collected)
+        rows = max(window, p.text_rows)
+        queries[i, -rows:] = torch.from_numpy(p.q[layer][:, -rows:]).transpose(0, 1)
+        segment[i, : p.length] = torch.from_numpy(p.segment)
+    return LayerContext(
+        layer=layer,
+        prompt_lens=torch.tensor([p.length for p in prompts]),
+        capacity=torch.full((num,), capacity),
+        window=window,
+        queries=queries,
+        prompts=lcg.dense_prompts(keys, values),
+        scale=size**-0.5,
+        recent=torch.full((num,), max(1, scorer.num_recent(window, 12))),
+        text_rows=torch.tensor([p.text_rows for p in prompts]),
+        segment=segment,
+        num_segments=max(int(p.segment.max()) + 1 for p in prompts),
+        trace=trace,
+        column_sums=sums,
+        hidden=stack([hidden_moments(p.hidden[layer], scorer) for p in prompts]),
+        moments=stack([query_moments(p.raw[layer], scorer) for p in prompts]),
+        maker=maker_of(prompts),
+    )
+
+
+def maker_of(prompts: list[Prompt]) -> Maker:
+    """The same projection in every layer."""
+    num_q, size = prompts[0].q.shape[1], prompts[0].q.shape[3]
+    weight = np.random.default_rng(99).normal(size=(6, num_q, size))
+    return Maker(weight, [p.length - 1 for p in prompts])
+
+
+def hidden_moments(hidden: np.ndarray, scorer: Scorer) -> HiddenMoments:
+    """Of [P, d], without the dimension N."""
+    x = torch.from_numpy(hidden[scorer.capture_from(len(hidden)) :])
+    return HiddenMoments(torch.tensor(len(x)), x.sum(0), x.square().sum(0), x[-1])
+
+
+def query_moments(queries: np.ndarray, scorer: Scorer) -> QueryMoments:
+    """Of [Hq, P, D], without the dimension N."""
+    q = torch.from_numpy(queries[:, scorer.capture_from(queries.shape[1]) :]).float()
+    return QueryMoments(torch.tensor(q.shape[1]), q.sum(1), q.mT @ q)
+
+
+def stack(rows):
+    """One record of tensors [N, ...] from N of them."""
+    names = [field.name for field in dataclasses.fields(rows[0])]
+    return type(rows[0])(*(torch.stack([getattr(r, name) for r in rows]) for name in names))

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the GPU check that decide: they must pass what is right and stop what is wrong."""
+
+import csv
+import importlib.metadata
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import ROOT
+from gpu_check import result_folder
+from gpucheck import compare, stress
+from gpucheck.compare import assert_same_kept, assert_same_tokens
+from gpucheck.forced import ForcedModel
+from gpucheck.packages import import_path, stage_plugin, unpack_wheel
+from gpucheck.steps import Run, Step
+from gpucheck.watch import ScoredPrompt
+from operations import OPERATIONS, Shape, make_inputs
+
+from vllm_kvcompress import kernels
+from vllm_kvcompress.kernels import reference
+
+CONFIG = oracle.OracleConfig(budget=64, window=32, kernel=1, block_size=16)
+
+
+def python(*code: str) -> list[str]:
+    return [sys.executable, "-P", "-c", "; ".join(code)]
+
+
+class TestSteps:
+    @pytest.fixture
+    def run(self, tmp_path):
+        return Run(tmp_path, dict(os.environ), time.monotonic() + 60)
+
+    def test_stops_at_the_first_failure(self, run, tmp_path):
+        steps = [
+            Step("good", python("print('fine')"), 30),
+            Step("bad but not fatal", python("raise SystemExit(3)"), 30, fatal=()),
+            Step("bad", python("print('why')", "raise SystemExit(3)"), 30),
+            Step("never", python("print('ran')"), 30),
+        ]
+        assert not run.stage("one", steps)
+        with (tmp_path / "steps.csv").open() as source:
+            outcomes = {row["step"]: row["outcome"] for row in csv.DictReader(source)}
+        assert list(outcomes.values()) == ["passed", "failed", "failed", "left out"]
+        assert "why" in (tmp_path / "logs" / "bad.txt").read_text()
+        assert not (tmp_path / "logs" / "never.txt").exists()
+
+    def test_nothing_outlives_its_time(self, run, tmp_path):
+        mark = tmp_path / "mark"
+        child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+        code = python("import subprocess, sys, time", f"subprocess.Popen([sys.executable, '-c', "
+                      f"{child!r}])", "time.sleep(60)")  # fmt: skip
+        assert not run.stage("one", [Step("slow", code, 1)])
+        assert run.outcomes[0].outcome == "out of time"
+        time.sleep(3)
+        assert not mark.exists()
+
+    def test_environment(self, run):
+        code = python("import os", "raise SystemExit(os.environ['ANSWER'] != '42')")
+        assert run.stage("one", [Step("env", code, 30, {"ANSWER": "42"})])
+
+
+class TestPackages:
+    def test_wheel(self, tmp_path):
+        wheel = tmp_path / "thing-1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("thing/__init__.py", "")
+            archive.writestr("thing-1.data/purelib/other.py", "")
+            archive.writestr("thing-1.data/scripts/tool", "")
+        site = tmp_path / "site"
+        assert import_path(tmp_path, site) == site
+        files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
+        assert files == {"thing/__init__.py", "other.py"}
+
+    def test_wheel_that_reaches_out(self, tmp_path):
+        wheel = tmp_path / "evil.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("../evil.py", "")
+        with pytest.raises(ValueError, match="outside"):
+            unpack_wheel(wheel, tmp_path / "site")
+        assert not (tmp_path / "evil.py").exists()
+
+    def test_folder_of_packages(self, tmp_path):
+        assert import_path(tmp_path, tmp_path / "site") == tmp_path
+        with pytest.raises(ValueError, match="--packages"):
+            import_path(tmp_path / "nothing", tmp_path / "site")
+
+    def test_installed_plugin_is_used(self, tmp_path):
+        assert stage_plugin(ROOT, tmp_path / "plugin") is None
+
+    def test_staged_plugin(self, tmp_path, monkeypatch):
+        """Without an installation, a copy has package, kernels and entry point."""
+
+        def nothing(name):
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+        site = stage_plugin(ROOT, tmp_path / "plugin")
+        code = python(
+            "from importlib.metadata import entry_points",
+            "(e,) = entry_points(group='vllm.general_plugins', name='kvcompress')",
+            "import vllm_kvcompress, vllm_kvcompress.kernels.reference as r",
+            "print(e.value, vllm_kvcompress.__file__, r.__file__, sep='\\n')",
+        )
+        env = os.environ | {"PYTHONPATH": str(site)}
+        done = subprocess.run(code, env=env, capture_output=True, text=True, check=True)
+        value, package, operations = done.stdout.splitlines()
+        assert value == "vllm_kvcompress:register"
+        assert package == str(site / "vllm_kvcompress" / "__init__.py")
+        assert operations == str(site / "vllm_kvcompress" / "kernels" / "reference.py")
+
+
+def test_result_folder(tmp_path):
+    facts = {"device": "NVIDIA H200 (MIG 1g)", "date": "2026-01-02"}
+    first = result_folder(tmp_path, facts)
+    assert first.name == "gpu_nvidia-h200-mig-1g_2026-01-02"
+    first.mkdir()
+    assert result_folder(tmp_path, facts).name == first.name + "_2"
+
+
+def answer(token_ids, logprobs):
+    return SimpleNamespace(token_ids=token_ids, logprobs=logprobs)
+
+
+class TestSameTokens:
+    STOCK = answer([5, 6, 7], [-1.0, -1.0, -1.0])
+
+    @pytest.mark.parametrize(
+        ("other", "parted"),
+        [
+            (answer([5, 6, 7], [-1.0, -1.001, -1.0]), 0),
+            (answer([5, 9, 9], [-1.0, -1.001, -8.0]), 1),  # another text from the near tie on
+        ],
+    )
+    def test_same(self, other, parted):
+        assert assert_same_tokens([other], [self.STOCK], "float16") == parted
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            answer([5, 9, 7], [-1.0, -1.2, -1.0]),
+            answer([5, 6, 7], [-1.0, -1.2, -1.0]),
+            answer([5, 6], [-1.0, -1.0]),
+        ],
+    )
+    def test_different(self, other):
+        with pytest.raises(AssertionError):
+            assert_same_tokens([other], [self.STOCK], "float16")
+
+
+class TestSameKept:
+    @pytest.fixture
+    def scored(self):
+        rng = np.random.default_rng(0)
+        keys = rng.normal(size=(2, 2, 200, 8)).astype(np.float32)
+        queries = rng.normal(size=(2, 4, 200, 8)).astype(np.float32)
+        return ScoredPrompt(queries, keys, 1.0)
+
+    def kept(self, scored):
+        return oracle.kept_sets(scored.queries, scored.keys, CONFIG, scored.scale)
+
+    def test_equal(self, scored):
+        assert assert_same_kept(self.kept(scored), scored, CONFIG) == (4, 0)
+
+    @pytest.mark.parametrize("share", [0.99, 1.01])
+    def test_near_tie(self, scored, monkeypatch, share):
+        """The best token that was dropped in place of the worst that was kept."""
+        scores = oracle.scores(scored.queries, scored.keys, CONFIG, 1.0)[0, 0]
+        kept = self.kept(scored)
+        num_scored = len(kept[0][0]) - CONFIG.window
+        worst, best = scores.argsort()[::-1][num_scored - 1 : num_scored + 1]
+        kept[0][0] = np.sort(np.append(np.setdiff1d(kept[0][0], worst), best))
+        gap = scores[worst] / scores[best] - 1
+        monkeypatch.setattr(compare, "SCORE_GAP", share * gap)
+        if share > 1:
+            assert assert_same_kept(kept, scored, CONFIG) == (4, 1)
+        else:
+            with pytest.raises(AssertionError, match="gap"):
+                assert_same_kept(kept, scored, CONFIG)
+
+    @pytest.mark.parametrize("change", ["other token", "one less", "order"])
+    def test_different(self, scored, change):
+        kept = self.kept(scored)
+        head = kept[1][0]
+        if change == "other token":
+            dropped = np.setdiff1d(np.arange(160), head)
+            scores = oracle.scores(scored.queries, scored.keys, CONFIG, 1.0)[1, 0]
+            worst = dropped[scores[dropped].argmin()]
+            kept[1][0] = np.sort(np.append(head[1:], worst))
+        elif change == "one less":
+            kept[1][0] = head[1:]
+        else:
+            kept[1][0] = head[::-1]
+        with pytest.raises(AssertionError, match="layer 1 head 0"):
+            assert_same_kept(kept, scored, CONFIG)
+
+
+def test_forced_model(checkpoint):
+    """One forced pass says what the step-by-step reference decoder says."""
+    model = checkpoint("llama", layers=2)
+    prompt = list(range(90)) * 2
+    expected = oracle.Oracle(model).generate(prompt, 6, CONFIG)
+    forced = ForcedModel(model)
+    got = forced.logprobs(prompt, expected.token_ids, expected.kept)
+    assert got.tolist() == pytest.approx(expected.logprobs, abs=1e-5)
+    everything = forced.logprobs(prompt, expected.token_ids, None)
+    assert everything[0] == pytest.approx(expected.logprobs[0], abs=1e-5)
+    assert (everything[1:] - got[1:]).abs().max() > 0.01
+
+
+class TestStress:
+    def compact(self, monkeypatch, function):
+        def ours(prompts, tables, interpret):
+            function(prompts, *tables)
+
+        monkeypatch.setattr(stress, "compact", ours)
+        return stress.run(rounds=8, seed=1, small=True, interpret=True)
+
+    def test_right(self, monkeypatch):
+        def right(prompts, *tables):
+            stress.in_place(reference, prompts, *tables)
+
+        assert self.compact(monkeypatch, right) == 0
+
+    def test_no_order_between_reading_and_writing(self, monkeypatch):
+        """One head after the other: what a later head reads may be written already."""
+
+        def one_by_one(prompts, kept, count, *args):
+            for head in range(kept.shape[1]):
+                only = torch.zeros_like(count)
+                only[:, head] = count[:, head]
+                stress.in_place(reference, prompts, kept, only, *args)
+
+        assert self.compact(monkeypatch, one_by_one) > 2  # of 8
+
+    def test_cases_are_legal(self):
+        """Heads own pages of their own, inside the kept blocks, and no more than they have."""
+        generator = torch.Generator().manual_seed(3)
+        rng = stress.random.Random(3)
+        for _ in range(20):
+            prompts, (kept, count, start, num_full, num_kept) = stress.draw_case(
+                rng, generator, small=False
+            )
+            size = prompts.layout.block_size
+            assert (start[:, 1:] >= (start + count)[:, :-1]).all()
+            assert ((start + count)[:, -1] <= num_kept * kept.shape[1]).all()
+            assert (count <= num_full[:, None]).all()
+            rank = torch.arange(kept.shape[2])
+            used = rank < (count * size)[:, :, None]
+            assert (kept.lt((num_full * size)[:, None, None]) == used).all()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+def test_no_time_for_a_wrong_result(monkeypatch, operation):
+    shape = Shape("tiny", 4, 2, 16, 256, 2)
+    inputs = make_inputs(shape, torch.device("cpu"))
+    operation.check(inputs)
+    original = getattr(kernels, operation.name)
+
+    def wrong(*args, **kwargs):
+        if operation.name == "write_pages":
+            return original(args[0], args[1].roll(1, 1), *args[2:])
+        result = original(*args, **kwargs)
+        return tuple(r + 1 for r in result) if isinstance(result, tuple) else result + 1
+
+    monkeypatch.setattr(kernels, operation.name, wrong)
+    with pytest.raises(AssertionError, match=operation.name):
+        operation.check(inputs)
