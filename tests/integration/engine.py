@@ -312,7 +312,7 @@ def model_runner(llm: LLM):
 
 
 def compressed_builder(llm: LLM):
-    """The worker's builder of the compressed group, owner of state and window store."""
+    """The worker's builder of the compressed group, owner of state and stored rows."""
     for groups in model_runner(llm).attn_groups:
         for group in groups:
             if isinstance(group.kv_cache_spec, CompressedSpec):
@@ -325,20 +325,26 @@ def request_slots(llm: LLM):
 
 
 def assert_clean(llm: LLM, free_before: int) -> None:
-    """No block, slot or window row is held by anybody."""
+    """No block, slot or stored row is held by anybody."""
     assert scheduler_of(llm).get_num_unfinished_requests() == 0
     assert free_blocks(llm) == free_before
     check_pool(block_pool(llm))
     slots = request_slots(llm)
     assert slots._slot_of == {}
     assert sorted(slots._free) == list(range(compressed_builder(llm).max_num_rows))
-    store = compressed_builder(llm).window_store
-    # rows of requests that left are given back when the next batch is built
-    store.discard(slots.take_left())
-    assert store._row_of == {}
+    assert_nothing_stored(llm)
     for manager in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers:
         assert not any(manager.req_to_blocks.values())
         assert not manager.num_cached_block
+
+
+def assert_nothing_stored(llm: LLM) -> None:
+    """No request has query rows or sums of earlier chunks."""
+    builder = compressed_builder(llm)
+    # those of requests that left are given back when the next batch is built
+    builder._forget(request_slots(llm).take_left())
+    for store in (builder.stored_rows, *builder.sums._stores.values()):
+        assert store._row_of == {}
 
 
 def check_pool(pool) -> None:

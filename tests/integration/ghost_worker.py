@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_kvcompress.plan import BlockPlanner
+from vllm_kvcompress.prompt import PromptFacts
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Ghost:
         return ModelRunnerOutput(req_ids, {r: i for i, r in enumerate(req_ids)}, sampled)
 
     def check_hit(self, prompt_len: int, num_hit: int) -> None:
-        plan = self.planner.plan(prompt_len)
+        plan = self.planner.plan(PromptFacts(prompt_len))
         assert not plan.compresses or num_hit <= plan.max_hit, "a hit beyond max_hit"
 
     def slot_ids(self, table: list[int], start: int, end: int) -> list[int]:
@@ -102,13 +103,15 @@ class Ghost:
 
     def attend(self, req_id: str, start: int, count: int) -> None:
         known = self.requests[req_id]
-        plan = self.planner.plan(known.prompt_len)
+        plan = self.planner.plan(PromptFacts(known.prompt_len))
         full, end = known.tables[0], start + count
         for table in known.tables[1:]:
             self.check_natural(req_id, table, max(0, start - self.sliding + 1), end)
         if not plan.compresses:
             self.check_natural(req_id, full, 0, end)
             return
+        if self.planner.config.spans_layers:  # pages are written after the last layer
+            assert start >= known.prompt_len or end <= known.prompt_len, "outputs came too soon"
         kept_end = plan.num_full_blocks * self.block_size
         if start < known.prompt_len:
             self.check_natural(req_id, full, 0, min(end, known.prompt_len))

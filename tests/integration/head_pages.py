@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from engine import Stepper, compressed_builder, model_runner, request_slots
+from engine import Stepper, compressed_builder, request_slots, scheduler_of
 
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 
@@ -16,64 +16,72 @@ class HeldPages:
     """What one request holds in the cache right now, read through its head pages.
 
     Attributes:
-        keys: [L][Hkv] arrays [kv_len, D] in page order.
-        page_ids: [L][Hkv] the pages that hold them.
+        keys, values: [L][Hkv] arrays [kv_len, D] in page order.
+        page_ids: [L][Hkv] the pages that hold them, numbered over all layers.
         num_computed: logical length.
     """
 
     keys: list[list[np.ndarray]]
+    values: list[list[np.ndarray]]
     page_ids: list[list[list[int]]]
     num_computed: int
 
 
 def held_pages(stepper: Stepper, name: str) -> HeldPages:
-    """Read the head pages of a running request out of the worker's KV tensors (runner V1)."""
+    """Read the head pages of a running request out of the worker's KV tensors.
+
+    Blocks are those that the scheduler knows of: both model runners follow it.
+    """
     llm = stepper.llm
-    runner, builder = model_runner(llm), compressed_builder(llm)
+    builder = compressed_builder(llm)
     req_id = stepper.internal[name]
-    row = runner.input_batch.req_id_to_index[req_id]
     slot = request_slots(llm)._slot_of[req_id]
-    group = next(
-        index
-        for index, groups in enumerate(runner.attn_groups)
-        if any(isinstance(g.kv_cache_spec, CompressedSpec) for g in groups)
+    manager = next(
+        manager
+        for manager in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+        if isinstance(manager.kv_cache_spec, CompressedSpec)
     )
     request = stepper.request(name)
     length = request.num_computed_tokens - request.num_in_flight_tokens
     width = -(-length // builder.block_size)
-    table = torch.from_numpy(
-        runner.input_batch.block_table[group].block_table.np[row][None, :width]
-    )
+    device = builder.state.num_full_blocks.device
+    blocks = [block.block_id for block in manager.req_to_blocks[req_id]][:width]
+    table = torch.tensor([blocks], dtype=torch.int32, device=device)
     layout = builder.page_layout()
     state, size, num_heads = builder.state, builder.block_size, builder.num_kv_heads
-    contexts = runner.compilation_config.static_forward_context
-    keys, ids = [], []
-    for layer, layer_row in sorted(builder.layer_rows.items(), key=lambda item: item[1]):
-        cache = contexts[layer].kv_cache
-        cache = cache[0] if isinstance(cache, list) else cache
-        pages = cache.view(cache.shape[0] * cache.shape[1], -1)
+    all_pages, layer_pages = builder.span()
+    held = HeldPages([], [], [], length)
+    for layer_row, layer in enumerate(builder.layers):
+        cache = layer.kv_cache
+        pages = cache.view(cache.shape[0] * cache.shape[1], -1) if all_pages is None else all_pages
+        first = layer_row * len(pages) if all_pages is None else 0
         tables, kv_len = state.tables(
             0 if builder.even else layer_row,
-            torch.tensor([slot]),
+            torch.tensor([slot], device=device),
             table,
-            torch.tensor([length], dtype=torch.int32),
+            torch.tensor([length], dtype=torch.int32, device=device),
             size,
             width,
+            layer_pages,
         )
-        keys.append([])
-        ids.append([])
+        for per_head in (held.keys, held.values, held.page_ids):
+            per_head.append([])
         for head in range(num_heads):
             count = int(kv_len[head])
             used = tables[head, : -(-count // size)].long()
             rows = pages[used].float()
-            rows = (
-                rows[:, layout.key_index]
-                if layout.key_index is not None
-                else rows.unflatten(1, (size, 2, -1))[:, :, 0].flatten(1)
-            )
-            keys[-1].append(rows.reshape(-1, layout.head_size)[:count].numpy())
-            ids[-1].append(used.tolist())
-    return HeldPages(keys, ids, length)
+            for part, index, per_head in (
+                (0, layout.key_index, held.keys),
+                (1, layout.value_index, held.values),
+            ):
+                found = (
+                    rows[:, index]
+                    if index is not None
+                    else rows.unflatten(1, (size, 2, -1))[:, :, part].flatten(1)
+                )
+                per_head[-1].append(found.reshape(-1, layout.head_size)[:count].cpu().numpy())
+            held.page_ids[-1].append((used + first).tolist())
+    return held
 
 
 def positions_of(held: HeldPages, reference: np.ndarray) -> list[list[np.ndarray]]:
@@ -107,6 +115,10 @@ def assert_kept(
     for layer, (got, expected) in enumerate(zip(positions_of(held, reference), kept, strict=True)):
         for head, (a, b) in enumerate(zip(got, expected, strict=True)):
             assert a.tolist() == list(b), f"layer {layer} head {head} keeps other positions"
-    for heads in held.page_ids:
-        every = [page for ids in heads for page in ids]
-        assert len(every) == len(set(every))
+    assert_unshared(held)
+
+
+def assert_unshared(held: HeldPages) -> None:
+    """No page has two owners."""
+    every = [page for heads in held.page_ids for ids in heads for page in ids]
+    assert len(every) == len(set(every))

@@ -8,8 +8,8 @@ import pytest
 from engine import (
     Method,
     Stepper,
+    assert_nothing_stored,
     assert_same,
-    compressed_builder,
     engine,
     free_blocks,
     generate,
@@ -65,11 +65,8 @@ def expected(model: str, method: Method) -> list:
 
 def assert_clean(llm, free: int) -> None:
     assert free_blocks(llm) == free
-    slots = request_slots(llm)
-    assert slots._slot_of == {}
-    store = compressed_builder(llm).window_store
-    store.discard(slots.take_left())
-    assert store._row_of == {}
+    assert request_slots(llm)._slot_of == {}
+    assert_nothing_stored(llm)
 
 
 @pytest.mark.parametrize(("family", "chunk"), [("llama", 64), ("gemma3", 2048)])

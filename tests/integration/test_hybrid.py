@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that mix full attention with sliding windows: only the full layers are compressed."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-import torch
 from engine import (
     BLOCK_SIZE,
     Method,
@@ -47,41 +44,9 @@ def gemma(checkpoint) -> str:
     return checkpoint("gemma3", layers=6)
 
 
-class HybridOracle(Oracle):
-    """The reference for full layers; sliding-window layers attend plainly and evict nothing."""
-
-    def _attend(self, module, query, key, value, attention_mask, scaling, **options):
-        window = options.pop("sliding_window", None)
-        if window is None:
-            row = FULL_LAYERS.index(module.layer_idx)
-            return super()._attend(
-                SimpleNamespace(layer_idx=row),
-                query,
-                key,
-                value,
-                attention_mask,
-                scaling,
-                **options,
-            )
-        rows, cols = query.shape[2], key.shape[2]
-        group = query.shape[1] // key.shape[1]
-        distance = torch.arange(cols - rows, cols)[:, None] - torch.arange(cols)
-        hidden = (distance < 0) | (distance >= window)
-        logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
-        weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-        return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), weights
-
-    def _prefill(self, inputs):
-        self._evicted, self._captured = None, []
-        result = self.model(**inputs, use_cache=True)
-        q, k = (np.stack(tensors) for tensors in zip(*self._captured, strict=True))
-        assert len(q) == len(FULL_LAYERS)
-        return result, q, k
-
-
 @by_method
 def test_equals_oracle(gemma, method):
-    oracle = HybridOracle(gemma)
+    oracle = Oracle(gemma)
     config = OracleConfig(
         budget=method.budget,
         scorer=method.name.partition("+")[0],

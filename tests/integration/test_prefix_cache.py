@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compression and vLLM's prefix cache at once: hits stay, and nobody reads a compacted block."""
 
+import json
+
 import pytest
 from engine import (
     BLOCK_SIZE,
@@ -21,7 +23,9 @@ from engine import (
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_kvcompress.adapter import kv_cache
+from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig
 from vllm_kvcompress.plan import BlockPlanner
+from vllm_kvcompress.prompt import PromptFacts
 
 METHODS = [
     Method("snapkv", 96),
@@ -37,10 +41,9 @@ LONGER = A + random_prompt(77, seed=14)
 
 
 def plan(method: Method, prompt: list[int]):
-    budget = method.budget
-    ratio = float(budget.rstrip("%")) / 100 if isinstance(budget, str) else None
-    tokens = None if ratio else budget
-    return BlockPlanner(BLOCK_SIZE, method.window, tokens, ratio).plan(len(prompt))
+    config = KVCompressionConfig.parse(method.additional_config[CONFIG_KEY])
+    planner = BlockPlanner(json.dumps(config.to_json()), BLOCK_SIZE, num_layers=2, num_kv_heads=2)
+    return planner.plan(PromptFacts(len(prompt)))
 
 
 def alone(model: str, method: Method, prompts: list, params=None) -> list:

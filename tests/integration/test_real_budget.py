@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """With a real budget, text, log-probabilities and kept tokens equal an independent reference.
 
-The reference (``tests/oracle.py``) never moves a token: it runs Transformers on the full cache and
+The reference (``tests/oracle/``) never moves a token: it runs Transformers on the full cache and
 hides what each KV head evicted. So it shares no code and no idea with head pages.
 """
 
@@ -293,10 +293,10 @@ def _worst_first(original):
 
 
 def _other_head(original):
-    def compact_pages(prompts, kept, *args, **kwargs):
+    def stage_tokens(prompts, kept, *args, **kwargs):
         return original(prompts, kept.roll(1, dims=1), *args, **kwargs)
 
-    return compact_pages
+    return stage_tokens
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def _other_head(original):
     [
         ("select_tokens", _off_by_one),
         ("select_tokens", _worst_first),
-        ("compact_pages", _other_head),
+        ("stage_tokens", _other_head),
     ],
 )
 def test_mutations_are_noticed(checkpoint, monkeypatch, function, mutation):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be compressed is refused before the first request, with what to change."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_kvcompress.adapter import refusals
+from vllm_kvcompress.adapter import attention_inputs, refusals
 from vllm_kvcompress.adapter.cpu import CompressedCPUImpl
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
@@ -204,6 +205,55 @@ def test_hybrid_manager_turned_off(checkpoint):
             checkpoint("gemma3", layers=6),
             Method("bacon", 96),
             disable_hybrid_kv_cache_manager=True,
+        ),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("scorer", "lookahead"), [("shiftkv", 512), ("expected", 100)])
+def test_positions_past_the_rotary_table(checkpoint, scorer, lookahead):
+    """Queries of coming tokens need positions that the model can rotate to; it has 4096."""
+    options = (("proxies", 512),) if scorer == "shiftkv" else (("horizon", lookahead),)
+    longest = 4096 - lookahead
+    with (
+        pytest.raises(KVCompressionError, match=f"{scorer}.*--max-model-len {longest} or less"),
+        engine(
+            checkpoint("llama", layers=2),
+            Method(scorer, 96, options=options),
+            max_model_len=longest + 1,
+        ),
+    ):
+        pass
+
+
+def test_attention_without_the_usual_parts(checkpoint, monkeypatch):
+    """A model that rotates in another way is refused by name of the layer."""
+    original = attention_inputs.install
+
+    def install(model, vllm_config):
+        for module in model.modules():
+            module._modules.pop("rotary_emb", None)
+        original(model, vllm_config)
+
+    monkeypatch.setattr(attention_inputs, "install", install)
+    with (
+        pytest.raises(KVCompressionError, match=r"(?s)qkv_proj and rotary_emb.*such as bacon"),
+        engine(checkpoint("llama", layers=2), Method("shiftkv", 96)),
+    ):
+        pass
+
+
+def test_head_scores_of_another_model(checkpoint, tmp_path):
+    file = tmp_path / "heads.json"
+    file.write_text(json.dumps({f"{i // 4}-{i % 4}": [1.0] for i in range(12)}))
+    with (
+        pytest.raises(
+            KVCompressionError,
+            match=r"3 layers x 4 query heads, the model has 2 x 8; .*calibrate-heads",
+        ),
+        engine(
+            checkpoint("llama", layers=2),
+            Method("snapkv+sparsemm", 96, options=(("head_scores", str(file)),)),
         ),
     ):
         pass

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
-def test_runner_v2():
+@pytest.mark.parametrize("cases", ["runner_v2_cases.py", "runner_v2_methods.py"])
+def test_runner_v2(cases):
     result = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-x", "--durations=0",
-         str(HERE / "runner_v2_cases.py")],
+         str(HERE / cases)],
         env=os.environ | {
             "PYTHONPATH": str(HERE / "triton_on_cpu"),
             "TRITON_INTERPRET": "1",

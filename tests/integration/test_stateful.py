@@ -8,6 +8,7 @@ the spec and manager are ours. Only the GPU is played, see ``ghost_worker``.
 import collections
 import functools
 import itertools
+import json
 import random
 from dataclasses import dataclass
 
@@ -43,6 +44,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kvcompress.adapter import kv_cache
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
+from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.prompt import PromptFacts
 
 BLOCK = 16
 MAX_LEN = 320
@@ -57,6 +60,7 @@ _total = collections.Counter()
 
 @dataclass(frozen=True)
 class Setup:
+    method: str
     budget: int | str
     window: int
     asynchronous: bool
@@ -70,22 +74,19 @@ class Setup:
         return 44 if self.hybrid else 30
 
     @property
-    def ratio(self) -> float | None:
-        return float(self.budget.rstrip("%")) / 100 if isinstance(self.budget, str) else None
+    def settings(self) -> dict:
+        return {"method": self.method, "budget": self.budget, "window": self.window}
 
     def spec(self) -> CompressedSpec:
         plain = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
         )
-        tokens = None if self.ratio else self.budget
-        return CompressedSpec.of(
-            plain, window=self.window, budget_tokens=tokens, budget_ratio=self.ratio
-        )
+        settings = json.dumps(KVCompressionConfig.parse(self.settings).to_json())
+        return CompressedSpec.of(plain, settings=settings, model_kv_heads=2, num_layers=2)
 
 
 @functools.cache
 def engine_config(model: str, setup: Setup):
-    settings = {"method": "snapkv", "budget": setup.budget, "window": setup.window}
     with scheduling("async" if setup.asynchronous else "sync"):
         config = EngineArgs(
             model=model,
@@ -94,7 +95,7 @@ def engine_config(model: str, setup: Setup):
             max_num_seqs=6,
             max_num_batched_tokens=setup.chunk,
             enable_prefix_caching=setup.prefix_cache,
-            additional_config={"kv_compression": settings},
+            additional_config={"kv_compression": setup.settings},
             skip_tokenizer_init=True,
         ).create_engine_config()
     config.cache_config.num_gpu_blocks = setup.num_blocks
@@ -131,6 +132,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     model = ""
 
     @initialize(
+        # any prefix may be hit; budgets span layers; sums over the prompt, so nothing may be hit
+        method=st.sampled_from(["snapkv", "snapkv", "snapkv+pyramid", "h2o+uniform"]),
         budget=st.sampled_from([32, 48, 96, "25%", "60%"]),
         window=st.sampled_from([8, 24]),
         asynchronous=st.booleans(),
@@ -150,6 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight: collections.deque = collections.deque()
         self.processed: dict[str, int] = {}
         self.depth = 2 if choices["asynchronous"] else 1
+        self.failed = False
 
     @property
     def alive(self) -> list[Request]:
@@ -179,7 +183,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight.append(output)
         for req_id in output.num_scheduled_tokens:
             request = self.scheduler.requests[req_id]
-            plan = self.planner.plan(request.num_prompt_tokens)
+            plan = self.planner.plan(PromptFacts(request.num_prompt_tokens))
             blocks = self.full.req_to_blocks[req_id]
             nulls = [block.is_null for block in blocks]
             if plan.compresses and before[req_id] >= request.num_prompt_tokens:
@@ -197,8 +201,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight)
     @rule()
     def finish(self) -> None:
+        self.failed = True
         output = self.in_flight.popleft()
         self.scheduler.update_from_output(output, self.ghost.run(output))
+        self.failed = False
 
     @precondition(lambda self: self.scheduler.has_requests())
     @rule(count=st.integers(2, 12))
@@ -247,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert block.ref_cnt == references[block.block_id]
         for req_id, blocks in self.full.req_to_blocks.items():
             request = self.scheduler.requests[req_id]
-            plan = self.planner.plan(request.num_prompt_tokens)
+            plan = self.planner.plan(PromptFacts(request.num_prompt_tokens))
             if not plan.compresses:
                 continue
             for block in blocks[plan.num_freed_blocks :]:
@@ -255,7 +261,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert block.block_hash is None, "a private block is in the prefix cache"
 
     def teardown(self) -> None:
-        if not hasattr(self, "pool"):
+        if not hasattr(self, "pool") or self.failed:  # what failed shall not be hidden
             return
         for _ in range(5_000):
             if self.in_flight:
@@ -342,4 +348,14 @@ def test_mutations_are_noticed(monkeypatch, mutation):
     manager = kv_cache.CompressedManager
     monkeypatch.setattr(manager, *mutation(manager, manager.remove_skipped_blocks))
     with pytest.raises(AssertionError):
+        run_machine(200, shrink=False)
+
+
+def test_a_missing_split_is_noticed(monkeypatch):
+    """Replayed outputs in the step that ends their prompt would read unwritten pages."""
+    hook = "_mamba_block_aligned_split"
+    monkeypatch.setattr(
+        Scheduler, hook, lambda self, request, num_new_tokens, *rest: num_new_tokens
+    )
+    with pytest.raises(AssertionError, match="outputs came too soon"):
         run_machine(200, shrink=False)

@@ -6,12 +6,12 @@ another. So uneven budgets differ from those of a single rank, as documented; al
 """
 
 import functools
+from dataclasses import replace
 
 import numpy as np
-import oracle
 import pytest
 from engine import Method, assert_same, differ, engine, generate, greedy, random_prompt
-from oracle import Oracle, OracleConfig, kept_sets
+from oracle import Oracle, OracleConfig, select
 from subprocesses import result_of, run_python
 
 PROMPTS = [random_prompt(length, seed=61) for length in (333, 70, 257, 320)]
@@ -81,22 +81,23 @@ def test_uniform_equals_one_rank(model, results):
     assert any(answer.num_cached_tokens > 0 for answer in results["uniform"][1])
 
 
-def test_uneven_equals_oracle_per_rank(model, results, monkeypatch):
-    """Each rank shares out its own heads' budget, as the oracle does for either half of them."""
+class PerRankOracle(Oracle):
+    """Each rank shares out its own heads' budget: selects for either half of the heads."""
+
+    def select(self, prompt, cfg):
+        halves = zip(np.split(prompt.q, 2, axis=1), np.split(prompt.k, 2, axis=1), strict=True)
+        first, second = (select(replace(prompt, q=q, k=k), cfg) for q, k in halves)
+        kept = [a + b for a, b in zip(first.kept, second.kept, strict=True)]
+        return first._replace(kept=kept)
+
+
+def test_uneven_equals_oracle_per_rank(model, results):
     config = OracleConfig(budget=96, scorer="bacon", allocator="adakv", alpha=0.0)
-
-    def per_rank(q, k, cfg, scale):
-        halves = zip(np.split(q, 2, axis=1), np.split(k, 2, axis=1), strict=True)
-        first, second = (kept_sets(*half, cfg, scale) for half in halves)
-        return [a + b for a, b in zip(first, second, strict=True)]
-
-    reference = Oracle(model)
-    monkeypatch.setattr(oracle, "kept_sets", per_rank)
+    reference = PerRankOracle(model)
     expected = [reference.generate(prompt, 8, config) for prompt in PROMPTS]
     for wave in results["uneven"]:
         assert_same(wave, expected, 5e-5)
-    monkeypatch.undo()
-    one_rank = [reference.generate(prompt, 8, config) for prompt in PROMPTS]
+    one_rank = [Oracle(model).generate(prompt, 8, config) for prompt in PROMPTS]
     assert differ(results["uneven"][0], one_rank), "the ranks' budgets make no difference here"
 
 

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine for many settings: its requests, and how it is told to use other methods."""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_families
+from engine import (
+    Answer,
+    Method,
+    Stepper,
+    compressed_builder,
+    engine,
+    greedy,
+    held_blocks,
+    model_runner,
+    random_prompt,
+    scheduler_of,
+)
+from head_pages import HeldPages, held_pages
+from PIL import Image
+from tiny_models import TOKENIZER
+
+from vllm_kvcompress.adapter import runner as adapter_runner
+from vllm_kvcompress.adapter.kv_cache import manager_of
+from vllm_kvcompress.config import KVCompressionConfig
+
+BLOCK_SIZE = 32  # vLLM's CPU attention has no smaller ones
+WINDOW = 8
+OUTPUT_TOKENS = 3
+LAYERS, QUERY_HEADS = 3, 4
+PIXELS_PER_TOKEN = 28  # side of the patch that becomes one visual token
+
+Raw = dict[str, Any]
+"""Settings as `KVCompressionConfig.parse` takes them."""
+
+
+@functools.cache
+def checkpoint() -> str:
+    cache = Path(__file__).resolve().parents[2] / ".cache" / "models"
+    return str(tiny_families.make("qwen2-vl", cache, layers=LAYERS))
+
+
+# requests
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt for both sides: text with placeholders, and its images."""
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        images = {"multi_modal_data": {"image": list(self.images)}} if self.images else {}
+        return {"prompt": self.text, **images}
+
+
+def picture(seed: int, rows: int, columns: int) -> Image.Image:
+    """Noise that becomes rows x columns visual tokens, no two alike."""
+    size = (rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def characters(count: int, seed: int) -> str:
+    return TOKENIZER.decode(random_prompt(count, seed))
+
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@functools.cache
+def mixed_requests() -> tuple[Request, ...]:
+    """238, 161, 192 and 60 tokens; the last one is below every budget in tokens."""
+    text = functools.partial(characters, seed=5)
+    return (
+        Request(
+            text(12) + IMAGE + text(9) + IMAGE + text(33), (picture(1, 10, 9), picture(2, 9, 10))
+        ),
+        Request(IMAGE + text(51), (picture(3, 12, 9),)),
+        Request(text(192)),
+        Request(text(60)),
+    )
+
+
+@functools.cache
+def long_request() -> Request:
+    """1000 tokens, one image among them."""
+    return Request(characters(400, 6) + IMAGE + characters(418, 7), (picture(4, 12, 15),))
+
+
+# engine
+
+
+@contextmanager
+def open_engine(chunk: int) -> Iterator[Any]:
+    """One engine whose steps take at most `chunk` tokens, to be reconfigured from test to test.
+
+    It starts with a method that looks at attention inputs: hooks for them are set at the start.
+    """
+    with engine(
+        checkpoint(),
+        Method("shiftkv", 80, WINDOW),
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=4,
+        limit_mm_per_prompt={"image": 2, "video": 0},
+    ) as llm:
+        yield llm
+
+
+def reconfigure(llm, raw: Raw) -> None:
+    """Make an idle engine of this process compress by other settings.
+
+    An engine takes its settings at its start and hands them to the metadata builder of its
+    worker, to what the worker knows of requests, to the manager of the compressed blocks, and to
+    the scheduler's rule for where prompts are split. All four are changed here, and the prefix
+    cache is emptied, so that no prompt begins with blocks that another method has left.
+    """
+    settings = KVCompressionConfig.parse(raw)
+    builder, scheduler = compressed_builder(llm), scheduler_of(llm)
+    planner = replace(builder.planner, settings=json.dumps(settings.to_json()))
+    builder.configure(settings, planner)
+    adapter_runner._states[model_runner(llm)].planner = planner
+    manager = manager_of(scheduler.kv_cache_manager)
+    assert manager is not None
+    manager.planner = planner
+    scheduler.need_mamba_block_aligned_split = settings.spans_layers
+    assert llm.reset_prefix_cache(), "requests are running"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine made of one request.
+
+    Attributes:
+        held: head pages when the prompt had ended.
+        kept_blocks: blocks that the full blocks of the prompt still hold afterwards.
+    """
+
+    answer: Answer
+    held: HeldPages
+    kept_blocks: int
+
+
+def serve(llm, requests: Sequence[Request]) -> list[Served]:
+    """Run requests as one batch."""
+    stepper = Stepper(llm)
+    names = [str(index) for index in range(len(requests))]
+    for name, request in zip(names, requests, strict=True):
+        stepper.add(name, request.prompt, greedy(OUTPUT_TOKENS))
+    held, blocks = {}, {}
+    while stepper.engine.has_unfinished_requests():
+        stepper.step()
+        for name, ids in stepper.prompts.items():
+            computed = stepper.num_computed(name)
+            if computed < len(ids):
+                continue
+            if name not in held:
+                held[name] = held_pages(stepper, name)
+            else:
+                behind = computed - len(ids) // BLOCK_SIZE * BLOCK_SIZE
+                blocks[name] = held_blocks(stepper, name) - -(-behind // BLOCK_SIZE)
+    stepper.run()
+    return [Served(stepper.done[name], held[name], blocks[name]) for name in names]

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefix-cache hits and preemption for one method of each kind of capture and of budget.
+
+What a method needs of a prompt's rows decides how much of a prompt may come from the cache; rows
+and sums of a preempted request start anew. One engine for all methods (see ``every_method``).
+"""
+
+import functools
+import itertools
+import json
+import random
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+from engine import (
+    Answer,
+    Method,
+    Stepper,
+    assert_clean,
+    assert_same,
+    cache_stats,
+    check_pool,
+    differ,
+    engine,
+    free_blocks,
+    greedy,
+    scheduler_of,
+    scheduling,
+)
+from every_method import (
+    BLOCK_SIZE,
+    IMAGE,
+    LAYERS,
+    OUTPUT_TOKENS,
+    QUERY_HEADS,
+    WINDOW,
+    Request,
+    characters,
+    checkpoint,
+    picture,
+    reconfigure,
+    serve,
+)
+from expectations import LOGPROB_TOLERANCE, Reference, oracle_config
+from oracle import page_plan
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from vllm_kvcompress.plan import BlockPlanner
+
+CHUNK = 77
+POOL = 18
+"""Blocks; room for any one of the prompts, and not for the outputs of four."""
+
+
+class Case(NamedTuple):
+    """A method, and the first of a prompt's rows that it looks at.
+
+    Attributes:
+        rows: "window", "instruction", "all", "none", or that many last rows.
+    """
+
+    method: str
+    rows: str | int
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        budget = 40 if self.method.startswith("aircache") else 80
+        return {"method": self.method, "budget": budget, "window": WINDOW, **self.options}
+
+
+CASES = {
+    "bacon": Case("bacon", "window"),
+    "snapkv+pyramid": Case("snapkv+pyramid", "window"),
+    "aircache+aircache": Case("aircache+aircache", "instruction"),
+    "postvision": Case("postvision", "instruction"),
+    "postvision+vlcache": Case("postvision+vlcache", "instruction"),
+    "keydiff": Case("keydiff", "none"),
+    "h2o": Case("h2o", "all"),
+    "prefixkv+prefixkv": Case("prefixkv+prefixkv", "all"),
+    "shiftkv": Case("shiftkv", "all"),
+    "shiftkv-tail": Case("shiftkv", 150, {"stat_ctx": 150}),
+    "expected": Case("expected", "all"),
+    "sparsemm": Case("snapkv+sparsemm", "window"),
+}
+
+
+@pytest.fixture(scope="module")
+def raw_of(tmp_path_factory):
+    """``raw_of(name)``: settings of a case, with head scores for sparsemm."""
+    file = tmp_path_factory.mktemp("scores") / "heads.json"
+    heads = itertools.product(range(LAYERS), range(QUERY_HEADS))
+    file.write_text(json.dumps({f"{layer}-{head}": [1 + 2 * layer, head] for layer, head in heads}))
+
+    def settings(name: str) -> dict[str, Any]:
+        extra = {"head_scores": str(file)} if "sparsemm" in CASES[name].method else {}
+        return CASES[name].raw | extra
+
+    return settings
+
+
+References = Callable[..., Reference]
+
+
+@pytest.fixture(scope="module")
+def reference() -> References:
+    """``reference(*requests)``: what the oracle expects of these; one for each set of requests."""
+    return functools.cache(lambda *requests: Reference())
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """``engines(mode)``: an engine with a small pool; started once per scheduler.
+
+    Its first method looks at attention inputs, whose hooks are set at the start, and has a budget
+    that spans layers.
+    """
+    opened = {}
+
+    def get(mode: str):
+        if mode not in opened:
+            with scheduling(mode):
+                context = engine(
+                    checkpoint(),
+                    Method("shiftkv+pyramid", 80, WINDOW),
+                    max_num_batched_tokens=CHUNK,
+                    max_num_seqs=4,
+                    max_model_len=448,
+                    num_gpu_blocks_override=POOL,
+                    limit_mm_per_prompt={"image": 1, "video": 0},
+                )
+                llm = context.__enter__()
+            opened[mode] = context
+            scheduler = scheduler_of(llm)
+            assert scheduler.need_mamba_block_aligned_split, "pyramid asks for it at the start"
+            assert isinstance(scheduler, AsyncScheduler) == (mode == "async")
+            get.llm[mode] = llm
+        return get.llm[mode]
+
+    get.llm = {}
+    yield get
+    for context in opened.values():
+        context.__exit__(None, None, None)
+
+
+# prefix-cache hits
+
+STEM = characters(10, 41) + IMAGE + characters(60, 42)
+SHARED = 10 + 2 + 180 + 60
+"""Tokens that both prompts begin with, 191 of them up to the end of the image."""
+
+FIRST = Request(STEM + characters(37, 43), (picture(21, 15, 12),))
+SECOND = Request(STEM + characters(70, 44), (picture(21, 15, 12),))
+
+
+def blocks_to_cache(raw: dict[str, Any], reference: References, request: Request) -> int:
+    """Tokens in blocks that a request leaves behind unchanged."""
+    prompt = reference(request).oracle.prompt_of(request)
+    plan = page_plan(prompt.length, oracle_config(raw), LAYERS, prompt.num_kv, prompt.segments)
+    assert plan.compressed
+    return (plan.full - plan.uniform) * BLOCK_SIZE
+
+
+def most_hit(case: Case, raw: dict[str, Any], reference: References, request: Request) -> int:
+    """Tokens of a request that may come from the cache."""
+    prompt = reference(request).oracle.prompt_of(request)
+    rows = {
+        "window": WINDOW,
+        "instruction": prompt.length - prompt.segments[-1][1],
+        "all": prompt.length,
+        "none": 0,
+    }.get(case.rows, case.rows)
+    free_of_rows = (prompt.length - rows) // BLOCK_SIZE * BLOCK_SIZE
+    return min(free_of_rows, blocks_to_cache(raw, reference, request))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefix_hits(engines, reference, raw_of, name):
+    """While the owner of the prefix decodes, and again when a prompt comes back."""
+    llm, case, raw = engines("sync"), CASES[name], raw_of(name)
+    reconfigure(llm, raw)
+    free, hits_before = free_blocks(llm), cache_stats(llm)[1]
+    stepper = Stepper(llm)
+    stepper.add("first", FIRST.prompt, greedy(40))
+    stepper.run_until(lambda: len(stepper.partial.get("first", ())) >= 2)
+    stepper.add("second", SECOND.prompt, greedy(OUTPUT_TOKENS))
+    stepper.run_until(lambda: "second" in stepper.done)
+    assert "first" not in stepper.done
+    check_pool(scheduler_of(llm).kv_cache_manager.block_pool)
+    stepper.run()
+    repeated = serve(llm, [FIRST])
+    assert_clean(llm, free)
+
+    second = stepper.done["second"]
+    shared = SHARED // BLOCK_SIZE * BLOCK_SIZE
+    left = blocks_to_cache(raw, reference, FIRST)
+    hit = min(shared, left, most_hit(case, raw, reference, SECOND))
+    assert second.num_cached_tokens == hit
+    assert (hit == 0) == (case.rows == "all")
+    again = most_hit(case, raw, reference, FIRST)
+    assert repeated[0].answer.num_cached_tokens == again
+    assert cache_stats(llm)[1] - hits_before == hit + again
+
+    (expected,) = reference(SECOND).expected(raw, [SECOND])
+    assert_same([second], [expected.answer], LOGPROB_TOLERANCE)
+    reference(FIRST).check(raw, [FIRST], repeated)
+    (expected,) = reference(FIRST).expected(raw, [FIRST])
+    assert_same([start(stepper.done["first"])], [expected.answer], LOGPROB_TOLERANCE)
+
+
+def start(answer: Answer) -> Answer:
+    """As many tokens of a longer answer as the oracle makes."""
+    return Answer(answer.token_ids[:OUTPUT_TOKENS], answer.logprobs[:OUTPUT_TOKENS])
+
+
+@pytest.mark.parametrize("name", ["postvision", "h2o", "shiftkv", "shiftkv-tail", "expected"])
+def test_longer_hits_are_noticed(engines, reference, raw_of, monkeypatch, name):
+    """Without the cap for rows that a method looks at, answers or kept sets must change."""
+    llm, raw = engines("sync"), raw_of(name)
+    original = BlockPlanner.plan
+
+    def plan(self, facts):
+        made = original(self, facts)
+        return made.__class__(**vars(made) | {"max_hit": made.num_freed_blocks * BLOCK_SIZE})
+
+    reconfigure(llm, raw)
+    serve(llm, [FIRST])
+    monkeypatch.setattr(BlockPlanner, "plan", plan)
+    (served,) = serve(llm, [SECOND])
+    assert served.answer.num_cached_tokens > most_hit(CASES[name], raw, reference, SECOND)
+    with pytest.raises(AssertionError):
+        reference(SECOND).check(raw, [SECOND], [served])
+
+
+# preemption
+
+PREEMPTED = (
+    "snapkv+pyramid",
+    "prefixkv+prefixkv",
+    "sparsemm",
+    "h2o",
+    "shiftkv",
+    "expected",
+    "postvision+vlcache",
+)
+OUTPUTS = 90
+STORM = (
+    Request(characters(20, 51) + IMAGE + characters(40, 51), (picture(31, 12, 9),)),
+    Request(characters(163, 52)),
+    Request(characters(224, 53)),
+    Request(characters(130, 54)),
+)
+
+
+def alone(llm, requests: tuple[Request, ...]) -> list[Answer]:
+    """One request at a time, nothing from the cache."""
+    answers = []
+    for request in requests:
+        assert llm.reset_prefix_cache()
+        stepper = Stepper(llm)
+        stepper.add("a", request.prompt, greedy(OUTPUTS))
+        answers.append(stepper.run()["a"])
+        assert not stepper.preemptions
+    return answers
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("name", PREEMPTED)
+def test_preemption(engines, reference, raw_of, mode, name):
+    """Requests lose their blocks for lack of room, and at any point of prompt and answer."""
+    llm, raw, rng = engines(mode), raw_of(name), random.Random(7)
+    reconfigure(llm, raw)
+    expected = alone(llm, STORM)
+    oracle = [one.answer for one in reference(*STORM).expected(raw, STORM)]
+    assert_same([start(answer) for answer in expected], oracle, LOGPROB_TOLERANCE)
+    assert llm.reset_prefix_cache()
+    free = free_blocks(llm)
+    stepper = Stepper(llm)
+    for index, request in enumerate(STORM):
+        stepper.add(str(index), request.prompt, greedy(OUTPUTS))
+    forced = 0
+    while llm.llm_engine.has_unfinished_requests():
+        stepper.step()
+        if stepper.scheduler.running and forced < 12 and rng.random() < 0.2:
+            stepper.preempt(rng.choice(stepper.scheduler.running))
+            forced += 1
+    stepper.run()
+    assert forced == 12
+    assert stepper.preemptions > 0, "the pool was large enough for all"
+    assert_clean(llm, free)
+    assert_same([stepper.done[str(i)] for i in range(len(STORM))], expected, LOGPROB_TOLERANCE)
+
+
+def resume(llm, count: int) -> tuple[Answer, list[int]]:
+    """Preempt the last request of STORM after ``count`` outputs and resume it.
+
+    Returns:
+        Its answer, and how many tokens were computed after each step of its second life.
+    """
+    assert llm.reset_prefix_cache()
+    stepper = Stepper(llm)
+    stepper.add("a", STORM[-1].prompt, greedy(OUTPUTS))
+    stepper.run_until(lambda: len(stepper.partial.get("a", ())) == count)
+    stepper.preempt(stepper.request("a"))
+    ends = []
+    while llm.llm_engine.has_unfinished_requests():
+        stepper.step()
+        ends.append(stepper.num_computed("a"))
+    return stepper.run()["a"], ends
+
+
+@pytest.mark.parametrize("name", ["snapkv+pyramid", "prefixkv+prefixkv", "sparsemm"])
+def test_resumed_prompts_end_their_step(engines, raw_of, name):
+    """Pages that move between layers are written after the last one, before outputs are replayed.
+
+    So the step that ends the prompt of a preempted request takes none of its outputs; a scheduler
+    that is not asked for that gives wrong answers.
+    """
+    llm, length = engines("sync"), 130
+    reconfigure(llm, raw_of(name))
+    expected = alone(llm, STORM[-1:])
+    answer, ends = resume(llm, 12)
+    assert length in ends
+    assert ends[ends.index(length) + 1] == length + 12, "the outputs are replayed as one chunk"
+    assert_same([answer], expected, LOGPROB_TOLERANCE)
+    scheduler_of(llm).need_mamba_block_aligned_split = False
+    answer, ends = resume(llm, 12)
+    assert length not in ends
+    assert differ([answer], expected)
+
+
+@pytest.mark.parametrize("name", ["h2o", "shiftkv"])
+def test_budgets_inside_layers_need_no_split(engines, raw_of, name):
+    llm = engines("sync")
+    reconfigure(llm, raw_of(name))
+    answer, ends = resume(llm, 12)
+    assert 130 not in ends
+    assert_same([answer], alone(llm, STORM[-1:]), LOGPROB_TOLERANCE)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods whose scores, noise or budgets concern all heads, on two tensor-parallel ranks.
+
+Each rank sees one of the two KV heads, and keeps of it what an engine of one rank keeps, so the
+oracle is that of one rank. Only budgets per head are rounded to whole pages on each rank alone,
+because ranks cannot lend each other memory.
+"""
+
+import itertools
+import json
+from dataclasses import replace
+from typing import Any
+
+import oracle.plan
+import pytest
+from engine import Answer, Method, assert_same, engine, generate, greedy, scheduler_of
+from every_method import LAYERS, OUTPUT_TOKENS, QUERY_HEADS, WINDOW, checkpoint, mixed_requests
+from expectations import LOGPROB_TOLERANCE, Reference
+from subprocesses import result_of, run_python
+
+from vllm_kvcompress.adapter import runner as adapter_runner
+from vllm_kvcompress.adapter.kv_cache import manager_of
+from vllm_kvcompress.config import KVCompressionConfig
+
+RANKS = 2
+METHODS = {
+    "aircache": {"budget": 40, "elite_scope": "layer"},
+    "aircache+aircache": {"budget": 40},
+    "prefixkv+prefixkv": {},
+    "elastic+uniform+elastic": {},
+    "shiftkv": {},
+    "expected": {},
+    "h2o": {},
+    "postvision+vlcache": {},
+    "snapkv+pyramid": {},
+    "snapkv+sparsemm": {},
+}
+CODE = """
+import json
+from test_methods_tensor_parallel import answers_of_two_ranks
+if __name__ == "__main__":
+    print(json.dumps(answers_of_two_ranks(json.loads({settings!r}))))
+"""
+
+
+def answers_of_two_ranks(settings: dict[str, dict[str, Any]]) -> dict[str, list]:
+    """Per method: the requests as one batch, and again with prefix-cache hits."""
+    found = {}
+    with engine(
+        checkpoint(),
+        # hooks on attention inputs and splits at the ends of prompts are set at the start
+        Method("shiftkv+pyramid", 80, WINDOW),
+        tensor_parallel_size=RANKS,
+        max_num_batched_tokens=77,
+        max_num_seqs=4,
+        limit_mm_per_prompt={"image": 2, "video": 0},
+    ) as llm:
+        prompts = [request.prompt for request in mixed_requests()]
+        for method, raw in settings.items():
+            text = json.dumps(KVCompressionConfig.parse(raw).to_json())
+            llm.collective_rpc(reconfigure_worker, args=(text,))
+            reconfigure_scheduler(llm, text)
+            waves = [generate(llm, prompts, greedy(OUTPUT_TOKENS)) for _ in range(2)]
+            found[method] = [[[a.token_ids, a.logprobs] for a in wave] for wave in waves]
+    return found
+
+
+def reconfigure_worker(worker, text: str) -> None:
+    """Runs on every rank; see ``every_method.reconfigure``, which cannot reach other processes."""
+    runner = worker.model_runner
+    builder = runner.attn_groups[0][0].metadata_builders[0]
+    planner = replace(builder.planner, settings=text)
+    builder.configure(KVCompressionConfig.parse(json.loads(text)), planner)
+    adapter_runner._states[runner].planner = planner
+
+
+def reconfigure_scheduler(llm, text: str) -> None:
+    scheduler = scheduler_of(llm)
+    manager = manager_of(scheduler.kv_cache_manager)
+    assert manager is not None
+    manager.planner = replace(manager.planner, settings=text)
+    scheduler.need_mamba_block_aligned_split = manager.planner.config.spans_layers
+    assert llm.reset_prefix_cache()
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    file = tmp_path_factory.mktemp("scores") / "heads.json"
+    heads = itertools.product(range(LAYERS), range(QUERY_HEADS))
+    scores = {f"{layer}-{head}": [1 + 9 * layer * head] for layer, head in heads}
+    file.write_text(json.dumps(scores))
+    common = {"budget": 80, "window": WINDOW}
+    found = {method: {"method": method} | common | own for method, own in METHODS.items()}
+    found["snapkv+sparsemm"]["head_scores"] = str(file)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(settings) -> dict[str, list[list[Answer]]]:
+    done = run_python(CODE.format(settings=json.dumps(settings)), timeout=300)
+    return {
+        method: [[Answer(*answer) for answer in wave] for wave in waves]
+        for method, waves in result_of(done).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+def expected(reference: Reference, raw: dict[str, Any]) -> list[Answer]:
+    return [one.answer for one in reference.expected(raw, mixed_requests())]
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if "sparsemm" not in method])
+def test_equals_one_rank(results, settings, reference, method):
+    for wave in results[method]:
+        assert_same(wave, expected(reference, settings[method]), LOGPROB_TOLERANCE)
+
+
+def test_pages_per_head_are_rounded_on_each_rank(results, settings, reference, monkeypatch):
+    """Head budgets are those of the whole model; a rank shares out n pages per head of its own."""
+    raw = settings["snapkv+sparsemm"]
+    one_rank = expected(reference, raw)
+    original = oracle.plan.head_pages
+
+    def head_pages(tokens, plan, cfg):
+        size = len(tokens[0]) // RANKS
+        parts = [
+            original([heads[rank * size :][:size] for heads in tokens], plan, cfg)
+            for rank in range(RANKS)
+        ]
+        return [list(itertools.chain(*heads)) for heads in zip(*parts, strict=True)]
+
+    monkeypatch.setattr(oracle.plan, "head_pages", head_pages)
+    two_ranks = expected(Reference(), raw)
+    for wave in results["snapkv+sparsemm"]:
+        assert_same(wave, two_ranks, LOGPROB_TOLERANCE)
+    with pytest.raises(AssertionError):
+        assert_same(two_ranks, one_rank, LOGPROB_TOLERANCE)
