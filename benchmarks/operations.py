@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations that ``kernel_bench.py`` times: inputs, implementations, bytes and FLOPs.
+
+Ours are called by the names of ``vllm_kvcompress.kernels``, which pick the device's best.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from gpucheck.stress import in_place
+
+from vllm_kvcompress import kernels
+from vllm_kvcompress.kernels import PageLayout, PromptPages, reference
+
+BLOCK_SIZE, WINDOW = 16, 32
+KEPT_SHARE = 0.1  # of a prompt
+TRACE_LAYERS = 4
+BACON = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5, "lambda_c": 0.5, "topk_frac": 2.0}
+
+
+class Shape(NamedTuple):
+    """One layer of N prompts of the same length T."""
+
+    model: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_size: int
+    length: int
+    num: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Of keys and values, 2 bytes an element."""
+        return 4 * self.num * self.length * self.num_kv_heads * self.head_size
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all inputs, and of what makes them."""
+        return self.page_bytes + 64 * self.num * self.num_kv_heads * self.length
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens kept per head, whole blocks, the window at least."""
+        return max(int(KEPT_SHARE * self.length), 2 * WINDOW) // BLOCK_SIZE * BLOCK_SIZE
+
+
+class Inputs(NamedTuple):
+    """Of all operations. Scores [N, Hkv, T] float32, tables int64 unless said otherwise.
+
+    Attributes:
+        queries: [N, W, Hq, D] bfloat16.
+        base, evidence: as the calibration gets them; ``trace``: of the layers before.
+        kept: [N, Hkv, K]; count, start: [N, Hkv]; num_full, num_kept: [N], in blocks.
+    """
+
+    shape: Shape
+    queries: torch.Tensor
+    prompts: PromptPages
+    prompt_lens: torch.Tensor
+    base: torch.Tensor
+    evidence: torch.Tensor
+    trace: list[torch.Tensor]
+    num_scored: torch.Tensor
+    capacity: torch.Tensor
+    kept: torch.Tensor
+    count: torch.Tensor
+    start: torch.Tensor
+    num_full: torch.Tensor
+    num_kept: torch.Tensor
+
+
+def make_inputs(shape: Shape, device: torch.device) -> Inputs:
+    """Random and the same every time; blocks lie all over the pool."""
+    generator = torch.Generator(device).manual_seed(shape.length)
+    num, heads, length = shape.num, shape.num_kv_heads, shape.length
+    num_blocks, row = length // BLOCK_SIZE, BLOCK_SIZE * 2 * shape.head_size
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.rand(*size, device=device, generator=generator)
+
+    def full(value: int, *size: int) -> torch.Tensor:
+        return torch.full(size, value, dtype=torch.int64, device=device)
+
+    pages = torch.empty(num * num_blocks * heads, row, dtype=torch.bfloat16, device=device)
+    pages.normal_(generator=generator)
+    table = torch.randperm(num * num_blocks, device=device, generator=generator)
+    layout = PageLayout(BLOCK_SIZE, shape.head_size)
+    prompts = PromptPages(pages, table.view(num, -1), heads, layout)
+    queries = torch.empty(num, WINDOW, shape.num_q_heads, shape.head_size, device=device)
+    kept_blocks = shape.num_kept // BLOCK_SIZE
+    count = full(kept_blocks, num, heads)
+    order = draw(num, heads, length).argsort(2)[:, :, : shape.num_kept]
+    return Inputs(
+        shape,
+        queries.normal_(generator=generator).bfloat16(),
+        prompts,
+        full(length, num),
+        draw(num, heads, length) ** 8,  # few large ones, as attention has them
+        draw(num, heads, length) ** 8,
+        [draw(num, heads, length) ** 8 for _ in range(TRACE_LAYERS)],
+        full(length - WINDOW, num),
+        full(shape.num_kept - WINDOW, num),
+        order.sort(2).values,
+        count,
+        count.cumsum(1) - count,
+        full(num_blocks, num),
+        full(kept_blocks, num),
+    )
+
+
+class Cost(NamedTuple):
+    """Of one call: least bytes and FLOPs, and what plain definition and check allocate."""
+
+    bytes: int
+    flops: int
+    plain_bytes: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One line of the benchmark.
+
+    Attributes:
+        implementations: calls by name; "ours" and "torch" always.
+        check: raises AssertionError where ours differs from the plain definition.
+    """
+
+    name: str
+    cost: Callable[[Shape], Cost]
+    implementations: Callable[[Inputs], dict[str, Callable[[], object]]]
+    check: Callable[[Inputs], None]
+
+
+def entries(shape: Shape) -> int:
+    """Scores of one kind."""
+    return shape.num * shape.num_kv_heads * shape.length
+
+
+def require(holds: bool | torch.Tensor, what: str) -> None:
+    assert bool(holds), f"{what}: ours differs from the plain definition"
+
+
+# window_scores
+
+
+def scores_cost(shape: Shape) -> Cost:
+    logits = shape.num * shape.num_q_heads * WINDOW * shape.length
+    keys = shape.page_bytes // 2
+    return Cost(keys + 2 * 4 * entries(shape), 2 * logits * shape.head_size, 12 * logits + 4 * keys)
+
+
+def scores_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+    scale = x.shape.head_size**-0.5
+
+    def plain():
+        keys = reference.read_prompt(x.prompts, "key")
+        return reference.window_scores(x.queries, keys, x.prompt_lens, scale)
+
+    def einsum():
+        keys = reference.read_prompt(x.prompts, "key")
+        group = x.shape.num_q_heads // x.shape.num_kv_heads
+        rows = x.queries.unflatten(2, (-1, group))
+        logits = torch.einsum("nwhgd,nhtd->nhgwt", rows, keys).float() * scale
+        hidden = torch.ones(WINDOW, x.shape.length, dtype=torch.bool, device=keys.device)
+        hidden = hidden.triu(x.shape.length - WINDOW + 1)
+        probs = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+        return probs.mean((2, 3)), probs[:, :, :, -1].mean(2)
+
+    return {
+        "ours": lambda: kernels.window_scores(x.queries, x.prompts, x.prompt_lens, scale),
+        "torch": plain,
+        "einsum": einsum,
+    }
+
+
+def scores_check(x: Inputs) -> None:
+    calls = scores_calls(x)
+    for ours, plain in zip(calls["ours"](), calls["torch"](), strict=True):
+        require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-9), "window_scores")
+
+
+# calibrate_scores
+
+
+def calibrate_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+    args = (x.base, x.base + x.evidence, x.trace, x.num_scored, x.capacity)
+    return {
+        "ours": lambda: kernels.calibrate_scores(*args, **BACON),
+        "torch": lambda: reference.calibrate_scores(*args, **BACON),
+    }
+
+
+def calibrate_check(x: Inputs) -> None:
+    calls, scored = calibrate_calls(x), x.shape.length - WINDOW
+    for ours, plain in zip(calls["ours"](), calls["torch"](), strict=True):
+        ours, plain = ours[:, :, :scored], plain[:, :, :scored]
+        require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "calibrate_scores")
+
+
+# select_tokens
+
+
+def select_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+    num_kept = x.shape.num_kept
+    args = (x.base, x.count * BLOCK_SIZE, x.num_scored, x.prompt_lens, num_kept)
+    return {
+        "ours": lambda: kernels.select_tokens(*args),
+        "torch": lambda: reference.select_tokens(*args),
+        "topk": lambda: x.base.topk(num_kept, dim=2).indices.sort(2).values,
+    }
+
+
+def select_check(x: Inputs) -> None:
+    calls = select_calls(x)
+    require(torch.equal(calls["ours"](), calls["torch"]()), "select_tokens")
+
+
+# stage_tokens and write_pages
+
+
+def compact_cost(shape: Shape) -> Cost:
+    moved = shape.num * shape.num_kv_heads * shape.num_kept
+    row = 2 * shape.head_size  # elements of a token
+    copies = 2 * shape.page_bytes  # the check works on copies of all pages
+    return Cost(moved * (2 * 2 * row + 8), 0, moved * row * 24 + copies)
+
+
+def compact_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+    args = (x.kept, x.count, x.start, x.num_full, x.num_kept)
+    return {
+        "ours": lambda: in_place(kernels, x.prompts, *args),
+        "torch": lambda: in_place(reference, x.prompts, *args),
+    }
+
+
+def compact_check(x: Inputs) -> None:
+    results = []
+    for name in ("ours", "torch"):
+        pages = x.prompts.pages.clone()
+        compact_calls(x._replace(prompts=x.prompts._replace(pages=pages)))[name]()
+        results.append(pages.view(torch.int16))
+    require(torch.equal(*results), "write_pages")
+
+
+# head_page_tables, of a decode step in which all N prompts are compressed
+
+
+def tables_cost(shape: Shape) -> Cost:
+    blocks = shape.num * shape.length // BLOCK_SIZE
+    written = blocks * shape.num_kv_heads
+    return Cost(4 * (blocks + written), 0, 64 * written)
+
+
+def tables_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+    width = x.shape.length // BLOCK_SIZE
+    tensors = (
+        x.prompts.block_table, x.prompt_lens, x.num_full, x.num_kept, x.count, x.start,
+    )  # fmt: skip
+    args = (*(t.int() for t in tensors), BLOCK_SIZE, width)
+    return {
+        "ours": lambda: kernels.head_page_tables(*args),
+        "torch": lambda: reference.head_page_tables(*args),
+    }
+
+
+def tables_check(x: Inputs) -> None:
+    calls = tables_calls(x)
+    for ours, plain in zip(calls["ours"](), calls["torch"](), strict=True):
+        require(torch.equal(ours, plain), "head_page_tables")
+
+
+OPERATIONS = (
+    Operation("window_scores", scores_cost, scores_calls, scores_check),
+    Operation(
+        "calibrate_scores",
+        lambda s: Cost(4 * entries(s) * (TRACE_LAYERS + 3), 0, 100 * entries(s)),
+        calibrate_calls,
+        calibrate_check,
+    ),
+    Operation(
+        "select_tokens",
+        lambda s: Cost(
+            4 * entries(s) + 8 * s.num * s.num_kv_heads * s.num_kept, 0, 100 * entries(s)
+        ),
+        select_calls,
+        select_check,
+    ),
+    Operation("head_page_tables", tables_cost, tables_calls, tables_check),
+    # last: it changes the pages
+    Operation("write_pages", compact_cost, compact_calls, compact_check),
+)
