@@ -42,7 +42,7 @@ def prompts(draw, longest: int = 1500) -> PromptFacts:
     length = draw(st.integers(1, longest))
     edges = sorted(draw(st.lists(st.integers(0, length), max_size=8, unique=True)))
     runs = list(zip(edges[::2], edges[1::2], strict=False))
-    return PromptFacts.from_runs(length, runs)
+    return PromptFacts(length, tuple(runs))
 
 
 @st.composite

@@ -113,7 +113,7 @@ class TestProperties:
         """The words, and the most that a plan takes from the cache."""
         window, instruction, length, block = 32, 90, 1000, 10
         config = KVCompressionConfig.parse({"method": f"{scorer}+{allocator}", "budget": "5%"})
-        facts = PromptFacts.from_runs(length, [(100, length - instruction)])
+        facts = PromptFacts(length, ((100, length - instruction),))
         plan = BlockPlanner(json.dumps(config.to_json()), block, 2, 2).plan(facts)
         parts = (SCORERS[scorer], ALLOCATORS[allocator])
         most = {

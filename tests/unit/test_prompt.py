@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planners import prompts
 
-from vllm_kvcompress.prompt import MAX_TEXT_ROWS, PromptFacts
+from vllm_kvcompress.prompt import MAX_TEXT_ROWS, PromptFacts, split_evenly
 
 
 def mask_of(facts: PromptFacts) -> np.ndarray:
@@ -17,16 +17,41 @@ def mask_of(facts: PromptFacts) -> np.ndarray:
     return mask
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=6))
-def test_runs_in_any_order_are_joined(spans):
-    facts = PromptFacts.from_runs(50, [(start, start + size) for start, size in spans])
-    expected = np.zeros(50, dtype=bool)
-    for start, size in spans:
-        expected[start : start + size] = True
-    assert (mask_of(facts) == expected).all()
-    for (_, end), (start, _) in zip(facts.visual, facts.visual[1:], strict=False):
-        assert end < start
-    assert hash(facts) == hash(PromptFacts(50, facts.visual))
+@given(st.lists(st.integers(1, 9), max_size=8), st.integers(1, 4), st.randoms())
+def test_items_in_any_order(sizes, num_items, random):
+    """Runs of several items, with a token of text after each run."""
+    starts = [sum(sizes[:i]) + i for i in range(len(sizes))]
+    owners = sorted(random.randrange(num_items) for _ in sizes)
+    items = [
+        [
+            (start, start + size)
+            for start, size, owner in zip(starts, sizes, owners, strict=True)
+            if owner == item
+        ]
+        for item in range(num_items)
+    ]
+    shuffled = [random.sample(item, len(item)) for item in random.sample(items, len(items))]
+    facts = PromptFacts.from_items(100, shuffled)
+    order = {owner: rank for rank, owner in enumerate(dict.fromkeys(owners))}
+    expected = np.full(100, -1)
+    for start, size, owner in zip(starts, sizes, owners, strict=True):
+        expected[start : start + size] = order[owner]
+    assert facts.segments(100).tolist() == expected.tolist()
+    assert (mask_of(facts)[:100] == (expected >= 0)[: len(mask_of(facts))]).all()
+    assert hash(facts) == hash(PromptFacts.from_items(100, items))
+
+
+@pytest.mark.parametrize(
+    ("runs", "parts", "expected"),
+    [
+        ([(3, 9)], 1, [[(3, 9)]]),
+        ([(3, 9)], 3, [[(3, 5)], [(5, 7)], [(7, 9)]]),
+        ([(0, 2), (5, 9)], 2, [[(0, 2), (5, 6)], [(6, 9)]]),  # text inside a patch
+        ([(0, 2), (5, 7)], 2, [[(0, 2)], [(5, 7)]]),  # text between patches
+    ],
+)
+def test_split_evenly(runs, parts, expected):
+    assert split_evenly(runs, parts) == expected
 
 
 @given(prompts(60), st.integers(0, 70))
@@ -59,16 +84,3 @@ def test_segments(facts, padding):
             expected[position] = index
     assert segments.tolist() == expected
     assert segments.dtype == np.int64
-
-
-@pytest.mark.parametrize(
-    ("runs", "visual"),
-    [
-        ([], ()),
-        ([(5, 7), (1, 3)], ((1, 3), (5, 7))),
-        ([(1, 3), (3, 4)], ((1, 4),)),  # rows of one image without anything between them
-        ([(1, 9), (2, 3)], ((1, 9),)),
-    ],
-)
-def test_examples(runs, visual):
-    assert PromptFacts.from_runs(9, runs).visual == visual

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -22,7 +23,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
-from vllm_kvcompress.prompt import PromptFacts
+from vllm_kvcompress.prompt import PromptFacts, Run, split_evenly
 
 _hit_cap: contextvars.ContextVar[int | None] = contextvars.ContextVar("hit_cap", default=None)
 
@@ -134,13 +135,22 @@ class CompressedManager(FullAttentionManager):
 
 def prompt_facts(length: int, features: Iterable[MultiModalFeatureSpec]) -> PromptFacts:
     """Length and visual tokens of a prompt, from vLLM's multimodal features."""
-    runs = [
-        (start, end + 1)
-        for feature in features
-        if feature.modality in ("image", "video")
-        for start, end in feature.mm_position.extract_embeds_range()
-    ]
-    return PromptFacts.from_runs(length, runs)
+    items: list[list[Run]] = []
+    for feature in features:
+        if feature.modality in ("image", "video"):
+            ranges = feature.mm_position.extract_embeds_range()
+            runs = [(start, end + 1) for start, end in ranges]
+            items += split_evenly(runs, temporal_patches(feature)) if runs else []
+    return PromptFacts.from_items(length, items)
+
+
+def temporal_patches(feature: MultiModalFeatureSpec) -> int:
+    """Of a video whose processor tells its grid (the Qwen-VL families); else 1.
+
+    A scheduler may hold features without data. It counts visual tokens only, whatever their patch.
+    """
+    grid = feature.data.get("video_grid_thw") if feature.data is not None else None
+    return int(grid.data.view(-1)[0]) if grid and isinstance(grid.data, torch.Tensor) else 1
 
 
 def manager_of(manager: KVCacheManager) -> CompressedManager | None:

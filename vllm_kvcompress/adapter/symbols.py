@@ -155,7 +155,7 @@ _SCHEDULER = (
                "its plan follows from length and images")),
     *_symbols(
         "vllm.multimodal.inputs",
-        ("MultiModalFeatureSpec", Use.HELD, "mm_position modality", "images of a prompt"),
+        ("MultiModalFeatureSpec", Use.HELD, "mm_position modality data", "images of a prompt"),
         ("PlaceholderRange.extract_embeds_range", Use.CALLED, "self",
          "visual tokens, without the text that wraps them; both ends included",
          "list[tuple[int, int]]"),
