@@ -7,7 +7,7 @@ Layouts and terms:
     block_table [R, B] block ids of each request
     T           positions 0 .. T-1 of the longest prompt of a batch, rounded up to blocks
 
-Every operation is defined in ``reference.py``. Where the device has a faster one, the name here
+Every operation is defined in ``reference*.py``. Where the device has a faster one, the name here
 picks it: Triton on a GPU, C++ on a CPU.
 """
 
@@ -15,8 +15,9 @@ from types import ModuleType
 
 import torch
 
-from vllm_kvcompress.kernels import native, reference
+from vllm_kvcompress.kernels import native, reference, reference_decode
 from vllm_kvcompress.kernels.reference import PageLayout, PromptPages
+from vllm_kvcompress.kernels.reference_decode import HeldPages
 
 
 def head_page_tables(
@@ -28,6 +29,26 @@ def head_page_tables(
 
         return page_tables.head_page_tables(block_table, *args)
     return reference.head_page_tables(block_table, *args)
+
+
+def paged_decode(
+    queries: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    held: HeldPages,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference_decode.paged_decode``; two Triton launches on a GPU. No step calls it yet."""
+    if pages.is_cuda:
+        from vllm_kvcompress.kernels import decode_attention
+
+        decode = decode_attention.paged_decode
+    else:
+        decode = reference_decode.paged_decode
+    return decode(queries, pages, layout, block_table, seq_lens, held, scale, softcap)
 
 
 def window_scores(
@@ -165,6 +186,7 @@ def describe(device_type: str) -> str:
 
 
 __all__ = [
+    "HeldPages",
     "PageLayout",
     "PromptPages",
     "calibrate_scores",
@@ -172,6 +194,7 @@ __all__ = [
     "describe",
     "head_counts",
     "head_page_tables",
+    "paged_decode",
     "pool_prefix",
     "read_prompt",
     "select_tokens",

@@ -72,6 +72,17 @@ COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
 SELECT_TYPES = {"scores_ptr": "*fp32"} | dict.fromkeys(
     ("count_ptr", "candidates_ptr", "pinned_end_ptr", "kept_ptr"), "*i64"
 )
+DECODE_TYPES = {"slots_ptr": "*i64", "scale": "fp32", "softcap": "fp32"} | (
+    dict.fromkeys(("q_ptr", "pages_ptr", "out_ptr"), "*bf16")
+    | dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32")
+)
+DECODE_CONSTANTS = {
+    "GROUP": 7,
+    "HEAD_SIZE": 128,
+    "PAGE_TOKENS": 16,
+    "BLOCK_D": 128,
+    "BLOCK_T": 64,
+}
 CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
     dict.fromkeys(("num_scored_ptr", "capacity_ptr"), "*i64")
     | dict.fromkeys(("mean_ptr", "last_ptr", "base_ptr", "evidence_ptr", "value_ptr"), "*fp32")
@@ -86,6 +97,14 @@ KERNELS = {
     "_stage_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_write_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_head_page_tables_kernel": Kernel("page_tables", {}, {"BLOCK_SIZE": 16, "TILE": 1024}),
+    "_decode_splits_kernel": Kernel(
+        "decode_attention",
+        DECODE_TYPES,
+        DECODE_CONSTANTS | {"BLOCK_G": 16, "SPANS": False, "HAS_SOFTCAP": False, "EXACT": False},
+    ),
+    "_join_splits_kernel": Kernel(
+        "decode_attention", DECODE_TYPES, DECODE_CONSTANTS | {"BLOCK_S": 16}
+    ),
     "_row_sums_kernel": Kernel(
         "window_attention", SCORE_TYPES, SCORE_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
     ),
