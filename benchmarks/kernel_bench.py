@@ -17,6 +17,9 @@ every call. Decode attention is replayed from a CUDA graph, as engines do it. Im
     copy         a device copy that reads half of the operation's bytes and writes as many; for
                  select_tokens, of the scores
 
+A run on a CPU only shows that this runs: pages are laid out as on a GPU, which the C++ operations
+do not take. ``cpu_kernels.py`` times those.
+
 Where the plain definition fits into memory its result is compared first, and a wrong result ends
 the run without a number. An implementation without a time has a note that says why.
 

@@ -187,7 +187,7 @@ def split_plan(num_seqs: int, max_tokens: int) -> tuple[int, int]:
         num_seqs: R * Hkv.
         max_tokens: bound of every kv_len that the host knows.
     """
-    min_tokens = 64 * min(max(num_seqs // 16, 1), 8)  # few heads have to fill the device, too
+    min_tokens = 64 * min(max(num_seqs // 16, 1), 4)  # few heads have to fill the device, too
     splits = min(max(_PROGRAMS // num_seqs, _FEWEST_SPLITS), _MOST_SPLITS)
     return min(splits, triton.cdiv(max_tokens, min_tokens)), min_tokens
 
@@ -205,7 +205,7 @@ def paged_decode(
     """See ``reference_decode.paged_decode``; K and V are read once. For token-row pages.
 
     Reads kv_len * 2 * D elements per KV head and what the tables say of them, and moves
-    (D + 1) * G floats out and in per split of 64 to 512 tokens or more.
+    (D + 1) * G floats out and in per split of 64 to 256 tokens or more.
     """
     num_rows, num_q_heads, head_size = queries.shape
     if num_rows == 0:
