@@ -124,11 +124,11 @@ def measure_machine(timer: Timer, device: torch.device) -> Machine:
 
 
 def shapes(quick: bool, names: list[str]) -> Iterator[Shape]:
-    """Small ones first, so that a run out of time still has something of every model."""
+    """All of the first model first: a run out of time then has one that can be judged."""
     models = QUICK_MODELS if quick else {name: MODELS[name] for name in names or MODELS}
-    for length in QUICK_LENGTHS if quick else LENGTHS:
-        for num in QUICK_BATCHES if quick else BATCHES:
-            for name, heads in models.items():
+    for name, heads in models.items():
+        for length in QUICK_LENGTHS if quick else LENGTHS:
+            for num in QUICK_BATCHES if quick else BATCHES:
                 yield Shape(name, *heads, length, num)
 
 

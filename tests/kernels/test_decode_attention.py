@@ -113,10 +113,16 @@ RAGGED = [[5, 1, 0], None, [0, 0, 6]]
 
 @FUNCTIONS
 @pytest.mark.parametrize(
-    ("group", "head_size", "size", "tokens"),
-    [(1, 64, 16, 1), (4, 80, 32, 37), (7, 128, 16, 33), (7, 64, 32, 32), (1, 128, 16, 0)],
+    ("group", "head_size", "size", "tokens", "softcap"),
+    [
+        (1, 64, 16, 1, 0.0),
+        (4, 80, 32, 37, 2.0),
+        (7, 128, 16, 33, 0.0),
+        (7, 64, 32, 32, 2.0),
+        (1, 128, 16, 0, 2.0),
+        (4, 128, 32, 300, 0.0),
+    ],
 )
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_equals_attention_over_what_is_held(function, group, head_size, size, tokens, softcap):
     case = draw_case(RAGGED, 9, tokens, group, head_size, size)
     scale = head_size**-0.5
