@@ -65,7 +65,7 @@ COLUMN_CONSTANTS = {
     "HAS_SOFTCAP": False,
     "EXACT": False,
 }
-COPY_TYPES = {"pages_ptr": "*bf16", "staged_ptr": "*bf16"} | dict.fromkeys(
+COPY_TYPES = dict.fromkeys(("pages_ptr", "staged_ptr", "rows_ptr"), "*bf16") | dict.fromkeys(
     ("table_ptr", "kept_ptr", "count_ptr", "start_ptr", "num_full_ptr", "num_kept_ptr"), "*i64"
 )
 COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
@@ -85,6 +85,11 @@ VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
 KERNELS = {
     "_stage_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_write_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
+    "_read_kernel": Kernel(
+        "prompt_rows",
+        COPY_TYPES,
+        {"HEAD_SIZE": 128, "PAGE_TOKENS": 16, "BLOCK_D": 128, "BLOCK_T": 32},
+    ),
     "_head_page_tables_kernel": Kernel("page_tables", {}, {"BLOCK_SIZE": 16, "TILE": 1024}),
     "_row_sums_kernel": Kernel(
         "window_attention", SCORE_TYPES, SCORE_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
