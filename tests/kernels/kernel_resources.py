@@ -72,6 +72,7 @@ COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
 SELECT_TYPES = {"scores_ptr": "*fp32"} | dict.fromkeys(
     ("count_ptr", "candidates_ptr", "pinned_end_ptr", "kept_ptr"), "*i64"
 )
+TILED = {"BLOCK": 2048}
 CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
     dict.fromkeys(("num_scored_ptr", "capacity_ptr"), "*i64")
     | dict.fromkeys(("mean_ptr", "last_ptr", "base_ptr", "evidence_ptr", "value_ptr"), "*fp32")
@@ -100,6 +101,9 @@ KERNELS = {
     "_row_lse_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
     "_column_sums_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
     "_select_kernel": Kernel("selection", SELECT_TYPES, {"BLOCK": 4096}, num_warps=16),
+    "_begin_selection_kernel": Kernel("selection", SELECT_TYPES, {}),
+    "_digit_kernel": Kernel("tiled_radix", {"values_ptr": "*fp32"}, TILED, num_warps=8),
+    "_place_kernel": Kernel("selection", SELECT_TYPES, TILED, num_warps=8),
     "_pool_kernel": Kernel("calibration", CALIBRATE_TYPES, VALUE_CONSTANTS),
     "_value_kernel": Kernel(
         "calibration",
