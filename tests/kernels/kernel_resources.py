@@ -76,8 +76,9 @@ TILED = {"BLOCK": 2048}
 CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
     dict.fromkeys(("num_scored_ptr", "capacity_ptr"), "*i64")
     | dict.fromkeys(("mean_ptr", "last_ptr", "base_ptr", "evidence_ptr", "value_ptr"), "*fp32")
-    | dict.fromkeys(("scores_ptr", "pooled_ptr"), "*fp32")
+    | dict.fromkeys(("scores_ptr", "pooled_ptr", "values_ptr", "moments_ptr"), "*fp32")
 )
+CALIBRATE_CONSTANTS = {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8}
 COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32"} | (
     dict.fromkeys(("capacity_ptr", "counts_ptr"), "*i64")
 )
@@ -111,10 +112,12 @@ KERNELS = {
         VALUE_CONSTANTS | {"MODE": "rel", "LOCAL_K": 5, "EPS": 1e-8},
     ),
     "_calibrate_kernel": Kernel(
-        "calibration",
-        CALIBRATE_TYPES,
-        {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8, "BLOCK": 4096},
-        num_warps=16,
+        "calibration", CALIBRATE_TYPES, CALIBRATE_CONSTANTS | {"BLOCK": 4096}, num_warps=16
+    ),
+    "_begin_statistics_kernel": Kernel("calibration", CALIBRATE_TYPES, {"TOPK_FRAC": 2.0}),
+    "_moments_kernel": Kernel("calibration", CALIBRATE_TYPES, TILED, num_warps=8),
+    "_add_values_kernel": Kernel(
+        "calibration", CALIBRATE_TYPES, CALIBRATE_CONSTANTS | TILED, num_warps=8
     ),
     "_scale_kernel": Kernel(
         "head_budgets", COUNT_TYPES, {"NORMALIZE": True, "BLOCK": 4096}, num_warps=16

@@ -63,7 +63,7 @@ def test_ragged_requests(kind, slack):
 
 @pytest.mark.parametrize("candidates", [512, 700])
 def test_pinned_range_in_several_tiles(candidates):
-    """Tiles in the middle and at the end of it have no candidate; fewer are kept than are pinned."""
+    """Tiles in its middle and at its end have no candidate; fewer are kept than are pinned."""
     scores = score_rows("normal", 1, 3, 2100)
     ends = torch.tensor([candidates]), torch.tensor([2000])
     counts = torch.tensor([[2000, 1900, 1200]])
