@@ -72,7 +72,7 @@ def _select_kernel(
         num_ties += ties
     for start in range(0, width, BLOCK):
         o_k = start + o_block
-        tl.store(p_kept + o_k, length.to(tl.int64), mask=(o_k >= count) & (o_k < width))
+        tl.store(p_kept + o_k, tl.cast(length, tl.int64), mask=(o_k >= count) & (o_k < width))
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _place_kernel(
             scores_ptr + i_seq * length, p_kept, o_t, num_kept, ties, count, candidates, pinned_end,
             last_key, rest,
         )  # fmt: skip
-    tl.store(p_kept + o_t, length.to(tl.int64), mask=(o_t >= count) & (o_t < width))
+    tl.store(p_kept + o_t, tl.cast(length, tl.int64), mask=(o_t >= count) & (o_t < width))
 
 
 def select_tokens(

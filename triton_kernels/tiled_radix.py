@@ -41,9 +41,9 @@ def scratch_row(scratch_ptr, i_row):
 def begin(p_scratch, end, count):
     """Ask for the ``count`` largest among entries [0, end) of all parts of a row."""
     tl.store(p_scratch + tl.arange(0, 1024), tl.zeros((1024,), tl.int32))
-    tl.store(p_scratch + _END, end.to(tl.int32))
+    tl.store(p_scratch + _END, tl.cast(end, tl.int32))
     tl.store(p_scratch + _FOUND, 0)
-    tl.store(p_scratch + _FOUND + 1, count.to(tl.int32))
+    tl.store(p_scratch + _FOUND + 1, tl.cast(count, tl.int32))
 
 
 @triton.jit

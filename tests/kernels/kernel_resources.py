@@ -79,7 +79,7 @@ CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
     | dict.fromkeys(("scores_ptr", "pooled_ptr", "values_ptr", "moments_ptr"), "*fp32")
 )
 CALIBRATE_CONSTANTS = {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8}
-COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32"} | (
+COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32", "masses_ptr": "*fp64"} | (
     dict.fromkeys(("capacity_ptr", "counts_ptr"), "*i64")
 )
 VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
@@ -123,6 +123,12 @@ KERNELS = {
         "head_budgets", COUNT_TYPES, {"NORMALIZE": True, "BLOCK": 4096}, num_warps=16
     ),
     "_count_kernel": Kernel("head_budgets", COUNT_TYPES, {"BLOCK": 4096}, num_warps=16),
+    "_begin_heads_kernel": Kernel("head_budgets", COUNT_TYPES, {}),
+    "_tile_masses_kernel": Kernel("head_budgets", COUNT_TYPES, TILED, num_warps=8),
+    "_scale_tile_kernel": Kernel(
+        "head_budgets", COUNT_TYPES, TILED | {"NORMALIZE": True}, num_warps=8
+    ),
+    "_count_tiles_kernel": Kernel("head_budgets", COUNT_TYPES, {}),
 }
 
 COMPILE = """
