@@ -70,6 +70,71 @@ def column_sums(
     return reference.column_sums(queries, lengths, positions, keys, scale, softcap)
 
 
+def group_masses(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    num_groups: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.group_masses``, on paged keys; two Triton launches on a GPU."""
+    if prompts.pages.is_cuda:
+        from vllm_kvcompress.kernels import proxy_attention
+
+        return proxy_attention.group_masses(
+            queries, prompts, prompt_lens, num_groups, scale, softcap
+        )
+    keys = read_prompt(prompts, "key")
+    return reference.group_masses(queries, keys, prompt_lens, num_groups, scale, softcap)
+
+
+def count_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
+    """See ``reference.count_votes``; two Triton launches on a GPU, which sort nothing."""
+    if masses.is_cuda:
+        from vllm_kvcompress.kernels import votes
+
+        return votes.count_votes(masses, end, tau, cover)
+    return reference.count_votes(masses, end, tau, cover)
+
+
+def last_row_logits(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    text_rows: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.last_row_logits``, on paged keys; one Triton launch on a GPU."""
+    if prompts.pages.is_cuda:
+        from vllm_kvcompress.kernels import elite_rows
+
+        return elite_rows.last_row_logits(queries, prompts, prompt_lens, text_rows, scale, softcap)
+    keys = read_prompt(prompts, "key")
+    return reference.last_row_logits(queries, keys, prompt_lens, text_rows, scale, softcap)
+
+
+def elite_attention(
+    queries: torch.Tensor,
+    elite: torch.Tensor,
+    segment: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.elite_attention``, on paged keys; two Triton launches on a GPU."""
+    if prompts.pages.is_cuda:
+        from vllm_kvcompress.kernels import elite_rows
+
+        return elite_rows.elite_attention(
+            queries, elite, segment, prompts, prompt_lens, scale, softcap
+        )
+    keys = read_prompt(prompts, "key")
+    return reference.elite_attention(queries, elite, segment, keys, prompt_lens, scale, softcap)
+
+
 def pool_prefix(
     scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
 ) -> torch.Tensor:
@@ -169,9 +234,13 @@ __all__ = [
     "PromptPages",
     "calibrate_scores",
     "column_sums",
+    "count_votes",
     "describe",
+    "elite_attention",
+    "group_masses",
     "head_counts",
     "head_page_tables",
+    "last_row_logits",
     "pool_prefix",
     "read_prompt",
     "select_tokens",
