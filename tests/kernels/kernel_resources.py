@@ -80,6 +80,13 @@ CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
 COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32"} | (
     dict.fromkeys(("capacity_ptr", "counts_ptr"), "*i64")
 )
+PROXY_TYPES = SCORE_TYPES | {"masses_ptr": "*fp32"}
+PROXY_CONSTANTS = {"BLOCK_R": 64} | {
+    name: value for name, value in COLUMN_CONSTANTS.items() if name != "BLOCK_C"
+}
+VOTE_TYPES = {"masses_ptr": "*fp32", "votes_ptr": "*fp32"} | (
+    dict.fromkeys(("end_ptr", "least_ptr", "tie_end_ptr"), "*i64")
+)
 VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
 
 KERNELS = {
@@ -111,6 +118,22 @@ KERNELS = {
         "head_budgets", COUNT_TYPES, {"NORMALIZE": True, "BLOCK": 4096}, num_warps=16
     ),
     "_count_kernel": Kernel("head_budgets", COUNT_TYPES, {"BLOCK": 4096}, num_warps=16),
+    "_proxy_sums_kernel": Kernel(
+        "proxy_attention", PROXY_TYPES, PROXY_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
+    ),
+    "_group_masses_kernel": Kernel(
+        "proxy_attention",
+        PROXY_TYPES,
+        PROXY_CONSTANTS | {"GROUPS_PER_PROGRAM": 4, "BLOCK_T": 128},
+        num_warps=8,
+    ),
+    "_cover_kernel": Kernel(
+        "votes",
+        VOTE_TYPES,
+        {"FLOOR": True, "UNIT_BITS": 39, "SHARE_BITS": 30, "BLOCK": 4096},
+        num_warps=16,
+    ),
+    "_votes_kernel": Kernel("votes", VOTE_TYPES, {"BLOCK_T": 256}),
 }
 
 COMPILE = """
