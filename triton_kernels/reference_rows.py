@@ -113,8 +113,7 @@ def share_of(tau: float) -> int:
 
 def _units(ranked: torch.Tensor) -> torch.Tensor:
     """Masses [..., T], largest first, in units of their row, int64."""
-    # below the least exponent of float32, numbers lose bits of their own
-    exponent = torch.frexp(ranked[..., :1]).exponent.clamp_min(-125)
+    exponent = torch.frexp(ranked[..., :1]).exponent
     # the power of two is made of bits, because exp2 may be off by the last one
     unit = (UNIT_BITS - exponent + 1023).long() << 52
     return (ranked.double() * unit.view(torch.float64)).long()

@@ -24,7 +24,7 @@ def naive(masses, end, tau, cover):
             for row in groups:
                 row = row[: int(end[n])]
                 # in units: 39 bits of the largest
-                exponent = max(frexp(max(row, default=0.0))[1], -125)
+                exponent = frexp(max(row, default=0.0))[1]
                 units = [floor(Fraction(x) * Fraction(2) ** (39 - exponent)) for x in row]
                 goal = share * sum(units)
                 held = 0
@@ -72,6 +72,7 @@ def test_more_than_one_block(cover):
     [
         [0.0, 0.0, 0.0],
         [1e-40, 3e-41, 1e-42],  # smaller than normal numbers
+        [1.2e-38, 1.1e-38, 1.1e-38],  # the first of them is a normal number
         [1.0, 1e-11, 1e-13, 0.0],  # in units: 39 bits, then a few, then none
         [3e38, 3e38, 1.0],
         [0.25, 0.25, 0.25, 0.25],
