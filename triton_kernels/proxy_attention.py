@@ -9,24 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels import paged_keys
+from vllm_kvcompress.kernels import paged_keys, query_rows
 from vllm_kvcompress.kernels.reference import PromptPages
 
 _KEYS_PER_SPLIT = 1024
 _GROUPS_PER_PROGRAM = 4
 """Groups that look at a tile of keys while it is on the chip."""
-
-
-@triton.jit
-def load_rows(
-    q_ptr, i_row, o_row, o_head, m_row, num_rows, num_q_heads, HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Queries [rows, BLOCK_D] at any rows and query heads of one request; 0 where masked."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_q = ((i_row * num_rows + o_row) * num_q_heads + o_head) * HEAD_SIZE
-    mask = m_row[:, None] & (o_d < HEAD_SIZE)[None, :]
-    return tl.load(q_ptr + p_q[:, None] + o_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -60,7 +48,7 @@ def _proxy_sums_kernel(
     group = num_q_heads // num_kv_heads
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < group * num_rows
-    b_q = load_rows(
+    b_q = query_rows.load_rows(
         q_ptr, i_row, o_r % num_rows, i_head * group + o_r // num_rows, m_r, num_rows, num_q_heads,
         HEAD_SIZE, BLOCK_D,
     )  # fmt: skip
@@ -129,7 +117,7 @@ def _group_masses_kernel(
             o_r = start + tl.arange(0, BLOCK_R)
             m_r = o_r < heads * size
             o_proxy, o_head = i_group * size + o_r % size, o_r // size
-            b_q = load_rows(
+            b_q = query_rows.load_rows(
                 q_ptr, i_row, o_proxy, i_head * heads + o_head, m_r, num_rows, num_q_heads,
                 HEAD_SIZE, BLOCK_D,
             )  # fmt: skip
@@ -140,12 +128,6 @@ def _group_masses_kernel(
             b_mass += tl.sum(tl.exp(b_z - b_lse[:, None]), 0)
         p_mass = masses_ptr + (i_seq * num_groups + i_group) * length + o_key
         tl.store(p_mass, tl.where(m_key, b_mass / heads, 0.0), mask=o_key < length)
-
-
-def combine(peaks: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exps of rows from maxima and sums of exponentials of their splits, dimension 2."""
-    peak = peaks.amax(2, keepdim=True)
-    return peak[:, :, 0] + ((peaks - peak).exp() * sums).sum(2).log()
 
 
 def group_masses(
@@ -190,7 +172,7 @@ def group_masses(
         *inputs, partial[0], partial[1], *numbers, num_splits,
         BLOCK_R=block, BLOCK_T=64, KEYS_PER_SPLIT=_KEYS_PER_SPLIT, **sizes,
     )  # fmt: skip
-    lse = combine(partial[0], partial[1])
+    lse = query_rows.combine(partial[0], partial[1])
 
     masses = pages.new_empty((num, num_kv_heads, num_groups, length), dtype=torch.float32)
     # wide tiles, because every tile of keys reads all proxies

@@ -84,6 +84,12 @@ PROXY_TYPES = SCORE_TYPES | {"masses_ptr": "*fp32"}
 PROXY_CONSTANTS = {"BLOCK_R": 64} | {
     name: value for name, value in COLUMN_CONSTANTS.items() if name != "BLOCK_C"
 }
+ELITE_TYPES = (
+    SCORE_TYPES
+    | {"elite_ptr": "*u8", "logits_ptr": "*fp32"}
+    | (dict.fromkeys(("text_rows_ptr", "segment_ptr"), "*i64"))
+)
+ELITE_CONSTANTS = PROXY_CONSTANTS | {"BLOCK_R": 16}
 VOTE_TYPES = {"masses_ptr": "*fp32", "votes_ptr": "*fp32"} | (
     dict.fromkeys(("end_ptr", "least_ptr", "tie_end_ptr"), "*i64")
 )
@@ -126,6 +132,13 @@ KERNELS = {
         PROXY_TYPES,
         PROXY_CONSTANTS | {"GROUPS_PER_PROGRAM": 4, "BLOCK_T": 128},
         num_warps=8,
+    ),
+    "_last_logits_kernel": Kernel("elite_rows", ELITE_TYPES, ELITE_CONSTANTS),
+    "_elite_sums_kernel": Kernel(
+        "elite_rows", ELITE_TYPES, ELITE_CONSTANTS | {"BLOCK_I": 256, "KEYS_PER_SPLIT": 1024}
+    ),
+    "_elite_attention_kernel": Kernel(
+        "elite_rows", ELITE_TYPES, ELITE_CONSTANTS | {"BLOCK_I": 256}
     ),
     "_cover_kernel": Kernel(
         "votes",
