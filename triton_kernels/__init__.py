@@ -22,13 +22,17 @@ window_scores = Operation(
 column_sums = Operation(
     reference_paged.column_sums, triton="column_attention", cpp=native.column_sums
 )
+group_masses = Operation(reference_paged.group_masses, triton="proxy_attention")
+count_votes = Operation(reference.count_votes, triton="votes")
+last_row_logits = Operation(reference_paged.last_row_logits, triton="elite_rows")
+elite_attention = Operation(reference_paged.elite_attention, triton="elite_rows")
 pool_prefix = Operation(reference.pool_prefix, triton="calibration", cpp=native.pool_prefix)
 calibrate_scores = Operation(
     reference.calibrate_scores, triton="calibration", cpp=native.calibrate_scores
 )
 head_counts = Operation(reference.head_counts, triton="head_budgets", cpp=native.head_counts)
 select_tokens = Operation(reference.select_tokens, triton="selection", cpp=native.select_tokens)
-read_prompt = Operation(reference.read_prompt, triton="prompt_rows", cpp=native.read_prompt)
+read_prompt = reference_paged.read_prompt
 stage_tokens = Operation(reference.stage_tokens, triton="compaction", cpp=native.stage_tokens)
 write_pages = Operation(reference.write_pages, triton="compaction", cpp=native.write_pages)
 head_page_tables = Operation(reference.head_page_tables, triton="page_tables")
@@ -41,9 +45,13 @@ __all__ = [
     "PromptPages",
     "calibrate_scores",
     "column_sums",
+    "count_votes",
     "describe",
+    "elite_attention",
+    "group_masses",
     "head_counts",
     "head_page_tables",
+    "last_row_logits",
     "paged_decode",
     "pool_prefix",
     "read_prompt",

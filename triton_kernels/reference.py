@@ -8,6 +8,13 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_kvcompress.kernels.reference_rows import (
+    count_votes,
+    elite_attention,
+    group_masses,
+    last_row_logits,
+    row_logits,
+)
 from vllm_kvcompress.kernels.reference_scores import (
     calibrate,
     calibrate_scores,
@@ -301,11 +308,16 @@ __all__ = [
     "calibrate",
     "calibrate_scores",
     "column_sums",
+    "count_votes",
+    "elite_attention",
+    "group_masses",
     "head_counts",
     "head_page_tables",
     "index_tables",
+    "last_row_logits",
     "pool_prefix",
     "read_prompt",
+    "row_logits",
     "select_tokens",
     "stage_tokens",
     "window_scores",

@@ -93,6 +93,19 @@ CALIBRATE_CONSTANTS = {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8}
 COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32", "masses_ptr": "*fp64"} | (
     dict.fromkeys(("capacity_ptr", "counts_ptr"), "*i64")
 )
+PROXY_TYPES = SCORE_TYPES | {"masses_ptr": "*fp32"}
+PROXY_CONSTANTS = {"BLOCK_R": 64} | {
+    name: value for name, value in COLUMN_CONSTANTS.items() if name != "BLOCK_C"
+}
+ELITE_TYPES = (
+    SCORE_TYPES
+    | {"elite_ptr": "*u8", "logits_ptr": "*fp32"}
+    | (dict.fromkeys(("text_rows_ptr", "segment_ptr"), "*i64"))
+)
+ELITE_CONSTANTS = PROXY_CONSTANTS | {"BLOCK_R": 16}
+VOTE_TYPES = {"masses_ptr": "*fp32", "votes_ptr": "*fp32"} | (
+    dict.fromkeys(("end_ptr", "least_ptr", "tie_end_ptr"), "*i64")
+)
 VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
 
 KERNELS = {
@@ -148,6 +161,29 @@ KERNELS = {
         "head_budgets", COUNT_TYPES, TILED | {"NORMALIZE": True}, num_warps=8
     ),
     "_count_tiles_kernel": Kernel("head_budgets", COUNT_TYPES, {}),
+    "_proxy_sums_kernel": Kernel(
+        "proxy_attention", PROXY_TYPES, PROXY_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
+    ),
+    "_group_masses_kernel": Kernel(
+        "proxy_attention",
+        PROXY_TYPES,
+        PROXY_CONSTANTS | {"GROUPS_PER_PROGRAM": 4, "BLOCK_T": 128},
+        num_warps=8,
+    ),
+    "_last_logits_kernel": Kernel("elite_rows", ELITE_TYPES, ELITE_CONSTANTS),
+    "_elite_sums_kernel": Kernel(
+        "elite_rows", ELITE_TYPES, ELITE_CONSTANTS | {"BLOCK_I": 256, "KEYS_PER_SPLIT": 1024}
+    ),
+    "_elite_attention_kernel": Kernel(
+        "elite_rows", ELITE_TYPES, ELITE_CONSTANTS | {"BLOCK_I": 256}
+    ),
+    "_cover_kernel": Kernel(
+        "votes",
+        VOTE_TYPES,
+        {"FLOOR": True, "UNIT_BITS": 39, "SHARE_BITS": 30, "BLOCK": 4096},
+        num_warps=16,
+    ),
+    "_votes_kernel": Kernel("votes", VOTE_TYPES, {"BLOCK_T": 256}),
 }
 
 COMPILE = """

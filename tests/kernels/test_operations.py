@@ -69,7 +69,10 @@ def test_the_first_argument_tells_the_device(table, paged):
 
 def test_description():
     assert kernels.describe("cuda") == "Triton"
-    assert kernels.describe("cpu") == "C++; in torch: head_page_tables"
+    assert kernels.describe("cpu") == (
+        "C++; in torch: group_masses, count_votes, last_row_logits, elite_attention, "
+        "head_page_tables, paged_decode"
+    )
 
 
 def test_a_gpu_with_triton_is_accepted(compiles):

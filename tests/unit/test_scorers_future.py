@@ -7,10 +7,11 @@ import pytest
 import torch
 from scorer_inputs import Maker, best, context, published, random_prompt, rotation, six_digits
 
+from vllm_kvcompress.kernels import count_votes
 from vllm_kvcompress.scoring import LayerTrace
 from vllm_kvcompress.scoring.base import HiddenMoments, QueryMoments
 from vllm_kvcompress.scoring.expected import Expected
-from vllm_kvcompress.scoring.proxies import count_votes, mean_and_deviation, standard_normal
+from vllm_kvcompress.scoring.proxies import mean_and_deviation, standard_normal
 from vllm_kvcompress.scoring.shiftkv import ShiftKV
 from vllm_kvcompress.scoring.snapkv import SnapKV
 

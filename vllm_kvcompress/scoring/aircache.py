@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_choice, require_range
 from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
-from vllm_kvcompress.scoring.instruction import instruction_rows
 
 ELITE_SCOPES = ("head", "layer")
 
@@ -61,27 +61,21 @@ def visual_attention(ctx: LayerContext, elite: float, elite_scope: str) -> torch
         [N, Hq, T] float32, 0 off the visual tokens.
     """
     assert ctx.segment is not None
-    # [N, 1, T]; what looks visual past the prompt's end is not seen by any row
-    visual = (ctx.segment >= 0)[:, None]
-    chosen = _elite(ctx, elite, elite_scope)  # [N, Hq, T]
-    unseen = ~(visual | chosen)[:, :, None]
-    total = torch.zeros(chosen.shape, device=chosen.device)
-    for rows in instruction_rows(ctx):
-        position = rows.positions.clamp(min=0)[:, None].expand(-1, chosen.shape[1], -1)
-        counts = chosen.gather(2, position) & rows.counts[:, None]  # [N, Hq, R]
-        probs = rows.logits.masked_fill_(unseen, float("-inf")).softmax(3)
-        total += probs.masked_fill_(~counts[..., None], 0.0).sum(2)
-    return (total / chosen.sum(2, keepdim=True)).masked_fill(~visual, 0.0)
+    chosen = _elite(ctx, elite, elite_scope)
+    return kernels.elite_attention(
+        ctx.queries, chosen, ctx.segment, ctx.prompts, ctx.prompt_lens, ctx.scale, ctx.softcap
+    )
 
 
 def _elite(ctx: LayerContext, elite: float, elite_scope: str) -> torch.Tensor:
-    """Which positions are elite instruction tokens, [N, Hq, T] bool."""
+    """Which of the last rows are elite, [N, Hq, Q] bool."""
     assert ctx.text_rows is not None
-    [last] = instruction_rows(ctx, last_only=True)
-    text = ctx.is_prompt & (ctx.positions >= (ctx.prompt_lens - ctx.text_rows)[:, None])
-    logits = last.logits[:, :, 0].masked_fill(~text[:, None], float("-inf"))
+    logits = kernels.last_row_logits(
+        ctx.queries, ctx.prompts, ctx.prompt_lens, ctx.text_rows, ctx.scale, ctx.softcap
+    )
+    text = logits > float("-inf")
     least = math.log(elite) if elite else -math.inf  # of log attention, which needs no softmax
     if elite_scope == "layer":
         mean = ctx.mean_over_heads(logits.softmax(2))
         logits = mean.log()[:, None].expand_as(logits)
-    return (logits >= logits.amax(2, keepdim=True) + least) & text[:, None]
+    return (logits >= logits.amax(2, keepdim=True) + least) & text

@@ -3,6 +3,7 @@
 
 import torch
 
+from vllm_kvcompress.kernels.reference import row_logits
 from vllm_kvcompress.scoring.base import LayerContext
 
 
@@ -21,15 +22,5 @@ def attention(
     Returns:
         [N, Hkv, G, M, T] float32.
     """
-    num, rows, num_q_heads, head_size = queries.shape
-    num_kv_heads = ctx.keys.shape[1]
-    group = num_q_heads // num_kv_heads
-    grouped = (queries.float() * ctx.scale).view(num, rows, num_kv_heads, group, head_size)
-    grouped = grouped.permute(0, 2, 3, 1, 4).reshape(num, num_kv_heads, group * rows, head_size)
-    logits = torch.matmul(grouped, ctx.keys.transpose(2, 3))
-    if ctx.softcap:
-        logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
-    logits = logits.view(num, num_kv_heads, group, rows, -1)
     last_seen = ctx.prompt_lens[:, None] - 1 if query_pos is None else query_pos
-    hidden = ctx.positions > last_seen[:, :, None]  # [N, M or 1, T]
-    return logits.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
+    return row_logits(queries, ctx.keys, last_seen, ctx.scale, ctx.softcap).softmax(-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states that stand for tokens not decoded yet, and what groups of them vote for."""
+"""Hidden states that stand for tokens not decoded yet."""
 
 import functools
 
@@ -37,27 +37,3 @@ def standard_normal(
     """
     generator = torch.Generator().manual_seed(seed + 1_000_003 * layer)
     return torch.randn(rows, size, generator=generator).to(device)
-
-
-def count_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
-    """Number of groups whose cover holds a token, [N, Hkv, T] float32.
-
-    A group's cover is a prefix of the tokens in order of decreasing mass, ties by position.
-
-    Args:
-        masses: [N, Hkv, NG, T] attention that each group pays, any scale; not negative.
-        end: [N] int64, tokens at t >= end stand outside.
-        tau: share of a group's mass that its cover holds.
-        cover: the longest prefix of at most that share ("floor"), or the shortest of at least that
-            share ("min").
-    """
-    position = torch.arange(masses.shape[3], device=masses.device)
-    outside = (position >= end[:, None])[:, None, None]
-    ranked = masses.masked_fill(outside, -1.0).sort(dim=3, descending=True, stable=True)
-    held = ranked.values.clamp_min(0).cumsum(3)
-    goal = tau * held[..., -1:]
-    if cover == "floor":
-        covered = held <= goal
-    else:
-        covered = torch.nn.functional.pad(held[..., :-1], (1, 0)) < goal
-    return torch.zeros_like(masses).scatter(3, ranked.indices, covered.float()).sum(2)

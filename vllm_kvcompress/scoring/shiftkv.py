@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_bool, require_choice, require_range, require_whole
-from vllm_kvcompress.scoring.attention import attention
 from vllm_kvcompress.scoring.base import HiddenMoments, LayerContext, Need, Scorer, Scores
-from vllm_kvcompress.scoring.proxies import count_votes, mean_and_deviation, standard_normal
+from vllm_kvcompress.scoring.proxies import mean_and_deviation, standard_normal
 from vllm_kvcompress.scoring.snapkv import SnapKV
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -92,28 +92,28 @@ class ShiftKV(Scorer):
     def score(self, ctx: LayerContext) -> Scores:
         assert ctx.hidden is not None, "shiftkv needs hidden states"
         assert ctx.maker is not None, "shiftkv needs the query projection"
-        hidden, offsets, size = self._proxies(ctx.layer, ctx.hidden)
-        proxies = ctx.maker.project(hidden, offsets).split(size, dim=1)
-        # one group at a time: the attention of all proxies at once would be NG times as large
-        masses = torch.stack([attention(ctx, group).sum(3).mean(2) for group in proxies], dim=2)
-        own = attention(ctx, ctx.queries[:, -1:]).mean((2, 3))
+        hidden, offsets, groups = self._proxies(ctx.layer, ctx.hidden)
+        where, numbers = (ctx.prompts, ctx.prompt_lens), (ctx.scale, ctx.softcap)
+        proxies = ctx.maker.project(hidden, offsets)
+        masses = kernels.group_masses(proxies, *where, groups, *numbers)
+        own = kernels.group_masses(ctx.queries[:, -1:], *where, 1, *numbers)
         end = ctx.prompt_lens
         if self._rule("mix_last"):
-            masses = masses + own[:, :, None]
+            masses += own
             end = end - 1
-        votes = count_votes(masses, end, self.tau, self._rule("cover"))
+        votes = kernels.count_votes(masses, end, self.tau, self._rule("cover"))
         base = SnapKV().importance(ctx)
-        return Scores(base=base, final=votes + self.vote_lambda * own)
+        return Scores(base=base, final=votes + self.vote_lambda * own[:, :, 0])
 
     def _proxies(self, layer: int, hidden: HiddenMoments) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Hidden states [N, M, d], their offsets [M] after the prompt, and the size of a group."""
+        """Hidden states [N, M, d], their offsets [M] after the prompt, and the number of groups."""
         device = hidden.last.device
         if self.llava_compat and layer < 2:
             size = 16
             copies = hidden.last[:, None].expand(-1, size, -1)
-            return copies, torch.arange(1, size + 1, device=device), size
+            return copies, torch.arange(1, size + 1, device=device), 1
         size = self.proxies // self.groups
         offsets = (torch.arange(self.proxies, device=device) % size + 1) * self.groups
         noise = standard_normal(self.seed, layer, self.proxies, hidden.last.shape[1], device)
         mean, deviation = mean_and_deviation(hidden, self._rule("stats") == "feature")
-        return mean[:, None] + self.gamma * deviation[:, None] * noise, offsets, size
+        return mean[:, None] + self.gamma * deviation[:, None] * noise, offsets, self.groups

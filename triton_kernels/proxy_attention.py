@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What groups of proxies look at: QK^T twice, nothing of size M x T is stored.
+
+The proxies of all query heads of a KV head are rows of one matrix, so that tiles of 64 rows are
+full whatever the numbers of query heads and of proxies per group.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvcompress.kernels import paged_keys, query_rows
+from vllm_kvcompress.kernels.reference import PromptPages
+
+_KEYS_PER_SPLIT = 1024
+_GROUPS_PER_PROGRAM = 4
+"""Groups that look at a tile of keys while it is on the chip."""
+
+
+@triton.jit
+def _proxy_sums_kernel(
+    q_ptr,  # [N, M, Hq, D]
+    pages_ptr,  # [num_pages, block_size * 2 * D]
+    table_ptr,  # [N, B] int64
+    prompt_lens_ptr,  # [N] int64
+    max_ptr,  # [N, Hkv, splits, G * M] float32
+    sum_ptr,  # [N, Hkv, splits, G * M] float32
+    scale,
+    softcap,
+    num_rows,  # M
+    num_q_heads,
+    num_kv_heads,
+    num_blocks,
+    num_splits,
+    HEAD_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    KEYS_PER_SPLIT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Maximum and sum of exponentials of a tile of proxies, over one split of the keys."""
+    i_row = tl.program_id(0).to(tl.int64) // num_kv_heads
+    i_head = tl.program_id(0) % num_kv_heads
+    i_split = tl.program_id(2)
+    group = num_q_heads // num_kv_heads
+    o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < group * num_rows
+    b_q = query_rows.load_rows(
+        q_ptr, i_row, o_r % num_rows, i_head * group + o_r // num_rows, m_r, num_rows, num_q_heads,
+        HEAD_SIZE, BLOCK_D,
+    )  # fmt: skip
+    b_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_R,), tl.float32)
+    first = i_split * KEYS_PER_SPLIT
+    end = tl.minimum(tl.load(prompt_lens_ptr + i_row).to(tl.int32), first + KEYS_PER_SPLIT)
+    for start in range(first, end, BLOCK_T):
+        o_key = start + tl.arange(0, BLOCK_T)
+        m_key = o_key < end
+        b_k = paged_keys.load_keys(
+            pages_ptr, table_ptr, i_row, i_head, o_key, m_key, num_kv_heads, num_blocks, HEAD_SIZE,
+            PAGE_TOKENS, BLOCK_D,
+        )  # fmt: skip
+        b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
+        b_z = tl.where(m_key[None, :], b_z, float("-inf"))
+        new_max = tl.maximum(b_max, tl.max(b_z, 1))  # finite: every tile has a key
+        b_sum = b_sum * tl.exp(b_max - new_max) + tl.sum(tl.exp(b_z - new_max[:, None]), 1)
+        b_max = new_max
+    offset = ((i_row * num_kv_heads + i_head) * num_splits + i_split) * group * num_rows + o_r
+    tl.store(max_ptr + offset, b_max, mask=m_r)
+    tl.store(sum_ptr + offset, b_sum, mask=m_r)
+
+
+@triton.jit
+def _group_masses_kernel(
+    q_ptr,  # [N, M, Hq, D]
+    pages_ptr,  # [num_pages, block_size * 2 * D]
+    table_ptr,  # [N, B] int64
+    prompt_lens_ptr,  # [N] int64
+    lse_ptr,  # [N, Hkv, G * M] float32
+    masses_ptr,  # [N, Hkv, NG, T] float32
+    scale,
+    softcap,
+    num_rows,  # M
+    num_q_heads,
+    num_kv_heads,
+    num_blocks,
+    num_groups,  # NG
+    HEAD_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUPS_PER_PROGRAM: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Probabilities of one tile of keys, summed over the proxies of each of a few groups."""
+    i_row = tl.program_id(0).to(tl.int64) // num_kv_heads
+    i_head = tl.program_id(0) % num_kv_heads
+    heads = num_q_heads // num_kv_heads
+    o_key = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_key = o_key < tl.load(prompt_lens_ptr + i_row).to(tl.int32)
+    b_k = paged_keys.load_keys(
+        pages_ptr, table_ptr, i_row, i_head, o_key, m_key, num_kv_heads, num_blocks, HEAD_SIZE,
+        PAGE_TOKENS, BLOCK_D,
+    )  # fmt: skip
+    size = num_rows // num_groups
+    length = num_blocks * PAGE_TOKENS
+    i_seq = i_row * num_kv_heads + i_head
+    first = tl.program_id(2) * GROUPS_PER_PROGRAM
+    for i_group in range(first, tl.minimum(first + GROUPS_PER_PROGRAM, num_groups)):
+        b_mass = tl.zeros((BLOCK_T,), tl.float32)
+        for start in range(0, heads * size, BLOCK_R):
+            o_r = start + tl.arange(0, BLOCK_R)
+            m_r = o_r < heads * size
+            o_proxy, o_head = i_group * size + o_r % size, o_r // size
+            b_q = query_rows.load_rows(
+                q_ptr, i_row, o_proxy, i_head * heads + o_head, m_r, num_rows, num_q_heads,
+                HEAD_SIZE, BLOCK_D,
+            )  # fmt: skip
+            b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
+            p_lse = lse_ptr + i_seq * heads * num_rows + o_head * num_rows + o_proxy
+            # rows that do not exist add nothing
+            b_lse = tl.load(p_lse, mask=m_r, other=float("inf"))
+            b_mass += tl.sum(tl.exp(b_z - b_lse[:, None]), 0)
+        p_mass = masses_ptr + (i_seq * num_groups + i_group) * length + o_key
+        tl.store(p_mass, tl.where(m_key, b_mass / heads, 0.0), mask=o_key < length)
+
+
+def group_masses(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    num_groups: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.group_masses``; keys are read through the block table.
+
+    Args:
+        queries: [N, M, Hq, D]; rounded to the type of 16-bit pages, which is what the model's own
+            queries have.
+        prompts: with token-row pages.
+
+    Returns:
+        [N, Hkv, NG, B * block_size] float32.
+    """
+    pages, block_table, num_kv_heads, layout = prompts
+    num, num_rows, num_q_heads, head_size = queries.shape
+    num_blocks = block_table.shape[1]
+    length = num_blocks * layout.block_size
+    if pages.dtype in (torch.float16, torch.bfloat16):
+        queries = queries.to(pages.dtype)
+    inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
+    numbers = (scale, softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
+    sizes = {
+        "HEAD_SIZE": head_size,
+        "PAGE_TOKENS": layout.block_size,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "HAS_SOFTCAP": softcap != 0,
+        "EXACT": queries.dtype == torch.float32,
+    }
+
+    rows = num_q_heads // num_kv_heads * num_rows
+    num_splits = triton.cdiv(length, _KEYS_PER_SPLIT)
+    partial = pages.new_empty((2, num, num_kv_heads, num_splits, rows), dtype=torch.float32)
+    block = _tile(rows)
+    _proxy_sums_kernel[(num * num_kv_heads, triton.cdiv(rows, block), num_splits)](
+        *inputs, partial[0], partial[1], *numbers, num_splits,
+        BLOCK_R=block, BLOCK_T=64, KEYS_PER_SPLIT=_KEYS_PER_SPLIT, **sizes,
+    )  # fmt: skip
+    lse = query_rows.combine(partial[0], partial[1])
+
+    masses = pages.new_empty((num, num_kv_heads, num_groups, length), dtype=torch.float32)
+    # wide tiles, because every tile of keys reads all proxies
+    width = 64 if sizes["EXACT"] else 128
+    keys, groups = triton.cdiv(length, width), triton.cdiv(num_groups, _GROUPS_PER_PROGRAM)
+    _group_masses_kernel[(num * num_kv_heads, keys, groups)](
+        *inputs, lse, masses, *numbers, num_groups,
+        BLOCK_R=_tile(rows // num_groups), BLOCK_T=width, GROUPS_PER_PROGRAM=_GROUPS_PER_PROGRAM,
+        num_warps=width // 16, **sizes,
+    )  # fmt: skip
+    return masses
+
+
+def _tile(rows: int) -> int:
+    """Rows of a matrix product that has so many."""
+    return min(64, max(16, triton.next_power_of_2(rows)))
