@@ -32,9 +32,12 @@ def available() -> bool:
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """See ``reference.read_prompt``; the result is float32."""
     pages, block_table, num_kv_heads, layout = prompts
-    index = layout.key_index if part == "key" else layout.value_index
+    if part == "key":
+        index, scale = layout.key_index, layout.key_scale
+    else:
+        index, scale = layout.value_index, layout.value_scale
     return torch.ops.vllm_kvcompress.read_prompt(
-        pages, block_table, num_kv_heads, index, layout.head_size
+        pages, block_table, num_kv_heads, index, layout.head_size, scale
     )
 
 
@@ -55,7 +58,7 @@ def window_scores(
         num_kv_heads,
         layout.key_index,
         prompt_lens,
-        scale,
+        scale * layout.key_scale,
         softcap,
         reduction == "max",
     )
@@ -79,7 +82,7 @@ def column_sums(
         block_table,
         num_kv_heads,
         layout.key_index,
-        scale,
+        scale * layout.key_scale,
         softcap,
     )
 
