@@ -135,8 +135,7 @@ def is_float8(dtype: torch.dtype) -> bool:
 def as_stored(prompts: PromptPages, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Keys and values as elements of the prompts' pages.
 
-    Float8 takes what is nearest, and its largest number for all that is larger: its own conversion
-    would make NaN of those.
+    Float8 takes the nearest number, and its largest for all that is larger, infinity included.
 
     Args:
         keys, values: [N, Hkv, K, D] float32.

@@ -72,6 +72,7 @@ class CompressedBuilder:
             kv_cache_spec.model_kv_heads, self.num_kv_heads, parallel.tensor_parallel_size
         )
         self.layers = [vllm_config.compilation_config.static_forward_context[n] for n in names]
+        refusals.check_scales(self.layers)
         self._span: tuple[torch.Tensor, int] | None = None
         self.telemetry = WorkerTelemetry(device, active=parallel.rank == 0)
         self.virtual_builder = self.make_virtual_builder(
