@@ -8,6 +8,7 @@ would drift away from the engine's. The oracle looks at the engine's queries, ke
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from engine import (
 from expectations import contents, oracle_config
 from head_pages import HeldPages, assert_kept, held_pages
 from oracle import Prompt, select
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_kvcompress.adapter.cpu import CompressedCPUImpl
 from vllm_kvcompress.adapter.metadata import CompressedMetadata
@@ -65,6 +67,48 @@ def test_budget_covers_prompt(checkpoint, cache, dtype):
         assert_same(generate(llm, prompts, params), expected)
     with engine(model, None, max_num_batched_tokens=CHUNK, dtype=dtype) as llm:
         assert generate(llm, prompts, params) != expected, "the cache was not in float8"
+
+
+@contextmanager
+def rounded_queries(typed: bool) -> Iterator[None]:
+    """Queries rounded to e4m3 with a scale, in that type as FlashAttention gets them, or not.
+
+    vLLM's CPU kernel takes no such type: it gets the numbers, which are the same in both cases.
+    """
+    ours, stock, scale = CompressedCPUImpl.forward, CPUAttentionBackendImpl.forward, 0.3
+
+    def forward(impl, layer, query, key, value, cache, metadata, output, *args, **kwargs):
+        if isinstance(metadata, CompressedMetadata):
+            layer._q_scale_float = scale
+            rounded = (query / scale).to(torch.float8_e4m3fn)
+            query = rounded if typed else rounded.to(query.dtype) * scale
+        return ours(impl, layer, query, key, value, cache, metadata, output, *args, **kwargs)
+
+    def attend(impl, layer, query, key, value, cache, metadata, output, *args, **kwargs):
+        if query.dtype == torch.float8_e4m3fn:
+            query = query.to(output.dtype) * scale
+        return stock(impl, layer, query, key, value, cache, metadata, output, *args, **kwargs)
+
+    with (
+        patch.object(CompressedCPUImpl, "forward", forward),
+        patch.object(CPUAttentionBackendImpl, "forward", attend),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("method", ["bacon+adakv", "h2o"])
+def test_queries_in_float8(checkpoint, method):
+    """Rows of earlier chunks, prompts beside decodes, sums over all rows."""
+    prompts = [random_prompt(length, seed=3) for length in LENGTHS]
+    params = [greedy(3 + 5 * index) for index in range(len(prompts))]
+    answers = []
+    for typed in (False, True):
+        with (
+            float8_engine(checkpoint("llama"), Method(method, 96), "fp8", max_num_seqs=3) as llm,
+            rounded_queries(typed),
+        ):
+            answers.append(generate(llm, prompts, params))
+    assert_same(answers[1], answers[0])
 
 
 class Recorder:
