@@ -155,7 +155,7 @@ def group_masses(
     if pages.dtype in (torch.float16, torch.bfloat16):
         queries = queries.to(pages.dtype)
     inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
-    numbers = (scale, softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
+    numbers = (scale * layout.key_scale, softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
     sizes = {
         "HEAD_SIZE": head_size,
         "PAGE_TOKENS": layout.block_size,

@@ -72,8 +72,9 @@ COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
 SELECT_TYPES = {"scores_ptr": "*fp32"} | dict.fromkeys(
     ("count_ptr", "candidates_ptr", "pinned_end_ptr", "kept_ptr"), "*i64"
 )
-DECODE_TYPES = {"slots_ptr": "*i64", "scale": "fp32", "softcap": "fp32"} | (
-    dict.fromkeys(("q_ptr", "pages_ptr", "out_ptr"), "*bf16")
+DECODE_TYPES = {"slots_ptr": "*i64"} | (
+    dict.fromkeys(("scale", "value_scale", "softcap"), "fp32")
+    | dict.fromkeys(("q_ptr", "pages_ptr", "out_ptr"), "*bf16")
     | dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32")
 )
 DECODE_CONSTANTS = {
@@ -113,8 +114,8 @@ KERNELS = {
     "_write_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_read_kernel": Kernel(
         "prompt_rows",
-        COPY_TYPES,
-        {"HEAD_SIZE": 128, "PAGE_TOKENS": 16, "BLOCK_D": 128, "BLOCK_T": 32},
+        COPY_TYPES | {"factor": "fp32"},
+        {"HEAD_SIZE": 128, "PAGE_TOKENS": 16, "BLOCK_D": 128, "BLOCK_T": 32, "SCALED": False},
     ),
     "_head_page_tables_kernel": Kernel("page_tables", {}, {"BLOCK_SIZE": 16, "TILE": 1024}),
     "_decode_splits_kernel": Kernel(
