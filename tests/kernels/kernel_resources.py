@@ -23,12 +23,14 @@ class Kernel(NamedTuple):
         module: below vllm_kvcompress.kernels.
         types: of the arguments that are not int32; a list for a tuple of arguments.
         constants: values of the constexpr arguments.
+        capabilities: GPUs that it runs on.
     """
 
     module: str
     types: dict[str, str | list[str]]
     constants: dict[str, int | float | bool | str]
     num_warps: int = 4
+    capabilities: tuple[int, ...] = CAPABILITIES
 
 
 class Resources(NamedTuple):
@@ -109,7 +111,7 @@ VOTE_TYPES = {"masses_ptr": "*fp32", "votes_ptr": "*fp32"} | (
 )
 VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
 
-KERNELS = {
+KERNELS = {  # by name, followed by what is special about a variant
     "_stage_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_write_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_read_kernel": Kernel(
@@ -186,6 +188,13 @@ KERNELS = {
     ),
     "_votes_kernel": Kernel("votes", VOTE_TYPES, {"BLOCK_T": 256}),
 }
+# keys in float8: GPUs of capability 80 have no conversion for e4m3, and vLLM no attention over it
+KERNELS |= {
+    f"{name} e4m3": KERNELS[name]._replace(
+        types=KERNELS[name].types | {"pages_ptr": "*fp8e4nv"}, capabilities=(90,)
+    )
+    for name in ("_row_sums_kernel", "_scores_kernel", "_row_lse_kernel", "_column_sums_kernel")
+}
 
 COMPILE = """
 import importlib, json, re, subprocess, sys, tempfile
@@ -220,19 +229,20 @@ for capability in capabilities:
 
 
 def measure(name: str) -> dict[int, Resources]:
-    """Compile a kernel, in a process that does not interpret, for every capability.
+    """Compile a kernel, in a process that does not interpret, for all its GPUs.
 
     Raises:
         RuntimeError: it does not compile.
     """
-    request = json.dumps([name, KERNELS[name], CAPABILITIES])
+    *source, capabilities = KERNELS[name]
+    request = json.dumps([name.split()[0], source, capabilities])
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", "-c", COMPILE, request]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     found = [Resources(*json.loads(line)) for line in done.stdout.splitlines()]
-    return dict(zip(CAPABILITIES, found, strict=True))
+    return dict(zip(capabilities, found, strict=True))
 
 
 def recorded() -> dict[tuple[str, int], Resources]:
