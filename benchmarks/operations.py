@@ -210,6 +210,11 @@ def select_calls(x: Inputs) -> dict[str, Callable[[], object]]:
         "torch": lambda: reference.select_tokens(*args),
         "topk": lambda: x.base.topk(num_kept, dim=2).indices.sort(2).values,
     }
+    if x.base.is_cuda:
+        from vllm_kvcompress.kernels import selection  # CPU installations may lack Triton
+
+        calls["row"] = lambda: selection.select_by_row(*args)
+        calls["tile"] = lambda: selection.select_by_tile(*args)
     if native_cuda.available(x.base.device):
         calls["cuda"] = lambda: native_cuda.select_tokens(*args)
     return calls
@@ -218,7 +223,7 @@ def select_calls(x: Inputs) -> dict[str, Callable[[], object]]:
 def select_check(x: Inputs) -> None:
     calls = select_calls(x)
     plain = calls["torch"]()
-    for name in calls.keys() & {"ours", "cuda"}:
+    for name in calls.keys() & {"ours", "row", "tile", "cuda"}:
         require(torch.equal(calls[name](), plain), "select_tokens")
 
 
