@@ -15,7 +15,7 @@ from gpucheck.stress import in_place
 from rivals import Calls
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.kernels import PageLayout, PromptPages, reference
+from vllm_kvcompress.kernels import PageLayout, PromptPages, native_cuda, reference
 
 BLOCK_SIZE, WINDOW = 16, 32
 KEPT_SHARE = 0.1  # of a prompt
@@ -236,17 +236,27 @@ def select_calls(x: Inputs) -> Calls:
     num_kept = x.shape.num_kept
     args = (x.base, x.count * BLOCK_SIZE, x.num_scored, x.prompt_lens, num_kept)
     copy = torch.empty_like(x.base)
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "ours": lambda: kernels.select_tokens(*args),
         "torch": lambda: reference.select_tokens(*args),
         "topk": lambda: x.base.topk(num_kept, dim=2).indices.sort(2).values,
         "copy": lambda: copy.copy_(x.base),  # of the scores
     }
+    if x.base.is_cuda:
+        from vllm_kvcompress.kernels import selection  # CPU installations may lack Triton
+
+        calls["row"] = lambda: selection.select_by_row(*args)
+        calls["tile"] = lambda: selection.select_by_tile(*args)
+    if native_cuda.available(x.base.device):
+        calls["cuda"] = lambda: native_cuda.select_tokens(*args)
+    return calls
 
 
 def select_check(x: Inputs) -> None:
     calls = select_calls(x)
-    require(torch.equal(calls["ours"](), calls["torch"]()), "select_tokens")
+    plain = calls["torch"]()
+    for name in calls.keys() & {"ours", "row", "tile", "cuda"}:
+        require(torch.equal(calls[name](), plain), "select_tokens")
 
 
 # stage_tokens and write_pages

@@ -9,14 +9,23 @@ import torch
 from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, index_tables
 
 
-@functools.cache
 def available() -> bool:
     """Whether the operations were built; loads them.
 
     Raises:
         RuntimeError: they were built for another torch.
     """
-    library = importlib.util.find_spec("vllm_kvcompress._cpu")
+    return load("vllm_kvcompress._cpu")
+
+
+@functools.cache
+def load(name: str) -> bool:
+    """Load a library of operations, if it was built.
+
+    Raises:
+        RuntimeError: it was built for another torch.
+    """
+    library = importlib.util.find_spec(name)
     if library is None:
         return False
     try:

@@ -3,7 +3,6 @@
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -107,12 +106,10 @@ def reasons_against(device_type: str) -> list[str]:
 
 def triton_fault() -> str | None:
     """What keeps Triton from compiling kernels here, and what to do; None if nothing does."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: install the triton that this torch asks for"
     try:
         import triton
     except ImportError as error:
-        return f"Triton cannot be imported ({error}): reinstall the triton that this torch asks for"
+        return f"Triton cannot be imported ({error}): install the triton that this torch asks for"
     if triton.knobs.runtime.interpret:
         return "Triton interprets kernels in Python: unset TRITON_INTERPRET"
     return None

@@ -131,29 +131,66 @@ def select_tokens(
     pinned_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
-    """See ``reference.select_tokens``.
+    """See ``reference.select_tokens``; many programs per head where heads are long."""
+    select = select_by_tile if scores.shape[2] > tiled_radix.LONG else select_by_row
+    return select(scores, count, num_candidates, pinned_end, max_count)
 
-    One program per head, or, where heads are long, six launches of one program per tile.
-    """
+
+def select_by_row(
+    scores: torch.Tensor,
+    count: torch.Tensor,
+    num_candidates: torch.Tensor,
+    pinned_end: torch.Tensor,
+    max_count: int,
+) -> torch.Tensor:
+    """:func:`select_tokens` in one launch of one program per head."""
+    num, num_heads, length = scores.shape
+    width = min(max_count, length)
+    kept = torch.empty((num, num_heads, width), dtype=torch.int64, device=scores.device)
+    _select_kernel[(num * num_heads,)](
+        scores.contiguous(),
+        count.contiguous(),
+        num_candidates.contiguous(),
+        pinned_end.contiguous(),
+        kept,
+        num_heads,
+        length,
+        width,
+        BLOCK=radix.BLOCK,
+        num_warps=radix.NUM_WARPS,
+    )
+    return kept
+
+
+def select_by_tile(
+    scores: torch.Tensor,
+    count: torch.Tensor,
+    num_candidates: torch.Tensor,
+    pinned_end: torch.Tensor,
+    max_count: int,
+) -> torch.Tensor:
+    """:func:`select_tokens` in six launches, five of them of one program per tile of a head."""
     num, num_heads, length = scores.shape
     rows, device = num * num_heads, scores.device
-    width = min(max_count, length)
+    width, tiles = min(max_count, length), tiled_radix.num_tiles(length)
     scores = scores.contiguous()
-    kept = torch.empty((num, num_heads, width), dtype=torch.int64, device=device)
     limits = (count.contiguous(), num_candidates.contiguous(), pinned_end.contiguous())
-    if length <= tiled_radix.LONG:
-        _select_kernel[(rows,)](
-            scores, *limits, kept, num_heads, length, width,
-            BLOCK=radix.BLOCK, num_warps=radix.NUM_WARPS,
-        )  # fmt: skip
-        return kept
+    kept = torch.empty((num, num_heads, width), dtype=torch.int64, device=device)
     scratch = tiled_radix.new_scratch(rows, device)
     tails = tiled_radix.new_tails(rows, length, device)
     _begin_selection_kernel[(rows,)](*limits, scratch, num_heads)
     tiled_radix.find_thresholds(scores.view(rows, length), scratch, tails)
-    tiles = tiled_radix.num_tiles(length)
     _place_kernel[(rows, tiles)](
-        scores, *limits, scratch, tails, kept, num_heads, length, width, tiles,
-        BLOCK=tiled_radix.TILE, num_warps=tiled_radix.NUM_WARPS,
-    )  # fmt: skip
+        scores,
+        *limits,
+        scratch,
+        tails,
+        kept,
+        num_heads,
+        length,
+        width,
+        tiles,
+        BLOCK=tiled_radix.TILE,
+        num_warps=tiled_radix.NUM_WARPS,
+    )
     return kept

@@ -20,7 +20,8 @@ from vllm_kvcompress.kernels import radix
 LONG = 16384
 """Up to this many tokens one program per row takes less time than the launches of the others.
 
-Reasoned, not measured: about 2 us per 4096 entries and pass, against 4 us per launch.
+Reasoned, not measured: about 2 us per 4096 entries and pass, against 4 us per launch. For
+selection, ``benchmarks/kernel_bench.py`` times both as "row" and "tile".
 """
 TILE = 2048
 NUM_WARPS = 8

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from selections import score_rows
 
 from vllm_kvcompress.kernels import reference, selection
 
@@ -19,22 +20,6 @@ def equals_the_reference(scores, count, candidates, pinned_end, max_count) -> No
     expected = reference.select_tokens(*tensors, max_count)
     found = selection.select_tokens(*(t.to(DEVICE) for t in tensors), max_count)
     assert torch.equal(found.cpu(), expected)
-
-
-def score_rows(kind: str, num: int, heads: int, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(length)
-    scores = torch.randn(num, heads, length, generator=generator)
-    if kind == "small":  # like probabilities: few exponents, all digits differ
-        scores = scores.abs() * 1e-4
-    elif kind == "ties":
-        scores = scores.mul(2).round()  # -0.0 among them
-    elif kind == "special":
-        pool = torch.tensor([0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf, math.nan, 1.0, -1.0])
-        scores = pool[torch.randint(0, len(pool), scores.shape, generator=generator)]
-    elif kind == "bits":  # every float there is, NaN payloads of both signs included
-        bits = torch.randint(-(2**31), 2**31, scores.shape, generator=generator)
-        scores = bits.int().view(torch.float32)
-    return scores
 
 
 @pytest.mark.parametrize("kind", ["normal", "small", "ties", "special", "bits"])
