@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from vllm_kvcompress.kernels import native, reference
-from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, as_stored
+from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, as_bytes, as_stored
 
 
 def head_page_tables(
@@ -167,6 +167,7 @@ def describe(device_type: str) -> str:
 __all__ = [
     "PageLayout",
     "PromptPages",
+    "as_bytes",
     "as_stored",
     "calibrate_scores",
     "column_sums",
