@@ -121,7 +121,7 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     num, num_blocks = block_table.shape
     heads = torch.arange(num_kv_heads, device=pages.device)
     page = block_table[:, None, :] * num_kv_heads + heads[:, None]  # [N, Hkv, B]
-    rows = pages[page]  # [N, Hkv, B, block_size * 2 * D]
+    rows = as_bytes(pages)[page].view(pages.dtype)  # [N, Hkv, B, block_size * 2 * D]
     size, head_size = layout.block_size, layout.head_size
     index = layout.key_index if part == "key" else layout.value_index
     if index is not None:
@@ -137,6 +137,11 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
 def is_float8(dtype: torch.dtype) -> bool:
     """Whether elements of this type come with a scale."""
     return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def as_bytes(elements: torch.Tensor) -> torch.Tensor:
+    """Float8 as bytes, to be moved: not every torch can index it on a GPU. Others as they are."""
+    return elements.view(torch.uint8) if is_float8(elements.dtype) else elements
 
 
 def as_stored(prompts: PromptPages, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -337,6 +342,7 @@ def column_sums(
 __all__ = [
     "PageLayout",
     "PromptPages",
+    "as_bytes",
     "as_stored",
     "calibrate",
     "calibrate_scores",

@@ -13,7 +13,7 @@ from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata
 from vllm_kvcompress.captures import SumRows
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.kernels import PromptPages
+from vllm_kvcompress.kernels import PromptPages, as_bytes
 from vllm_kvcompress.pipeline import LayerInputs
 from vllm_kvcompress.scoring import Need
 
@@ -109,9 +109,11 @@ class CompressedImpl:
         result = output.view(-1, self.num_heads, self.head_size)
         if meta.natural is not None and meta.natural_tokens is None:
             stock(layer, query, key, value, kv_cache, meta.natural, output)
-        elif meta.natural is not None:
+        elif meta.natural_tokens is not None:
             part = torch.empty_like(result[: meta.natural.num_actual_tokens])
-            stock(layer, queries[meta.natural_tokens], None, None, kv_cache, meta.natural, part)
+            stock(
+                layer, _take(queries, meta.natural_tokens), None, None, kv_cache, meta.natural, part
+            )
             result[meta.natural_tokens] = part
         if meta.queries is not None or meta.sums is not None:
             self._compress(layer, queries, kv_cache, meta, output.dtype)
@@ -130,25 +132,26 @@ class CompressedImpl:
         """``dtype``: of the model."""
         builder, moved, ending = meta.builder, meta.queries, meta.ending
         row = builder.layer_rows[layer.layer_name]
+        movable = as_bytes(queries)
         with builder.telemetry.layer():
             sums = self._add_sums(layer, row, queries, kv_cache, meta, dtype)
             if moved is not None and moved.save is not None:
                 request, store_row, token = moved.save
-                builder.stored_queries(queries)[request, row, store_row] = queries[token]
+                builder.stored_queries(movable)[request, row, store_row] = movable[token]
             if ending is None:
                 return
             assert moved is not None
             assert moved.tokens is not None
-            last_queries = queries[moved.tokens]  # [N, Q, Hq, D]
+            last_queries = movable[moved.tokens]  # [N, Q, Hq, D]
             if moved.load is not None:
                 entry, column, request, store_row = moved.load
-                stored = builder.stored_queries(queries)
+                stored = builder.stored_queries(movable)
                 last_queries[entry, column] = stored[request, row, store_row]
             key_scale, value_scale = self._scales(layer)
             inputs = LayerInputs(
                 layer=builder.layer_indices[layer.layer_name],
                 row=row,
-                queries=_as_numbers(last_queries, layer, dtype),
+                queries=_as_numbers(last_queries.view(queries.dtype), layer, dtype),
                 pages=self._typed(_as_pages(kv_cache)),
                 scale=self.scale,
                 softcap=self.logits_soft_cap,
@@ -240,7 +243,7 @@ class CompressedImpl:
             out = result[:num_tokens].view(-1, group, head_size)
             self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
             return
-        rows = queries.reshape(-1, group, head_size)[virtual.order]
+        rows = _take(queries.reshape(-1, group, head_size), virtual.order)
         out = torch.empty_like(rows, dtype=result.dtype)
         self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
         result.view(-1, group, head_size)[virtual.order] = out
@@ -254,6 +257,10 @@ class CompressedImpl:
         if self._float8 is None:
             return 1.0, 1.0
         return layer._k_scale_float, layer._v_scale_float
+
+
+def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return as_bytes(rows)[index].view(rows.dtype)
 
 
 def _as_numbers(queries: torch.Tensor, layer: _AttentionLayer, dtype: torch.dtype) -> torch.Tensor:
