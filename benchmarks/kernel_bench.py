@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from gpucheck.machine import facts
 from operations import OPERATIONS, Operation, Shape, make_inputs
+from row_operations import ROW_OPERATIONS
 
 MODELS = {  # query heads, KV heads, head size
     "qwen2-vl-7b": (28, 4, 128),
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, ob
             print(f"left out: {shape}: the {args.seconds:.0f} seconds are over")
             continue
         inputs = make_inputs(shape, device)
-        for operation in OPERATIONS:
+        for operation in (*ROW_OPERATIONS, *OPERATIONS):
             yield from measure(operation, shape, inputs, timer, machine, device)
         del inputs
         if device.type == "cuda":

@@ -23,6 +23,7 @@ from gpucheck.packages import import_path, stage_plugin, unpack_wheel
 from gpucheck.steps import Run, Step
 from gpucheck.watch import ScoredPrompt
 from operations import OPERATIONS, Shape, make_inputs
+from row_operations import ROW_OPERATIONS
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import reference
@@ -258,7 +259,7 @@ class TestStress:
             assert (kept.lt((num_full * size)[:, None, None]) == used).all()
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+@pytest.mark.parametrize("operation", [*ROW_OPERATIONS, *OPERATIONS], ids=lambda o: o.name)
 def test_no_time_for_a_wrong_result(monkeypatch, operation):
     shape = Shape("tiny", 4, 2, 16, 256, 2)
     inputs = make_inputs(shape, torch.device("cpu"))
