@@ -5,9 +5,23 @@
     python benchmarks/kernel_bench.py --device cpu --quick --out kernels.csv
 
 One layer of N prompts of T tokens, bfloat16, random pages all over the pool, L2 flushed before
-every call. ``ours`` is what the plugin runs on this device; ``torch`` is the plain definition;
-``einsum`` and ``topk`` are what one would write without either. Where the plain definition fits
-into memory its result is compared first, and a wrong result ends the run without a number.
+every call. Decode attention is replayed from a CUDA graph, as engines do it. Implementations:
+
+    ours         what the plugin runs on this device, or would run (paged_decode)
+    torch        the plain definition
+    einsum       the code path of projects around SnapKV, from contiguous keys and values
+    kvpress      its SnapKV press, from the same
+    topk         torch's, positions sorted
+    flash-attn   vLLM's own kernel over the virtual batch; "+tables": tables built in every layer
+    flashinfer   its batched decode over the virtual batch
+    copy         a device copy that reads half of the operation's bytes and writes as many; for
+                 select_tokens, of the scores
+
+A run on a CPU only shows that this runs: pages are laid out as on a GPU, which the C++ operations
+do not take. ``cpu_kernels.py`` times those.
+
+Where the plain definition fits into memory its result is compared first, and a wrong result ends
+the run without a number. An implementation without a time has a note that says why.
 
 The floor of an operation is its bytes, every input read once and every output written once, over
 the bandwidth of a large copy, or its FLOPs over the rate of a large matrix product, whichever takes
@@ -24,9 +38,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from gpucheck.machine import facts
-from operations import OPERATIONS, Operation, Shape, make_inputs
+from decode_operations import decode_operations
+from gpucheck.machine import facts, installed_version
+from operations import OPERATIONS, PLAIN, Cost, Operation, Shape, make_inputs
+from rivals import FAILURES, Absent, Calls, Rival
 from row_operations import ROW_OPERATIONS
+from whole_layer import COMPRESS_LAYER
 
 MODELS = {  # query heads, KV heads, head size
     "qwen2-vl-7b": (28, 4, 128),
@@ -38,8 +55,10 @@ QUICK_MODELS = {"tiny": (4, 2, 16)}
 LENGTHS, BATCHES = (2048, 8192, 32768, 131072), (1, 8, 32)
 QUICK_LENGTHS, QUICK_BATCHES = (96, 256), (1, 3)
 
-MILLISECONDS = 30.0  # spent on one entry, about
-FEWEST, MOST = 5, 50  # calls per entry
+MILLISECONDS = 10.0  # spent on one entry, about
+FEWEST, MOST = 3, 40  # calls per entry
+
+Row = dict[str, object]
 
 
 class Machine(NamedTuple):
@@ -72,11 +91,25 @@ class Timer:
         return before.elapsed_time(after)
 
     def __call__(self, call: Callable[[], object]) -> list[float]:
-        for _ in range(1 if self.quick else 3):  # compiles, fills caches of allocators
-            guess = self.once(call)
+        self.once(call)  # compiles, fills caches of allocators
+        guess = self.once(call)
         count = int(MILLISECONDS / max(guess, 1e-3))
         count = 2 if self.quick else min(max(count, FEWEST), MOST)
         return [self.once(call) for _ in range(count)]
+
+    def replayed(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call as a CUDA graph; without a GPU the call itself."""
+        if not self.on_gpu:
+            return call
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()  # what is compiled or allocated once is not captured
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
 
 
 def measure_machine(timer: Timer, device: torch.device) -> Machine:
@@ -92,11 +125,11 @@ def measure_machine(timer: Timer, device: torch.device) -> Machine:
 
 
 def shapes(quick: bool, names: list[str]) -> Iterator[Shape]:
-    """Small ones first, so that a run out of time still has something of every model."""
+    """All of the first model first: a run out of time then has one that can be judged."""
     models = QUICK_MODELS if quick else {name: MODELS[name] for name in names or MODELS}
-    for length in QUICK_LENGTHS if quick else LENGTHS:
-        for num in QUICK_BATCHES if quick else BATCHES:
-            for name, heads in models.items():
+    for name, heads in models.items():
+        for length in QUICK_LENGTHS if quick else LENGTHS:
+            for num in QUICK_BATCHES if quick else BATCHES:
                 yield Shape(name, *heads, length, num)
 
 
@@ -108,56 +141,122 @@ def room(device: torch.device) -> float:
     return 0.8 * (torch.cuda.mem_get_info()[0] + cached)
 
 
+def copy_call(cost: Cost, device: torch.device) -> Callable[[], object]:
+    source = torch.empty(max(cost.bytes // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def entry(shape: Shape, operation: str, implementation: str, cost: Cost, machine: Machine) -> Row:
+    """A row without a time."""
+    return shape._asdict() | {
+        "operation": operation,
+        "implementation": implementation,
+        "checked": False,
+        "samples": 0,
+        "p20_us": "",
+        "p50_us": "",
+        "p80_us": "",
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "floor_us": 1e6 * max(cost.bytes / machine.bandwidth, cost.flops / machine.flops),
+        "times_floor": "",
+        "copy_gb_per_s": machine.bandwidth / 1e9,
+        "matmul_tflop_per_s": machine.flops / 1e12,
+        "note": "",
+    }
+
+
+def timed(row: Row, milliseconds: list[float]) -> Row:
+    times = [1000 * ms for ms in milliseconds]
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    floor = row["floor_us"]
+    assert isinstance(floor, float)
+    return row | {
+        "samples": len(times),
+        "p20_us": cuts[1],
+        "p50_us": statistics.median(times),
+        "p80_us": cuts[7],
+        "times_floor": statistics.median(times) / floor,
+    }
+
+
+def prepare(
+    call: Callable[[], object] | Rival, graphs: Timer | None
+) -> Callable[[], object] | Absent:
+    """The call to time, as a graph where ``graphs`` is to make one."""
+    if not isinstance(call, Rival):
+        return graphs.replayed(call) if graphs else call
+    found = call.ready()
+    if isinstance(found, Absent) or graphs is None:
+        return found
+    try:
+        return graphs.replayed(found)
+    except FAILURES as error:
+        return Absent(f"cannot be captured: {error}".partition("\n")[0])
+
+
 def measure(
-    operation: Operation, shape: Shape, inputs, timer: Timer, machine: Machine, device: torch.device
-) -> Iterator[dict[str, object]]:
-    """Rows of one operation, every implementation that fits into memory.
+    operation: Operation,
+    shape: Shape,
+    inputs,
+    timer: Timer,
+    machine: Machine,
+    device: torch.device,
+    ours_only: bool,
+) -> Iterator[Row]:
+    """Rows of one operation, one for each implementation.
 
     Raises:
         AssertionError: ours differs from the plain definition.
     """
     cost = operation.cost(shape)
-    floor = 1e6 * max(cost.bytes / machine.bandwidth, cost.flops / machine.flops)
     fits = cost.plain_bytes < room(device)
     if fits:
         operation.check(inputs)
-    for name, call in operation.implementations(inputs).items():
-        if name != "ours" and not fits:
+    calls: Calls = operation.implementations(inputs)
+    calls.setdefault("copy", Rival(lambda: copy_call(cost, device), lambda copied: True))
+    for name, call in calls.items():
+        if ours_only and name != "ours":
             continue
-        times = [1000 * ms for ms in timer(call)]
-        cuts = statistics.quantiles(times, n=10, method="inclusive")
-        yield shape._asdict() | {
-            "operation": operation.name,
-            "implementation": name,
-            "checked": fits,
-            "samples": len(times),
-            "p20_us": cuts[1],
-            "p50_us": statistics.median(times),
-            "p80_us": cuts[7],
-            "bytes": cost.bytes,
-            "flops": cost.flops,
-            "floor_us": floor,
-            "times_floor": statistics.median(times) / floor,
-            "copy_gb_per_s": machine.bandwidth / 1e9,
-            "matmul_tflop_per_s": machine.flops / 1e12,
-        }
+        row = entry(shape, operation.name, name, cost, machine) | {"checked": fits}
+        if name in PLAIN and not fits:
+            yield row | {"note": "needs more memory than there is"}
+            continue
+        found = prepare(call, timer if operation.replayed and name not in PLAIN else None)
+        if isinstance(found, Absent):
+            yield row | {"note": found.why}
+        else:
+            yield timed(row, timer(found))
 
 
-def run(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:
+def run(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     timer = Timer(device, args.quick)
     machine = measure_machine(timer, device)
     print(f"copy {machine.bandwidth / 1e9:.0f} GB/s, matmul {machine.flops / 1e12:.1f} TFLOP/s")
+    operations = (
+        *OPERATIONS, COMPRESS_LAYER, *decode_operations(args.jit), *ROW_OPERATIONS,
+    )  # fmt: skip
     end = time.monotonic() + args.seconds
+    over = f"the {args.seconds:.0f} seconds were over"
+
+    def left_out(shape: Shape, operation: str, note: str) -> Row:
+        return entry(shape, operation, "all", Cost(0, 0, 0), machine) | {"note": note}
+
     for shape in shapes(args.quick, args.models):
         if shape.held_bytes > room(device):
-            print(f"left out: {shape}: its inputs take {shape.held_bytes / 2**30:.0f} GiB")
+            gib = shape.held_bytes / 2**30
+            yield left_out(shape, "all", f"its inputs take {gib:.0f} GiB")
             continue
         if time.monotonic() > end:
-            print(f"left out: {shape}: the {args.seconds:.0f} seconds are over")
+            yield left_out(shape, "all", over)
             continue
         inputs = make_inputs(shape, device)
-        for operation in (*ROW_OPERATIONS, *OPERATIONS):
-            yield from measure(operation, shape, inputs, timer, machine, device)
+        for operation in operations:
+            if time.monotonic() > end:
+                yield left_out(shape, operation.name, over)
+                continue
+            yield from measure(operation, shape, inputs, timer, machine, device, args.ours_only)
         del inputs
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -168,31 +267,39 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--models", nargs="*", default=[], choices=MODELS, metavar="MODEL")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start no case after these")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing after these")
+    parser.add_argument("--ours-only", action="store_true", help="no other implementation")
+    parser.add_argument("--jit", action="store_true", help="FlashInfer may compile, for minutes")
     parser.add_argument("--out", type=Path, required=True, help="CSV file")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU here; --device cpu --quick only shows that this runs")
     device = torch.device(args.device)
-    known = facts(args.device)
+    known = facts(args.device) | {
+        "flashinfer": installed_version("flashinfer-python"),
+        "kvpress": installed_version("kvpress"),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     writer = None
     with args.out.open("w", newline="") as sink, torch.inference_mode():
         for row in run(args, device):
-            entry = known | row
+            line = known | row
             if writer is None:
-                writer = csv.DictWriter(sink, entry, lineterminator="\n")
+                writer = csv.DictWriter(sink, line, lineterminator="\n")
                 writer.writeheader()
-            writer.writerow(
-                {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in entry.items()}
-            )
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()})
             sink.flush()
-            print(
-                f"{row['model']:22} T {row['length']:6} N {row['num']:2} {row['operation']:16} "
-                f"{row['implementation']:6} {row['p50_us']:10.1f} us "
-                f"{row['times_floor']:9.1f} x floor",
-                flush=True,
-            )
+            print(describe(row), flush=True)
+
+
+def describe(row: Row) -> str:
+    head = (
+        f"{row['model']:22} T {row['length']:6} N {row['num']:2} {row['operation']:20} "
+        f"{row['implementation']:17} "
+    )
+    if not row["samples"]:
+        return f"{head}{row['note']}"
+    return f"{head}{row['p50_us']:10.1f} us {row['times_floor']:9.1f} x floor"
 
 
 if __name__ == "__main__":

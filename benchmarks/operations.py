@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations that ``kernel_bench.py`` times: inputs, implementations, bytes and FLOPs.
+"""Single operations that ``kernel_bench.py`` times: inputs, implementations, bytes and FLOPs.
 
-Ours are called by the names of ``vllm_kvcompress.kernels``, which pick the device's best.
+Ours are called by the names of ``vllm_kvcompress.kernels``, which pick the device's best. All of
+them in a row are in ``whole_layer.py``, decode attention is in ``decode_operations.py``.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from gpucheck.stress import in_place
+from rivals import Calls
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import PageLayout, PromptPages, reference
@@ -111,11 +114,15 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
 
 
 class Cost(NamedTuple):
-    """Of one call: least bytes and FLOPs, and what plain definition and check allocate."""
+    """Of one call: least bytes and FLOPs, and what plain implementations and check allocate."""
 
     bytes: int
     flops: int
     plain_bytes: int
+
+
+PLAIN = ("torch", "einsum", "topk", "kvpress")
+"""Implementations that need ``Cost.plain_bytes``."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +132,16 @@ class Operation:
     Attributes:
         implementations: calls by name; "ours" and "torch" always.
         check: raises AssertionError where ours differs from the plain definition.
+        kernel: name in ``vllm_kvcompress.kernels`` of what is timed, or of its last step.
+        replayed: as engines replay it from a CUDA graph: without the time to launch its kernels.
     """
 
     name: str
     cost: Callable[[Shape], Cost]
-    implementations: Callable[[Inputs], dict[str, Callable[[], object]]]
+    implementations: Callable[[Inputs], Calls]
     check: Callable[[Inputs], None]
+    kernel: str
+    replayed: bool = False
 
 
 def entries(shape: Shape) -> int:
@@ -148,24 +159,43 @@ def require(holds: bool | torch.Tensor, what: str) -> None:
 def scores_cost(shape: Shape) -> Cost:
     logits = shape.num * shape.num_q_heads * WINDOW * shape.length
     keys = shape.page_bytes // 2
-    return Cost(keys + 2 * 4 * entries(shape), 2 * logits * shape.head_size, 12 * logits + 4 * keys)
+    repeated = keys * shape.num_q_heads // shape.num_kv_heads
+    plain_bytes = 12 * logits + 6 * keys + repeated
+    return Cost(keys + 2 * 4 * entries(shape), 2 * logits * shape.head_size, plain_bytes)
 
 
-def scores_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+def repeated_window(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Attention of the window as projects around SnapKV compute it: keys once per query head,
+    logits and probabilities in the model's type, the softmax between them in float32.
+
+    Args:
+        queries: [N, W, Hq, D].
+        keys: [N, Hkv, T, D], contiguous, as the cache of these projects is.
+
+    Returns:
+        [N, Hq, W, T].
+    """
+    window, num_q_heads, head_size = queries.shape[1:]
+    every = keys.repeat_interleave(num_q_heads // keys.shape[1], dim=1)
+    logits = torch.einsum("nwhd,nhtd->nhwt", queries, every) * head_size**-0.5
+    rows = torch.ones(window, window, dtype=torch.bool, device=keys.device)
+    logits[..., -window:].masked_fill_(rows.triu(1), torch.finfo(logits.dtype).min)
+    return logits.softmax(-1, dtype=torch.float32).to(queries.dtype)
+
+
+def scores_calls(x: Inputs) -> Calls:
     scale = x.shape.head_size**-0.5
 
     def plain():
         keys = reference.read_prompt(x.prompts, "key")
         return reference.window_scores(x.queries, keys, x.prompt_lens, scale)
 
+    @functools.cache
+    def keys() -> torch.Tensor:  # made by the first call, which is not timed
+        return reference.read_prompt(x.prompts, "key").contiguous()
+
     def einsum():
-        keys = reference.read_prompt(x.prompts, "key")
-        group = x.shape.num_q_heads // x.shape.num_kv_heads
-        rows = x.queries.unflatten(2, (-1, group))
-        logits = torch.einsum("nwhgd,nhtd->nhgwt", rows, keys).float() * scale
-        hidden = torch.ones(WINDOW, x.shape.length, dtype=torch.bool, device=keys.device)
-        hidden = hidden.triu(x.shape.length - WINDOW + 1)
-        probs = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+        probs = repeated_window(x.queries, keys()).unflatten(1, (x.shape.num_kv_heads, -1))
         return probs.mean((2, 3)), probs[:, :, :, -1].mean(2)
 
     return {
@@ -184,7 +214,7 @@ def scores_check(x: Inputs) -> None:
 # calibrate_scores
 
 
-def calibrate_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+def calibrate_calls(x: Inputs) -> Calls:
     args = (x.base, x.base + x.evidence, x.trace, x.num_scored, x.capacity)
     return {
         "ours": lambda: kernels.calibrate_scores(*args, **BACON),
@@ -202,13 +232,15 @@ def calibrate_check(x: Inputs) -> None:
 # select_tokens
 
 
-def select_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+def select_calls(x: Inputs) -> Calls:
     num_kept = x.shape.num_kept
     args = (x.base, x.count * BLOCK_SIZE, x.num_scored, x.prompt_lens, num_kept)
+    copy = torch.empty_like(x.base)
     return {
         "ours": lambda: kernels.select_tokens(*args),
         "torch": lambda: reference.select_tokens(*args),
         "topk": lambda: x.base.topk(num_kept, dim=2).indices.sort(2).values,
+        "copy": lambda: copy.copy_(x.base),  # of the scores
     }
 
 
@@ -227,7 +259,7 @@ def compact_cost(shape: Shape) -> Cost:
     return Cost(moved * (2 * 2 * row + 8), 0, moved * row * 24 + copies)
 
 
-def compact_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+def compact_calls(x: Inputs) -> Calls:
     args = (x.kept, x.count, x.start, x.num_full, x.num_kept)
     return {
         "ours": lambda: in_place(kernels, x.prompts, *args),
@@ -253,7 +285,7 @@ def tables_cost(shape: Shape) -> Cost:
     return Cost(4 * (blocks + written), 0, 64 * written)
 
 
-def tables_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+def tables_calls(x: Inputs) -> Calls:
     width = x.shape.length // BLOCK_SIZE
     tensors = (
         x.prompts.block_table, x.prompt_lens, x.num_full, x.num_kept, x.count, x.start,
@@ -272,12 +304,13 @@ def tables_check(x: Inputs) -> None:
 
 
 OPERATIONS = (
-    Operation("window_scores", scores_cost, scores_calls, scores_check),
+    Operation("window_scores", scores_cost, scores_calls, scores_check, "window_scores"),
     Operation(
         "calibrate_scores",
         lambda s: Cost(4 * entries(s) * (TRACE_LAYERS + 3), 0, 100 * entries(s)),
         calibrate_calls,
         calibrate_check,
+        "calibrate_scores",
     ),
     Operation(
         "select_tokens",
@@ -286,8 +319,9 @@ OPERATIONS = (
         ),
         select_calls,
         select_check,
+        "select_tokens",
     ),
-    Operation("head_page_tables", tables_cost, tables_calls, tables_check),
-    # last: it changes the pages
-    Operation("write_pages", compact_cost, compact_calls, compact_check),
+    Operation("head_page_tables", tables_cost, tables_calls, tables_check, "head_page_tables"),
+    # changes the pages, from random ones to others
+    Operation("write_pages", compact_cost, compact_calls, compact_check, "write_pages"),
 )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations of shiftkv and aircache that ``kernel_bench.py`` times."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from operations import Cost, Inputs, Operation, Shape, entries, require
+from rivals import Calls
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import reference
@@ -24,7 +24,7 @@ def masses_cost(shape: Shape) -> Cost:
     return Cost(keys + masses, 2 * logits * shape.head_size, plain)
 
 
-def masses_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+def masses_calls(x: Inputs) -> Calls:
     size = (x.shape.num, PROXIES, x.shape.num_q_heads, x.shape.head_size)
     proxies = _normal(x, *size)
     numbers = (x.prompt_lens, GROUPS, x.shape.head_size**-0.5)
@@ -49,7 +49,7 @@ def votes_cost(shape: Shape) -> Cost:
     return Cost(4 * (masses + entries(shape)), 0, 80 * masses)
 
 
-def votes_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+def votes_calls(x: Inputs) -> Calls:
     spread = _normal(x, x.shape.num, x.shape.num_kv_heads, GROUPS, x.shape.length)
     args = (spread.mul_(4).exp_(), x.prompt_lens - 1, TAU, COVER)
     return {
@@ -92,7 +92,7 @@ def elite_cost(shape: Shape) -> Cost:
     return Cost(keys + 4 * heads * shape.length, flops, 12 * logits + 4 * keys)
 
 
-def elite_calls(x: Inputs) -> dict[str, Callable[[], object]]:
+def elite_calls(x: Inputs) -> Calls:
     rows, numbers = instruction(x), (x.prompt_lens, x.shape.head_size**-0.5)
 
     def plain():
@@ -116,7 +116,7 @@ def _normal(x: Inputs, *size: int) -> torch.Tensor:
 
 
 ROW_OPERATIONS = (
-    Operation("group_masses", masses_cost, masses_calls, masses_check),
-    Operation("count_votes", votes_cost, votes_calls, votes_check),
-    Operation("elite_attention", elite_cost, elite_calls, elite_check),
+    Operation("group_masses", masses_cost, masses_calls, masses_check, "group_masses"),
+    Operation("count_votes", votes_cost, votes_calls, votes_check, "count_votes"),
+    Operation("elite_attention", elite_cost, elite_calls, elite_check, "elite_attention"),
 )

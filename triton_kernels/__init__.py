@@ -7,229 +7,40 @@ Layouts and terms:
     block_table [R, B] block ids of each request
     T           positions 0 .. T-1 of the longest prompt of a batch, rounded up to blocks
 
-Every operation is defined in ``reference.py``. Where the device has a faster one, the name here
-picks it: Triton on a GPU, C++ on a CPU.
+Every operation is defined in ``reference.py`` and its parts. Below is the table of all of them:
+definition, Triton module for GPUs, C++ for CPUs. They are called like their definitions.
 """
 
-from types import ModuleType
-
-import torch
-
-from vllm_kvcompress.kernels import native, reference
+from vllm_kvcompress.kernels import native, reference, reference_decode, reference_paged
+from vllm_kvcompress.kernels.operations import Operation, describe, reasons_against
 from vllm_kvcompress.kernels.reference import PageLayout, PromptPages
+from vllm_kvcompress.kernels.reference_decode import HeldPages
 
-
-def head_page_tables(
-    block_table: torch.Tensor, *args: torch.Tensor | int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``reference.head_page_tables``; one Triton launch on a GPU."""
-    if block_table.is_cuda:
-        from vllm_kvcompress.kernels import page_tables  # CPU installations may lack Triton
-
-        return page_tables.head_page_tables(block_table, *args)
-    return reference.head_page_tables(block_table, *args)
-
-
-def window_scores(
-    queries: torch.Tensor,
-    prompts: PromptPages,
-    prompt_lens: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-    reduction: str = "mean",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``reference.window_scores``, on paged keys; Triton on a GPU, C++ on a CPU."""
-    if prompts.pages.is_cuda:
-        from vllm_kvcompress.kernels import window_attention
-
-        return window_attention.window_scores(
-            queries, prompts, prompt_lens, scale, softcap, reduction
-        )
-    if _native(prompts.pages, prompts.layout):
-        return native.window_scores(queries, prompts, prompt_lens, scale, softcap, reduction)
-    keys = read_prompt(prompts, "key")
-    return reference.window_scores(queries, keys, prompt_lens, scale, softcap, reduction)
-
-
-def column_sums(
-    queries: torch.Tensor,
-    lengths: torch.Tensor,
-    positions: torch.Tensor,
-    prompts: PromptPages,
-    scale: float,
-    softcap: float = 0.0,
-) -> torch.Tensor:
-    """See ``reference.column_sums``, on paged keys; Triton on a GPU, C++ on a CPU."""
-    if prompts.pages.is_cuda:
-        from vllm_kvcompress.kernels import column_attention
-
-        return column_attention.column_sums(queries, lengths, positions, prompts, scale, softcap)
-    if _native(prompts.pages, prompts.layout):
-        return native.column_sums(queries, lengths, positions, prompts, scale, softcap)
-    keys = read_prompt(prompts, "key")
-    return reference.column_sums(queries, lengths, positions, keys, scale, softcap)
-
-
-def group_masses(
-    queries: torch.Tensor,
-    prompts: PromptPages,
-    prompt_lens: torch.Tensor,
-    num_groups: int,
-    scale: float,
-    softcap: float = 0.0,
-) -> torch.Tensor:
-    """See ``reference.group_masses``, on paged keys; two Triton launches on a GPU."""
-    if prompts.pages.is_cuda:
-        from vllm_kvcompress.kernels import proxy_attention
-
-        return proxy_attention.group_masses(
-            queries, prompts, prompt_lens, num_groups, scale, softcap
-        )
-    keys = read_prompt(prompts, "key")
-    return reference.group_masses(queries, keys, prompt_lens, num_groups, scale, softcap)
-
-
-def count_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
-    """See ``reference.count_votes``; two Triton launches on a GPU, which sort nothing."""
-    if masses.is_cuda:
-        from vllm_kvcompress.kernels import votes
-
-        return votes.count_votes(masses, end, tau, cover)
-    return reference.count_votes(masses, end, tau, cover)
-
-
-def last_row_logits(
-    queries: torch.Tensor,
-    prompts: PromptPages,
-    prompt_lens: torch.Tensor,
-    text_rows: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-) -> torch.Tensor:
-    """See ``reference.last_row_logits``, on paged keys; one Triton launch on a GPU."""
-    if prompts.pages.is_cuda:
-        from vllm_kvcompress.kernels import elite_rows
-
-        return elite_rows.last_row_logits(queries, prompts, prompt_lens, text_rows, scale, softcap)
-    keys = read_prompt(prompts, "key")
-    return reference.last_row_logits(queries, keys, prompt_lens, text_rows, scale, softcap)
-
-
-def elite_attention(
-    queries: torch.Tensor,
-    elite: torch.Tensor,
-    segment: torch.Tensor,
-    prompts: PromptPages,
-    prompt_lens: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-) -> torch.Tensor:
-    """See ``reference.elite_attention``, on paged keys; two Triton launches on a GPU."""
-    if prompts.pages.is_cuda:
-        from vllm_kvcompress.kernels import elite_rows
-
-        return elite_rows.elite_attention(
-            queries, elite, segment, prompts, prompt_lens, scale, softcap
-        )
-    keys = read_prompt(prompts, "key")
-    return reference.elite_attention(queries, elite, segment, keys, prompt_lens, scale, softcap)
-
-
-def pool_prefix(
-    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
-) -> torch.Tensor:
-    """See ``reference.pool_prefix``; one Triton launch on a GPU, C++ on a CPU."""
-    if scores.is_cuda:
-        from vllm_kvcompress.kernels import calibration
-
-        return calibration.pool_prefix(scores, num_scored, kernel, kind)
-    return _on_host().pool_prefix(scores, num_scored, kernel, kind)
-
-
-def calibrate_scores(
-    mean: torch.Tensor, *args: torch.Tensor | list[torch.Tensor], **options: float | str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``reference.calibrate_scores``; two Triton launches on a GPU, C++ on a CPU."""
-    if mean.is_cuda:
-        from vllm_kvcompress.kernels import calibration
-
-        return calibration.calibrate_scores(mean, *args, **options)
-    return _on_host().calibrate_scores(mean, *args, **options)
-
-
-def select_tokens(
-    scores: torch.Tensor,
-    count: torch.Tensor,
-    num_candidates: torch.Tensor,
-    pinned_end: torch.Tensor,
-    max_count: int,
-) -> torch.Tensor:
-    """See ``reference.select_tokens``; Triton on a GPU, C++ on a CPU."""
-    if scores.is_cuda:
-        from vllm_kvcompress.kernels import selection
-
-        return selection.select_tokens(scores, count, num_candidates, pinned_end, max_count)
-    return _on_host().select_tokens(scores, count, num_candidates, pinned_end, max_count)
-
-
-def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """See ``reference.head_counts``; two Triton launches on a GPU, C++ on a CPU."""
-    if base.is_cuda:
-        from vllm_kvcompress.kernels import head_budgets
-
-        return head_budgets.head_counts(base, capacity, normalize)
-    return _on_host().head_counts(base, capacity, normalize)
-
-
-def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
-    """See ``reference.read_prompt``; C++ for the page layouts of a CPU, which returns float32."""
-    if _native(prompts.pages, prompts.layout):
-        return native.read_prompt(prompts, part)
-    return reference.read_prompt(prompts, part)
-
-
-def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """See ``reference.stage_tokens``; Triton on a GPU, C++ for the page layouts of a CPU."""
-    if prompts.pages.is_cuda:
-        from vllm_kvcompress.kernels import compaction
-
-        return compaction.stage_tokens(prompts, kept, count)
-    if _native(prompts.pages, prompts.layout):
-        return native.stage_tokens(prompts, kept, count)
-    return reference.stage_tokens(prompts, kept, count)
-
-
-def write_pages(prompts: PromptPages, *args: torch.Tensor | int) -> None:
-    """See ``reference.write_pages``; Triton on a GPU, C++ for the page layouts of a CPU."""
-    if prompts.pages.is_cuda:
-        from vllm_kvcompress.kernels import compaction
-
-        compaction.write_pages(prompts, *args)
-    elif _native(prompts.pages, prompts.layout):
-        native.write_pages(prompts, *args)
-    else:
-        reference.write_pages(prompts, *args)
-
-
-def _on_host() -> ModuleType:
-    """The module with the operations on scores that lie in the memory of the host."""
-    return native if native.available() else reference
-
-
-def _native(pages: torch.Tensor, layout: PageLayout) -> bool:
-    return not pages.is_cuda and layout.key_index is not None and native.available()
-
-
-def describe(device_type: str) -> str:
-    """What runs on a device, for the start-up line."""
-    if device_type == "cuda":
-        return "read_prompt in torch, the rest in Triton"
-    if native.available():
-        return "C++ for everything but head_page_tables, which is torch"
-    return "torch (C++ was not built: install with --no-build-isolation and a compiler)"
-
+window_scores = Operation(
+    reference_paged.window_scores, triton="window_attention", cpp=native.window_scores
+)
+column_sums = Operation(
+    reference_paged.column_sums, triton="column_attention", cpp=native.column_sums
+)
+group_masses = Operation(reference_paged.group_masses, triton="proxy_attention")
+count_votes = Operation(reference.count_votes, triton="votes")
+last_row_logits = Operation(reference_paged.last_row_logits, triton="elite_rows")
+elite_attention = Operation(reference_paged.elite_attention, triton="elite_rows")
+pool_prefix = Operation(reference.pool_prefix, triton="calibration", cpp=native.pool_prefix)
+calibrate_scores = Operation(
+    reference.calibrate_scores, triton="calibration", cpp=native.calibrate_scores
+)
+head_counts = Operation(reference.head_counts, triton="head_budgets", cpp=native.head_counts)
+select_tokens = Operation(reference.select_tokens, triton="selection", cpp=native.select_tokens)
+read_prompt = reference_paged.read_prompt
+stage_tokens = Operation(reference.stage_tokens, triton="compaction", cpp=native.stage_tokens)
+write_pages = Operation(reference.write_pages, triton="compaction", cpp=native.write_pages)
+head_page_tables = Operation(reference.head_page_tables, triton="page_tables")
+# a candidate: no step calls it until a GPU has shown that it beats the platform's own kernel
+paged_decode = Operation(reference_decode.paged_decode, triton="decode_attention")
 
 __all__ = [
+    "HeldPages",
     "PageLayout",
     "PromptPages",
     "calibrate_scores",
@@ -241,8 +52,10 @@ __all__ = [
     "head_counts",
     "head_page_tables",
     "last_row_logits",
+    "paged_decode",
     "pool_prefix",
     "read_prompt",
+    "reasons_against",
     "select_tokens",
     "stage_tokens",
     "window_scores",

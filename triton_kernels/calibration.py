@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BACON's calibration in two launches: values of every token, then one strength per head."""
+"""BACON's calibration: values of every token, then one strength per head.
+
+The strength takes one program per head, or, where heads are long, one per tile and launch.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels import radix
+from vllm_kvcompress.kernels import radix, tiled_radix
 from vllm_kvcompress.kernels.reference_scores import EPS
 
 _TOKENS_PER_PROGRAM = 512
@@ -139,6 +142,34 @@ def _top_statistics(p_row, num_scored, top, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _limits(num_scored_ptr, capacity_ptr, i_row, TOPK_FRAC: tl.constexpr):
+    """Scored tokens of a request, and how many of them its statistics are taken of: int32."""
+    num_scored = tl.load(num_scored_ptr + i_row).to(tl.int32)
+    wanted = (tl.load(capacity_ptr + i_row).to(tl.float64) * TOPK_FRAC).to(tl.int64)
+    return num_scored, tl.minimum(tl.maximum(wanted, 1), num_scored).to(tl.int32)
+
+
+@triton.jit
+def _strength(
+    base_mean, base_std, value_mean, value_std, lambda_c, GATED: tl.constexpr, EPS: tl.constexpr
+):
+    strength = lambda_c * base_std / (value_std + EPS)
+    if GATED:
+        strength = strength * tl.minimum(tl.maximum(value_mean / (base_mean + EPS), 0.0), 1.0)
+    return strength
+
+
+@triton.jit
+def _add_values(p_base, p_value, o_t, num_scored, length, strength):
+    """S instead of V at positions ``o_t``."""
+    m_t = o_t < num_scored
+    b_base = tl.load(p_base + o_t, mask=m_t, other=0.0)
+    b_value = tl.load(p_value + o_t, mask=m_t, other=0.0)
+    b_final = tl.where(m_t, b_base + strength * b_value, float("-inf"))
+    tl.store(p_value + o_t, b_final, mask=o_t < length)
+
+
+@triton.jit
 def _calibrate_kernel(
     base_ptr,  # [N * H, T] float32
     value_ptr,  # [N * H, T] float32; V goes in, S comes out
@@ -154,23 +185,113 @@ def _calibrate_kernel(
 ):
     """S = B + lambda * V of one head, lambda from the statistics of its largest B and V."""
     i_seq = tl.program_id(0).to(tl.int64)
-    i_row = i_seq // num_heads
-    num_scored = tl.load(num_scored_ptr + i_row).to(tl.int32)
-    wanted = (tl.load(capacity_ptr + i_row).to(tl.float64) * TOPK_FRAC).to(tl.int64)
-    top = tl.minimum(tl.maximum(wanted, 1), num_scored).to(tl.int32)
+    num_scored, top = _limits(num_scored_ptr, capacity_ptr, i_seq // num_heads, TOPK_FRAC)
     p_base, p_value = base_ptr + i_seq * length, value_ptr + i_seq * length
     base_mean, base_std = _top_statistics(p_base, num_scored, top, BLOCK)
     value_mean, value_std = _top_statistics(p_value, num_scored, top, BLOCK)
-    strength = lambda_c * base_std / (value_std + EPS)
-    if GATED:
-        strength = strength * tl.minimum(tl.maximum(value_mean / (base_mean + EPS), 0.0), 1.0)
+    strength = _strength(base_mean, base_std, value_mean, value_std, lambda_c, GATED, EPS)
     for start in range(0, length, BLOCK):
         o_t = start + tl.arange(0, BLOCK)
-        m_t = o_t < num_scored
-        b_base = tl.load(p_base + o_t, mask=m_t, other=0.0)
-        b_value = tl.load(p_value + o_t, mask=m_t, other=0.0)
-        b_final = tl.where(m_t, b_base + strength * b_value, float("-inf"))
-        tl.store(p_value + o_t, b_final, mask=o_t < length)
+        _add_values(p_base, p_value, o_t, num_scored, length, strength)
+
+
+@triton.jit
+def _begin_statistics_kernel(
+    num_scored_ptr,  # [N] int64
+    capacity_ptr,  # [N] int64
+    scratch_ptr,  # of 2 * N * H rows: B of all heads, then V
+    num_heads,
+    num_seqs,  # N * H
+    TOPK_FRAC: tl.constexpr,
+):
+    i_part = tl.program_id(0).to(tl.int64)
+    i_row = i_part % num_seqs // num_heads
+    num_scored, top = _limits(num_scored_ptr, capacity_ptr, i_row, TOPK_FRAC)
+    tiled_radix.begin(tiled_radix.scratch_row(scratch_ptr, i_part), num_scored, top)
+
+
+@triton.jit
+def _moments_kernel(
+    values_ptr,  # [2 * N * H, T] float32, B and V
+    num_scored_ptr,  # [N] int64
+    scratch_ptr,  # of 2 * N * H rows
+    moments_ptr,  # [2 * N * H, tiles, 3] float32
+    num_heads,
+    num_seqs,  # N * H
+    length,  # T
+    num_tiles,
+    BLOCK: tl.constexpr,
+):
+    """Entries of one tile above the threshold: number, sum, squared distances to their mean."""
+    i_part = tl.program_id(0).to(tl.int64)
+    i_tile = tl.program_id(1)
+    num_scored = tl.load(num_scored_ptr + i_part % num_seqs // num_heads).to(tl.int32)
+    last_key, _ = tiled_radix.threshold(tiled_radix.scratch_row(scratch_ptr, i_part))
+    o_t = i_tile * BLOCK + tl.arange(0, BLOCK)
+    m_t = o_t < num_scored
+    b_x = tl.load(values_ptr + i_part * length + o_t, mask=m_t, other=0.0)
+    m_t = m_t & (radix.order_keys(b_x) > last_key)
+    number = tl.sum(m_t.to(tl.float32), 0)
+    total = tl.sum(tl.where(m_t, b_x, 0.0), 0)
+    b_off = tl.where(m_t, b_x - total / tl.maximum(number, 1.0), 0.0)
+    p_tile = moments_ptr + (i_part * num_tiles + i_tile) * 3
+    tl.store(p_tile, number)
+    tl.store(p_tile + 1, total)
+    tl.store(p_tile + 2, tl.sum(b_off * b_off, 0))
+
+
+@triton.jit
+def _merged_statistics(moments_ptr, scratch_ptr, i_part, num_tiles, top):
+    """See ``_top_statistics``, from the moments of tiles: nothing large is subtracted."""
+    last_key, rest = tiled_radix.threshold(tiled_radix.scratch_row(scratch_ptr, i_part))
+    tie = radix.value_of(last_key)
+    p_moments = moments_ptr + i_part * num_tiles * 3
+    total = rest * tie
+    for start in range(0, num_tiles, 128):
+        o_tile = start + tl.arange(0, 128)
+        total += tl.sum(tl.load(p_moments + o_tile * 3 + 1, mask=o_tile < num_tiles, other=0.0), 0)
+    mean = total / top
+    square = rest * (tie - mean) * (tie - mean)
+    for start in range(0, num_tiles, 128):
+        o_tile = start + tl.arange(0, 128)
+        m_tile = o_tile < num_tiles
+        b_number = tl.load(p_moments + o_tile * 3, mask=m_tile, other=0.0)
+        b_total = tl.load(p_moments + o_tile * 3 + 1, mask=m_tile, other=0.0)
+        b_within = tl.load(p_moments + o_tile * 3 + 2, mask=m_tile, other=0.0)
+        b_off = b_total / tl.maximum(b_number, 1.0) - mean
+        square += tl.sum(b_within + b_number * b_off * b_off, 0)
+    return mean, tl.sqrt(square / top)
+
+
+@triton.jit
+def _add_values_kernel(
+    base_ptr,  # [N * H, T] float32
+    value_ptr,  # [N * H, T] float32; V goes in, S comes out
+    num_scored_ptr,  # [N] int64
+    capacity_ptr,  # [N] int64
+    scratch_ptr,  # of 2 * N * H rows
+    moments_ptr,  # [2 * N * H, tiles, 3] float32
+    num_heads,
+    num_seqs,  # N * H
+    length,  # T
+    num_tiles,
+    lambda_c,
+    TOPK_FRAC: tl.constexpr,
+    GATED: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of what ``_calibrate_kernel`` does; the strength is the same in all of a head."""
+    i_seq = tl.program_id(0).to(tl.int64)
+    num_scored, top = _limits(num_scored_ptr, capacity_ptr, i_seq // num_heads, TOPK_FRAC)
+    base_mean, base_std = _merged_statistics(moments_ptr, scratch_ptr, i_seq, num_tiles, top)
+    value_mean, value_std = _merged_statistics(
+        moments_ptr, scratch_ptr, num_seqs + i_seq, num_tiles, top
+    )
+    strength = _strength(base_mean, base_std, value_mean, value_std, lambda_c, GATED, EPS)
+    o_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    p_base, p_value = base_ptr + i_seq * length, value_ptr + i_seq * length
+    _add_values(p_base, p_value, o_t, num_scored, length, strength)
 
 
 def pool_prefix(
@@ -210,17 +331,18 @@ def calibrate_scores(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``reference.calibrate_scores``.
 
-    The second launch reads B and V seven times each, from L2 when a head's scores fit there.
+    After the values, B and V are read seven times each, from L2 where they fit: in one launch, or
+    in seven where heads are long.
     """
     num, num_heads, length = mean.shape
-    base, evidence, final = torch.empty(
-        (3, num, num_heads, length), dtype=torch.float32, device=mean.device
-    )
+    rows = num * num_heads
+    results = torch.empty((3, num, num_heads, length), dtype=torch.float32, device=mean.device)
+    base, final, evidence = results
     mean, last, num_scored = mean.contiguous(), last.contiguous(), num_scored.contiguous()
     traced = [old.contiguous() for old in trace]
     # in steps, so that the first layers do not each compile a kernel of their own
     traced += [mean] * (-len(trace) % _TRACE_STEP if trace else _TRACE_STEP)
-    _value_kernel[(num * num_heads, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
+    _value_kernel[(rows, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
         mean,
         last,
         tuple(traced),
@@ -238,18 +360,26 @@ def calibrate_scores(
         EPS=EPS,
         BLOCK_T=_TOKENS_PER_PROGRAM,
     )
-    _calibrate_kernel[(num * num_heads,)](
-        base,
-        final,
-        num_scored,
-        capacity.contiguous(),
-        num_heads,
-        length,
-        lambda_c,
-        TOPK_FRAC=topk_frac,
-        GATED=mode == "elt",
-        EPS=EPS,
-        BLOCK=radix.BLOCK,
-        num_warps=radix.NUM_WARPS,
+    limits = (num_scored, capacity.contiguous())
+    rule = {"TOPK_FRAC": topk_frac, "GATED": mode == "elt", "EPS": EPS}
+    if length <= tiled_radix.LONG:
+        _calibrate_kernel[(rows,)](
+            base, final, *limits, num_heads, length, lambda_c,
+            **rule, BLOCK=radix.BLOCK, num_warps=radix.NUM_WARPS,
+        )  # fmt: skip
+        return base, evidence, final
+    tiles = tiled_radix.num_tiles(length)
+    scratch = tiled_radix.new_scratch(2 * rows, mean.device)
+    moments = torch.empty((2 * rows, tiles, 3), dtype=torch.float32, device=mean.device)
+    sizes = {"BLOCK": tiled_radix.TILE, "num_warps": tiled_radix.NUM_WARPS}
+    both = results[:2].view(2 * rows, length)
+    _begin_statistics_kernel[(2 * rows,)](*limits, scratch, num_heads, rows, TOPK_FRAC=topk_frac)
+    tiled_radix.find_thresholds(both, scratch)
+    _moments_kernel[(2 * rows, tiles)](
+        both, num_scored, scratch, moments, num_heads, rows, length, tiles, **sizes
     )
+    _add_values_kernel[(rows, tiles)](
+        base, final, *limits, scratch, moments, num_heads, rows, length, tiles, lambda_c,
+        **rule, **sizes,
+    )  # fmt: skip
     return base, evidence, final

@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from vllm_kvcompress.kernels.reference import PromptPages
+from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, index_tables
 
 
 @functools.cache
@@ -29,10 +29,16 @@ def available() -> bool:
     return True
 
 
+def _orders(layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where pages keep keys and values: [block_size * D] int64 each, also for token rows."""
+    key_index, value_index = index_tables(layout, torch.device("cpu"))
+    return key_index.flatten(), value_index.flatten()
+
+
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """See ``reference.read_prompt``; the result is float32."""
     pages, block_table, num_kv_heads, layout = prompts
-    index = layout.key_index if part == "key" else layout.value_index
+    index = _orders(layout)[0 if part == "key" else 1]
     return torch.ops.vllm_kvcompress.read_prompt(
         pages, block_table, num_kv_heads, index, layout.head_size
     )
@@ -53,7 +59,7 @@ def window_scores(
         pages,
         block_table,
         num_kv_heads,
-        layout.key_index,
+        _orders(layout)[0],
         prompt_lens,
         scale,
         softcap,
@@ -78,7 +84,7 @@ def column_sums(
         pages,
         block_table,
         num_kv_heads,
-        layout.key_index,
+        _orders(layout)[0],
         scale,
         softcap,
     )
@@ -149,8 +155,7 @@ def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) 
         block_table,
         kept,
         count,
-        layout.key_index,
-        layout.value_index,
+        *_orders(layout),
         layout.block_size,
         layout.head_size,
     )
@@ -176,8 +181,7 @@ def write_pages(
         page_start,
         num_full_blocks,
         num_kept_blocks,
-        layout.key_index,
-        layout.value_index,
+        *_orders(layout),
         layout.block_size,
         layout.head_size,
         layer_pages,

@@ -7,6 +7,41 @@ import triton.language as tl
 
 
 @triton.jit
+def page_ids(
+    block_row_ptr,
+    o_page,
+    m_page,
+    i_head,
+    num_full,
+    num_kept,
+    count,
+    start,
+    num_blocks,
+    num_heads,
+    layer,
+    layer_pages,
+    SPANS: tl.constexpr,
+):
+    """Ids of the pages with an index [...] in the page table of one request and KV head.
+
+    Past the head's last page they are ids of some page. SPANS: the runs of kept pages may reach
+    into other layers.
+    """
+    number = start + o_page
+    compacted = o_page < count
+    within = number
+    owner = layer
+    if SPANS:
+        within = number % (num_kept * num_heads)
+        owner = tl.where(compacted, number // (num_kept * num_heads), layer)
+    block = tl.where(compacted, num_full - num_kept + within % num_kept, num_full + o_page - count)
+    block = tl.minimum(tl.maximum(block, 0), num_blocks - 1)
+    head = tl.where(compacted, within // num_kept, i_head)
+    b_block = tl.load(block_row_ptr + block, mask=m_page, other=0)
+    return owner * layer_pages + b_block * num_heads + head
+
+
+@triton.jit
 def _head_page_tables_kernel(
     block_table_ptr,  # [R, B] int32
     seq_lens_ptr,  # [R] int32
@@ -37,16 +72,10 @@ def _head_page_tables_kernel(
 
     o_page = i_tile * TILE + tl.arange(0, TILE)
     m_page = o_page < width
-    number = start + o_page
-    compacted = o_page < count
-    within = number % (num_kept * num_heads)
-    block = tl.where(compacted, num_full - num_kept + within % num_kept, num_full + o_page - count)
-    block = tl.minimum(tl.maximum(block, 0), num_blocks - 1)
-    head = tl.where(compacted, within // num_kept, i_head)
-    owner = tl.where(compacted, number // (num_kept * num_heads), layer)
-    p_block = block_table_ptr + i_row * block_table_stride + block
-    b_block = tl.load(p_block, mask=m_page, other=0)
-    page = owner * layer_pages + b_block * num_heads + head
+    page = page_ids(
+        block_table_ptr + i_row * block_table_stride, o_page, m_page, i_head, num_full, num_kept,
+        count, start, num_blocks, num_heads, layer, layer_pages, SPANS=True,
+    )  # fmt: skip
     tl.store(table_ptr + i_seq * width + o_page, page, mask=m_page)
 
     if i_tile == 0:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The k-th largest number of a row, found by its bits: no sorting, no scratch memory."""
+"""The k-th largest number of a row, found by its bits: no sorting, no scratch memory.
+
+One program finds it. Rows longer than ``tiled_radix.LONG`` have many, see there.
+"""
 
 import triton
 import triton.language as tl
@@ -20,6 +23,32 @@ def order_keys(b_x):
 
 
 @triton.jit
+def value_of(key):
+    """The float32 number that has an order key."""
+    bits = tl.where(key >= 0x80000000, key ^ 0x80000000, key ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def next_digit(b_num, found, rest):
+    """Eight more bits of the key that is looked for.
+
+    Args:
+        b_num: [256] int32, how many entries with the bits found so far have each next digit.
+        found: uint32, these bits.
+        rest: int32, how many of these entries to take.
+
+    Returns:
+        The same two with the next digit.
+    """
+    o_bin = tl.arange(0, 256)
+    at_least = tl.cumsum(b_num, 0, reverse=True)
+    found_bin = tl.max(tl.where(at_least >= rest, o_bin, 0), 0)
+    rest -= tl.sum(tl.where(o_bin > found_bin, b_num, 0), 0)
+    return (found << 8) | found_bin.to(tl.uint32), rest
+
+
+@triton.jit
 def threshold(p_row, end, count, BLOCK: tl.constexpr):
     """Key of the ``count``-th largest of row[0:end), and how many entries with it are among them.
 
@@ -35,7 +64,6 @@ def threshold(p_row, end, count, BLOCK: tl.constexpr):
     Returns:
         key uint32, rest int32.
     """
-    o_bin = tl.arange(0, 256)
     found = tl.full((), 0, tl.uint32)  # bits found so far
     rest = count  # how many to take among the entries that have these bits
     shift = tl.full((), 32, tl.uint32)
@@ -48,8 +76,5 @@ def threshold(p_row, end, count, BLOCK: tl.constexpr):
             agrees = (o_x < end) & ((key >> shift >> 8) == found)
             digit = ((key >> shift) & 255).to(tl.int32)
             b_num += tl.histogram(digit, 256, mask=agrees)
-        at_least = tl.cumsum(b_num, 0, reverse=True)
-        found_bin = tl.max(tl.where(at_least >= rest, o_bin, 0), 0)
-        rest -= tl.sum(tl.where(o_bin > found_bin, b_num, 0), 0)
-        found = (found << 8) | found_bin.to(tl.uint32)
+        found, rest = next_digit(b_num, found, rest)
     return found, rest

@@ -142,7 +142,7 @@ def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) 
     block = (kept // size).clamp(max=block_table.shape[1] - 1)
     head = torch.arange(num_heads, device=pages.device)[:, None]
     source = block_table.gather(1, block.view(num, -1)).view_as(kept) * num_heads + head
-    key_index, value_index = _index_tables(layout, pages.device)
+    key_index, value_index = index_tables(layout, pages.device)
     token = kept % size
     element = torch.cat([key_index[token], value_index[token]], dim=-1)  # [N, Hkv, K, 2 * D]
     return pages[source[..., None], element]
@@ -181,7 +181,7 @@ def write_pages(
         number, block_table, num_full_blocks, num_kept_blocks, num_heads, layer_pages
     )
     target = target.masked_fill(index >= page_count[:, :, None], 0)
-    key_index, value_index = _index_tables(layout, device)
+    key_index, value_index = index_tables(layout, device)
     element = torch.cat([key_index, value_index], dim=-1)  # [block_size, 2 * D]
     pages[target[..., None, None], element] = staged.view(*target.shape, size, 2 * head_size)
 
@@ -204,7 +204,7 @@ def _page_ids(
     return layer * layer_pages + block * num_heads + within // kept
 
 
-def _index_tables(layout: PageLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def index_tables(layout: PageLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Element offsets of (token, d) for keys and for values, [block_size, D] each."""
     size, head_size = layout.block_size, layout.head_size
     if layout.key_index is not None and layout.value_index is not None:
@@ -313,6 +313,7 @@ __all__ = [
     "group_masses",
     "head_counts",
     "head_page_tables",
+    "index_tables",
     "last_row_logits",
     "pool_prefix",
     "read_prompt",

@@ -5,7 +5,38 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels import radix
+from vllm_kvcompress.kernels import radix, tiled_radix
+
+
+@triton.jit
+def _limits(count_ptr, candidates_ptr, pinned_end_ptr, i_seq, num_heads):
+    """Positions to keep, candidates, end of the pinned ones, and candidates to keep: int32."""
+    i_row = i_seq // num_heads
+    count = tl.load(count_ptr + i_seq).to(tl.int32)
+    candidates = tl.load(candidates_ptr + i_row).to(tl.int32)
+    pinned_end = tl.maximum(tl.load(pinned_end_ptr + i_row).to(tl.int32), candidates)
+    return count, candidates, pinned_end, tl.maximum(count - (pinned_end - candidates), 0)
+
+
+@triton.jit
+def _place(p_row, p_kept, o_t, num_kept, num_ties, count, candidates, pinned_end, last_key, rest):
+    """Write the kept ones among positions ``o_t``.
+
+    Args:
+        num_kept, num_ties: kept positions, and candidates with the last key, before these.
+
+    Returns:
+        How many of these are kept, and how many have the last key.
+    """
+    m_t = o_t < candidates
+    key = radix.order_keys(tl.load(p_row + o_t, mask=m_t, other=0.0))
+    tied = (m_t & (key == last_key)).to(tl.int32)
+    among_ties = num_ties + tl.cumsum(tied, 0)  # 1 for the first of them
+    keep = m_t & ((key > last_key) | ((tied != 0) & (among_ties <= rest)))
+    keep = (keep | ((o_t >= candidates) & (o_t < pinned_end))).to(tl.int32)
+    target = num_kept + tl.cumsum(keep, 0) - 1
+    tl.store(p_kept + target, o_t.to(tl.int64), mask=(keep != 0) & (target < count))
+    return tl.sum(keep, 0), tl.sum(tied, 0)
 
 
 @triton.jit
@@ -20,34 +51,77 @@ def _select_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
+    """One head, by one program."""
     i_seq = tl.program_id(0).to(tl.int64)
-    i_row = i_seq // num_heads
-    count = tl.load(count_ptr + i_seq).to(tl.int32)
-    candidates = tl.load(candidates_ptr + i_row).to(tl.int32)
-    pinned_end = tl.maximum(tl.load(pinned_end_ptr + i_row).to(tl.int32), candidates)
+    count, candidates, pinned_end, free = _limits(
+        count_ptr, candidates_ptr, pinned_end_ptr, i_seq, num_heads
+    )
     p_row = scores_ptr + i_seq * length
     p_kept = kept_ptr + i_seq * width
     o_block = tl.arange(0, BLOCK)
 
-    free = tl.maximum(count - (pinned_end - candidates), 0)
     last_key, rest = radix.threshold(p_row, candidates, free, BLOCK)
     num_kept = tl.full((), 0, tl.int32)
     num_ties = tl.full((), 0, tl.int32)
     for start in range(0, pinned_end, BLOCK):
-        o_t = start + o_block
-        m_t = o_t < candidates
-        key = radix.order_keys(tl.load(p_row + o_t, mask=m_t, other=0.0))
-        tied = (m_t & (key == last_key)).to(tl.int32)
-        among_ties = num_ties + tl.cumsum(tied, 0)  # 1 for the first of them
-        keep = m_t & ((key > last_key) | ((tied != 0) & (among_ties <= rest)))
-        keep = (keep | ((o_t >= candidates) & (o_t < pinned_end))).to(tl.int32)
-        target = num_kept + tl.cumsum(keep, 0) - 1
-        tl.store(p_kept + target, o_t.to(tl.int64), mask=(keep != 0) & (target < count))
-        num_kept += tl.sum(keep, 0)
-        num_ties += tl.sum(tied, 0)
+        kept, ties = _place(
+            p_row, p_kept, start + o_block, num_kept, num_ties, count, candidates, pinned_end,
+            last_key, rest,
+        )  # fmt: skip
+        num_kept += kept
+        num_ties += ties
     for start in range(0, width, BLOCK):
         o_k = start + o_block
-        tl.store(p_kept + o_k, length.to(tl.int64), mask=(o_k >= count) & (o_k < width))
+        tl.store(p_kept + o_k, tl.cast(length, tl.int64), mask=(o_k >= count) & (o_k < width))
+
+
+@triton.jit
+def _begin_selection_kernel(
+    count_ptr,  # [N * H] int64
+    candidates_ptr,  # [N] int64
+    pinned_end_ptr,  # [N] int64
+    scratch_ptr,  # of N * H rows
+    num_heads,
+):
+    i_seq = tl.program_id(0).to(tl.int64)
+    _, candidates, _, free = _limits(count_ptr, candidates_ptr, pinned_end_ptr, i_seq, num_heads)
+    tiled_radix.begin(tiled_radix.scratch_row(scratch_ptr, i_seq), candidates, free)
+
+
+@triton.jit
+def _place_kernel(
+    scores_ptr,  # [N * H, T] float32
+    count_ptr,  # [N * H] int64
+    candidates_ptr,  # [N] int64
+    pinned_end_ptr,  # [N] int64
+    scratch_ptr,  # of N * H rows
+    tails_ptr,  # of as many parts
+    kept_ptr,  # [N * H, width] int64
+    num_heads,
+    length,  # T
+    width,
+    num_tiles,
+    BLOCK: tl.constexpr,
+):
+    """One tile of one head. Where its kept positions go follows from counts of the tiles before."""
+    i_seq = tl.program_id(0).to(tl.int64)
+    i_tile = tl.program_id(1)
+    count, candidates, pinned_end, _ = _limits(
+        count_ptr, candidates_ptr, pinned_end_ptr, i_seq, num_heads
+    )
+    start = i_tile * BLOCK
+    o_t = start + tl.arange(0, BLOCK)
+    p_kept = kept_ptr + i_seq * width
+    if start < pinned_end:
+        last_key, rest = tiled_radix.threshold(tiled_radix.scratch_row(scratch_ptr, i_seq))
+        counted = tl.minimum(i_tile, tl.cdiv(candidates, BLOCK))
+        above, ties = tiled_radix.tile_counts(tails_ptr, i_seq, num_tiles, counted, last_key)
+        num_kept = above + tl.minimum(ties, rest) + tl.maximum(start - candidates, 0)
+        _place(
+            scores_ptr + i_seq * length, p_kept, o_t, num_kept, ties, count, candidates, pinned_end,
+            last_key, rest,
+        )  # fmt: skip
+    tl.store(p_kept + o_t, tl.cast(length, tl.int64), mask=(o_t >= count) & (o_t < width))
 
 
 def select_tokens(
@@ -57,20 +131,29 @@ def select_tokens(
     pinned_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
-    """See ``reference.select_tokens``; one program per head."""
+    """See ``reference.select_tokens``.
+
+    One program per head, or, where heads are long, six launches of one program per tile.
+    """
     num, num_heads, length = scores.shape
+    rows, device = num * num_heads, scores.device
     width = min(max_count, length)
-    kept = torch.empty((num, num_heads, width), dtype=torch.int64, device=scores.device)
-    _select_kernel[(num * num_heads,)](
-        scores.contiguous(),
-        count.contiguous(),
-        num_candidates.contiguous(),
-        pinned_end.contiguous(),
-        kept,
-        num_heads,
-        length,
-        width,
-        BLOCK=radix.BLOCK,
-        num_warps=radix.NUM_WARPS,
-    )
+    scores = scores.contiguous()
+    kept = torch.empty((num, num_heads, width), dtype=torch.int64, device=device)
+    limits = (count.contiguous(), num_candidates.contiguous(), pinned_end.contiguous())
+    if length <= tiled_radix.LONG:
+        _select_kernel[(rows,)](
+            scores, *limits, kept, num_heads, length, width,
+            BLOCK=radix.BLOCK, num_warps=radix.NUM_WARPS,
+        )  # fmt: skip
+        return kept
+    scratch = tiled_radix.new_scratch(rows, device)
+    tails = tiled_radix.new_tails(rows, length, device)
+    _begin_selection_kernel[(rows,)](*limits, scratch, num_heads)
+    tiled_radix.find_thresholds(scores.view(rows, length), scratch, tails)
+    tiles = tiled_radix.num_tiles(length)
+    _place_kernel[(rows, tiles)](
+        scores, *limits, scratch, tails, kept, num_heads, length, width, tiles,
+        BLOCK=tiled_radix.TILE, num_warps=tiled_radix.NUM_WARPS,
+    )  # fmt: skip
     return kept

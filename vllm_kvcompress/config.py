@@ -182,7 +182,7 @@ class KVCompressionConfig:
         chosen = "+".join(names[:2] if merge == "none" else names[:3])
         reasons += [f"unknown key {key!r} for {chosen}.{_suggest(key, valid)}" for key in raw]
         if not reasons:
-            if options.get("text_prior"):
+            if options.get("text_prior") and not options.get("text_hard_cap"):
                 candidates = Candidates.AFTER_TEXT
             config = cls(scorer, allocator, merge, budget, window, candidates, options)
             reasons += [*_combination_reasons(config), *_size_reasons(config)]
@@ -327,6 +327,8 @@ def _combination_reasons(config: KVCompressionConfig) -> list[str]:
         (config.merge == "recycle" and not scorer.weighs,
          f"merge recycle weighs dropped tokens by their scores, and those of {config.scorer} are "
          "no weights: use another scorer, or merge lookm"),
+        (config.candidates is Candidates.VISUAL and config.options.get("text_hard_cap"),
+         "text_hard_cap lets text compete: leave candidates at all"),
         (config.candidates is Candidates.ALL and scorer.visual_only and not scorer.reconstruction,
          f"{config.scorer} scores visual tokens only: leave candidates at visual"),
     )  # fmt: skip

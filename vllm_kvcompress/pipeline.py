@@ -28,6 +28,7 @@ from vllm_kvcompress.scoring import (
     QueryMaker,
     QueryMoments,
     Scorer,
+    Scores,
 )
 from vllm_kvcompress.scoring.base import local_mean
 
@@ -121,6 +122,8 @@ class CompressionPipeline:
         state: receives the pages of every head.
         mean_over_heads: mean over dimension 1 of a tensor, over the heads of all ranks.
         first_head: index in the model of the rank's first KV head.
+        mean_over_replicas: mean of scores [N, Hkv, T] over the ranks that hold the same KV head
+            beside different query heads, so that all of them keep the same tokens.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class CompressionPipeline:
         state: HeadPageState,
         mean_over_heads: Callable[[torch.Tensor], torch.Tensor] = local_mean,
         first_head: int = 0,
+        mean_over_replicas: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores,
     ) -> None:
         self.scorer = scorer
         self.allocator = allocator
@@ -146,6 +150,7 @@ class CompressionPipeline:
         self.state = state
         self.mean_over_heads = mean_over_heads
         self.first_head = first_head
+        self.mean_over_replicas = mean_over_replicas
 
     @property
     def spans_layers(self) -> bool:
@@ -171,8 +176,8 @@ class CompressionPipeline:
         """
         allocator, demands = self.allocator, batch.demands
         ctx = self._context(batch, inputs)
-        scores = self.scorer.score(ctx)
-        base, final = self._mask(batch, scores.base, scores.final)
+        scores = Scores(*map(self.mean_over_replicas, self.scorer.score(ctx)))
+        base, final = self._mask(batch, *scores)
         prompts = ctx.prompts
         if not self.spans_layers:
             if isinstance(allocator, LayerAllocator):

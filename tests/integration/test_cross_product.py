@@ -123,6 +123,7 @@ VARIANTS = [
     settings("bacon+uniform", mode="e"),
     settings("bacon+pyramid", mode="rel", beta=3, trace_r=1),
     settings("bacon+adakv", mode="el", local_k=3, alpha=0.0),
+    settings("bacon+uniform", trace_reduce="head_mean", lambda_c=3.0),
     *(
         settings("mixkv+adakv", diversity=diversity)
         for diversity in ("flat", "attn", "keydiff", "vnorm", "knorm")
@@ -140,6 +141,7 @@ VARIANTS = [
     settings("das+uniform+elastic", base="elastic"),
     settings("h2o+adakv", variant="observed"),
     settings("h2o+adakv+lookm", budget=120, recent_share=0.25, text_prior=True),
+    settings("h2o+adakv+lookm", recent_share=0.25, text_prior=True, text_hard_cap=True),
     settings("h2o+uniform", budget="50%", recent_share=0.5),
     settings("expected+adakv", sinks=0, covariance=False, epsilon=0.01),
     settings("expected+uniform", horizon=7, vnorm=False, candidates="visual"),

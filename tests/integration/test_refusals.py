@@ -148,6 +148,14 @@ def test_prefill_context_parallelism(checkpoint):
     assert "set --prefill-context-parallel-size 1" in reason
 
 
+def test_operations_without_a_kernel(checkpoint):
+    """A device on which operations would run on their definitions; so there is no such engine."""
+    config = configure(checkpoint("llama"), BACON)
+    config.device_config.device_type = "xpu"
+    (reason,) = refusals.engine_reasons(config, KVCompressionConfig.parse(BACON))
+    assert "xpu" in reason
+
+
 def test_attention_features():
     """Properties of single layers, all in one list."""
     none = {"sinks": False, "alibi": False, "kv_sharing": False, "kv_cache_dtype": "auto"}

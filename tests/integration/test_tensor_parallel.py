@@ -81,6 +81,16 @@ def test_uniform_equals_one_rank(model, results):
     assert any(answer.num_cached_tokens > 0 for answer in results["uniform"][1])
 
 
+def test_ranks_that_share_a_head_agree(checkpoint):
+    """One KV head, whose query heads the ranks divide: both keep what a single rank keeps."""
+    model, method = checkpoint("llama", kv_heads=1, layers=3), Method("snapkv", 96)
+    [waves] = two_ranks(model, "run(Method('snapkv', 96))")
+    with engine(model, method, **SETTINGS) as llm:
+        expected = generate(llm, PROMPTS)
+    for wave in waves:
+        assert_same(wave, expected, 5e-5)
+
+
 class PerRankOracle(Oracle):
     """Each rank shares out its own heads' budget: selects for either half of the heads."""
 

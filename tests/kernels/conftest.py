@@ -16,3 +16,16 @@ if not torch.cuda.is_available():
             "Triton was loaded for compilation already: run tests/kernels in a process of its own"
         )
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["one program", "tiles"])
+def programs(request, monkeypatch):
+    """Rows by one program each, and by one per tile; unwritten memory is poisoned."""
+    from vllm_kvcompress.kernels import tiled_radix  # imports Triton, as above
+
+    if request.param == "tiles":
+        monkeypatch.setattr(tiled_radix, "LONG", 0)
+        monkeypatch.setattr(tiled_radix, "TILE", 512)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

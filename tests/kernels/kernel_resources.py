@@ -65,19 +65,32 @@ COLUMN_CONSTANTS = {
     "HAS_SOFTCAP": False,
     "EXACT": False,
 }
-COPY_TYPES = {"pages_ptr": "*bf16", "staged_ptr": "*bf16"} | dict.fromkeys(
+COPY_TYPES = dict.fromkeys(("pages_ptr", "staged_ptr", "rows_ptr"), "*bf16") | dict.fromkeys(
     ("table_ptr", "kept_ptr", "count_ptr", "start_ptr", "num_full_ptr", "num_kept_ptr"), "*i64"
 )
 COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
 SELECT_TYPES = {"scores_ptr": "*fp32"} | dict.fromkeys(
     ("count_ptr", "candidates_ptr", "pinned_end_ptr", "kept_ptr"), "*i64"
 )
+DECODE_TYPES = {"slots_ptr": "*i64", "scale": "fp32", "softcap": "fp32"} | (
+    dict.fromkeys(("q_ptr", "pages_ptr", "out_ptr"), "*bf16")
+    | dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32")
+)
+DECODE_CONSTANTS = {
+    "GROUP": 7,
+    "HEAD_SIZE": 128,
+    "PAGE_TOKENS": 16,
+    "BLOCK_D": 128,
+    "BLOCK_T": 64,
+}
+TILED = {"BLOCK": 2048}
 CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
     dict.fromkeys(("num_scored_ptr", "capacity_ptr"), "*i64")
     | dict.fromkeys(("mean_ptr", "last_ptr", "base_ptr", "evidence_ptr", "value_ptr"), "*fp32")
-    | dict.fromkeys(("scores_ptr", "pooled_ptr"), "*fp32")
+    | dict.fromkeys(("scores_ptr", "pooled_ptr", "values_ptr", "moments_ptr"), "*fp32")
 )
-COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32"} | (
+CALIBRATE_CONSTANTS = {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8}
+COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32", "masses_ptr": "*fp64"} | (
     dict.fromkeys(("capacity_ptr", "counts_ptr"), "*i64")
 )
 PROXY_TYPES = SCORE_TYPES | {"masses_ptr": "*fp32"}
@@ -98,7 +111,20 @@ VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
 KERNELS = {
     "_stage_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_write_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
+    "_read_kernel": Kernel(
+        "prompt_rows",
+        COPY_TYPES,
+        {"HEAD_SIZE": 128, "PAGE_TOKENS": 16, "BLOCK_D": 128, "BLOCK_T": 32},
+    ),
     "_head_page_tables_kernel": Kernel("page_tables", {}, {"BLOCK_SIZE": 16, "TILE": 1024}),
+    "_decode_splits_kernel": Kernel(
+        "decode_attention",
+        DECODE_TYPES,
+        DECODE_CONSTANTS | {"BLOCK_G": 16, "SPANS": False, "HAS_SOFTCAP": False, "EXACT": False},
+    ),
+    "_join_splits_kernel": Kernel(
+        "decode_attention", DECODE_TYPES, DECODE_CONSTANTS | {"BLOCK_S": 16}
+    ),
     "_row_sums_kernel": Kernel(
         "window_attention", SCORE_TYPES, SCORE_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
     ),
@@ -108,6 +134,9 @@ KERNELS = {
     "_row_lse_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
     "_column_sums_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
     "_select_kernel": Kernel("selection", SELECT_TYPES, {"BLOCK": 4096}, num_warps=16),
+    "_begin_selection_kernel": Kernel("selection", SELECT_TYPES, {}),
+    "_digit_kernel": Kernel("tiled_radix", {"values_ptr": "*fp32"}, TILED, num_warps=8),
+    "_place_kernel": Kernel("selection", SELECT_TYPES, TILED, num_warps=8),
     "_pool_kernel": Kernel("calibration", CALIBRATE_TYPES, VALUE_CONSTANTS),
     "_value_kernel": Kernel(
         "calibration",
@@ -115,15 +144,23 @@ KERNELS = {
         VALUE_CONSTANTS | {"MODE": "rel", "LOCAL_K": 5, "EPS": 1e-8},
     ),
     "_calibrate_kernel": Kernel(
-        "calibration",
-        CALIBRATE_TYPES,
-        {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8, "BLOCK": 4096},
-        num_warps=16,
+        "calibration", CALIBRATE_TYPES, CALIBRATE_CONSTANTS | {"BLOCK": 4096}, num_warps=16
+    ),
+    "_begin_statistics_kernel": Kernel("calibration", CALIBRATE_TYPES, {"TOPK_FRAC": 2.0}),
+    "_moments_kernel": Kernel("calibration", CALIBRATE_TYPES, TILED, num_warps=8),
+    "_add_values_kernel": Kernel(
+        "calibration", CALIBRATE_TYPES, CALIBRATE_CONSTANTS | TILED, num_warps=8
     ),
     "_scale_kernel": Kernel(
         "head_budgets", COUNT_TYPES, {"NORMALIZE": True, "BLOCK": 4096}, num_warps=16
     ),
     "_count_kernel": Kernel("head_budgets", COUNT_TYPES, {"BLOCK": 4096}, num_warps=16),
+    "_begin_heads_kernel": Kernel("head_budgets", COUNT_TYPES, {}),
+    "_tile_masses_kernel": Kernel("head_budgets", COUNT_TYPES, TILED, num_warps=8),
+    "_scale_tile_kernel": Kernel(
+        "head_budgets", COUNT_TYPES, TILED | {"NORMALIZE": True}, num_warps=8
+    ),
+    "_count_tiles_kernel": Kernel("head_budgets", COUNT_TYPES, {}),
     "_proxy_sums_kernel": Kernel(
         "proxy_attention", PROXY_TYPES, PROXY_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
     ),

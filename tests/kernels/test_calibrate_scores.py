@@ -61,6 +61,7 @@ def test_modes(mode, pool, num_traced):
     equals_the_reference([100, 33], [20, 4], 2, 112, num_traced, mode=mode, pool=pool)
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("mode", ["elt", "rel"])
 @pytest.mark.parametrize("length", [1, 63, 1000, 4097])
 def test_lengths(mode, length):
@@ -74,17 +75,20 @@ def test_widths(kernel, local_k):
     equals_the_reference([40, 9], [6, 2], 3, 48, 2, kernel=kernel, local_k=local_k, mode="rel")
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize(("topk_frac", "lambda_c"), [(0.01, 3.0), (0.29, 0.0), (1e6, 1.0)])
 def test_statistics(topk_frac, lambda_c):
     """Of one token, of some, of all."""
     equals_the_reference([90, 70], [10, 30], 2, 96, 1, topk_frac=topk_frac, lambda_c=lambda_c)
 
 
+@pytest.mark.usefixtures("programs")
 def test_the_share_is_taken_in_double_precision():
     """0.29 * 100 is below 29 there, and above it in float32."""
     equals_the_reference([130], [100], 1, 144, 0, topk_frac=0.29)
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("mode", ["e", "elt"])
 def test_ties_count_as_often_as_they_are_taken(mode):
     """The last place of the top is shared by more entries than fit in."""
@@ -99,6 +103,7 @@ def test_ties_count_as_often_as_they_are_taken(mode):
     torch.testing.assert_close(found[2].cpu(), expected[2])
 
 
+@pytest.mark.usefixtures("programs")
 def test_nothing_new_changes_nothing():
     """Where the last row sees no more than the window, S is B, bit for bit."""
     (mean,) = attention_like([50], 2, 64, 1)

@@ -56,6 +56,7 @@ def test_the_definition(kind, normalize):
     assert found.sum(1).tolist() == [3 * capacity for capacity in capacities]
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("heads", "capacity", "counts"),
@@ -74,6 +75,7 @@ def test_special_scores(heads, capacity, counts, normalize):
     assert found.tolist() == reference.head_counts(base, capacity, normalize).tolist() == [counts]
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("kind", ["mass", "ties", "signed", "special"])
 @pytest.mark.parametrize("length", [1, 63, 1000, 4097])

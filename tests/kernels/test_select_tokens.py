@@ -11,6 +11,9 @@ from vllm_kvcompress.kernels import reference, selection
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+pytestmark = pytest.mark.usefixtures("programs")
+
+
 def equals_the_reference(scores, count, candidates, pinned_end, max_count) -> None:
     tensors = (scores, count, candidates, pinned_end)
     expected = reference.select_tokens(*tensors, max_count)
@@ -56,6 +59,15 @@ def test_ragged_requests(kind, slack):
     equals_the_reference(
         scores, counts, torch.tensor(candidates), torch.tensor(pinned_end), 4128 + slack
     )
+
+
+@pytest.mark.parametrize("candidates", [512, 700])
+def test_pinned_range_in_several_tiles(candidates):
+    """Tiles in its middle and at its end have no candidate; fewer are kept than are pinned."""
+    scores = score_rows("normal", 1, 3, 2100)
+    ends = torch.tensor([candidates]), torch.tensor([2000])
+    counts = torch.tensor([[2000, 1900, 1200]])
+    equals_the_reference(scores, counts, *ends, 2000)
 
 
 def test_inputs_of_any_stride():

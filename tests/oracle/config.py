@@ -37,6 +37,8 @@ CHOICES = {
     "pool": ("avg", "max"),
     "reduction": ("mean", "max"),
     "mode": ("e", "el", "elt", "rel"),
+    "score_dtype": ("float32", "model"),
+    "trace_reduce": ("head", "head_mean"),
     "diversity": ("head", "flat", "attn", "keydiff", "vnorm", "knorm"),
     "elite_scope": ("head", "layer"),
     "statistic": ("both", "strength", "skewness"),
@@ -69,11 +71,13 @@ class OracleConfig:
     kernel: int = 5  # snapkv and all that build on its score
     pool: str = "avg"  # avg | max
     reduction: str = "mean"  # mean | max, over the query heads of a group
+    score_dtype: str = "float32"  # or "model", the same here: prompts of the oracle are float32
     mode: str = "elt"  # bacon: e | el | elt | rel
     local_k: int = 5
     trace_r: int = 4
     lambda_c: float = 0.5
     topk_frac: float = 2.0
+    trace_reduce: str = "head"  # head | head_mean
     diversity: str = "head"  # mixkv: head | flat | attn | keydiff | vnorm | knorm
     elite: float = 0.9  # aircache, scorer and allocator
     elite_scope: str = "head"  # aircache: head | layer
@@ -97,6 +101,7 @@ class OracleConfig:
     variant: str = "sum"  # h2o: sum | observed
     recent_share: float = 0.0  # of the budget; 0 = the window
     text_prior: bool = False
+    text_hard_cap: bool = False
     horizon: int = 512  # expected
     covariance: bool = True
     vnorm: bool = True
@@ -149,7 +154,7 @@ class OracleConfig:
     @property
     def visual(self) -> bool:
         """Whether only visual tokens can be dropped."""
-        if self.text_prior and self.scorer == "h2o":
+        if self.text_prior and not self.text_hard_cap and self.scorer == "h2o":
             return True
         default = "visual" if self.scorer in ("aircache", "das") else "all"
         return (self.candidates or default) == "visual"

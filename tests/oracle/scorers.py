@@ -108,7 +108,10 @@ def bacon(prompt: Prompt, layer: int, cfg: OracleConfig, state: State) -> Scored
     last = reduce_and_pool(last_row(prompt, layer)[:, :prefix], prompt.num_kv, cfg)
     trace = state.trace[max(0, layer - cfg.trace_r) :]
     calibrated = boundary_calibration(base, last, trace, state.capacity, cfg)
-    state.trace.append(calibrated.evidence)
+    evidence = calibrated.evidence
+    if cfg.trace_reduce == "head_mean":
+        evidence = np.tile(evidence.mean(axis=0), (prompt.num_kv, 1))
+    state.trace.append(evidence)
     return Scored(calibrated.score, base)
 
 
@@ -209,6 +212,8 @@ def h2o(prompt: Prompt, layer: int, cfg: OracleConfig, state: State) -> Scored:
     score = by_group(column_sums(prompt, layer), prompt.num_kv)
     if cfg.variant == "observed":
         score = score / (prompt.length - np.arange(prompt.length))
+    if cfg.text_hard_cap:
+        score = score + score.max(axis=1, keepdims=True) * ~prompt.visual
     score = score[:, : prompt.length - state.recent]
     return Scored(score, score)
 

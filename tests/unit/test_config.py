@@ -117,6 +117,7 @@ class TestParse:
             ("das", {"candidates": "all"}, "all"),
             ("h2o", {"text_prior": True}, "after text"),
             ("h2o", {"text_prior": False}, "all"),
+            ("h2o", {"text_prior": True, "text_hard_cap": True}, "all"),
         ],
     )
     def test_candidates(self, method, given, expected):
@@ -133,6 +134,10 @@ class TestParse:
     )
     def test_needs_of_all_methods_together(self, method, needs):
         assert KVCompressionConfig.parse({"method": method}).needs == needs
+
+    def test_needs_of_an_option(self):
+        raw = {"method": "h2o", "text_prior": True, "text_hard_cap": True}
+        assert KVCompressionConfig.parse(raw).needs == Need.COLUMN_SUMS | Need.SEGMENTS
 
     @pytest.mark.parametrize(
         ("method", "spans"),
@@ -222,6 +227,10 @@ class TestRefusals:
         visual = {"method": "snapkv", "candidates": "visual", "budget": 32}
         assert KVCompressionConfig.parse(visual).budget == Budget(tokens=32)
 
+    def test_text_that_competes_is_a_candidate(self):
+        given = {"text_prior": True, "text_hard_cap": True, "candidates": "visual"}
+        assert "leave candidates at all" in reasons_of(method="h2o", **given)
+
     def test_far_off_names_get_the_list_only(self):
         text = reasons_of(method="zzz")
         assert "Valid: " in text
@@ -230,7 +239,8 @@ class TestRefusals:
     def test_unknown_key(self):
         text = reasons_of(method="snapkv", kernal=5)
         assert "unknown key 'kernal' for snapkv+uniform. Did you mean 'kernel'?" in text
-        assert "Valid: method, budget, window, candidates, kernel, pool, reduction." in text
+        valid = "method, budget, window, candidates, kernel, pool, reduction, score_dtype"
+        assert f"Valid: {valid}." in text
 
     def test_options_of_a_method_that_was_not_chosen(self):
         assert "unknown key 'alpha'" in reasons_of(method="bacon", alpha=0.2)

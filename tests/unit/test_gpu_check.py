@@ -15,6 +15,7 @@ import oracle
 import pytest
 import torch
 from conftest import ROOT
+from decode_operations import decode_operations
 from gpu_check import result_folder
 from gpucheck import compare, stress
 from gpucheck.compare import assert_same_kept, assert_same_tokens
@@ -24,6 +25,7 @@ from gpucheck.steps import Run, Step
 from gpucheck.watch import ScoredPrompt
 from operations import OPERATIONS, Shape, make_inputs
 from row_operations import ROW_OPERATIONS
+from whole_layer import COMPRESS_LAYER
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import reference
@@ -259,19 +261,23 @@ class TestStress:
             assert (kept.lt((num_full * size)[:, None, None]) == used).all()
 
 
-@pytest.mark.parametrize("operation", [*ROW_OPERATIONS, *OPERATIONS], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "operation",
+    [*OPERATIONS, COMPRESS_LAYER, *decode_operations(), *ROW_OPERATIONS],
+    ids=lambda o: o.name,
+)
 def test_no_time_for_a_wrong_result(monkeypatch, operation):
     shape = Shape("tiny", 4, 2, 16, 256, 2)
     inputs = make_inputs(shape, torch.device("cpu"))
     operation.check(inputs)
-    original = getattr(kernels, operation.name)
+    original = getattr(kernels, operation.kernel)
 
     def wrong(*args, **kwargs):
-        if operation.name == "write_pages":
+        if operation.kernel == "write_pages":
             return original(args[0], args[1].roll(1, 1), *args[2:])
         result = original(*args, **kwargs)
         return tuple(r + 1 for r in result) if isinstance(result, tuple) else result + 1
 
-    monkeypatch.setattr(kernels, operation.name, wrong)
-    with pytest.raises(AssertionError, match=operation.name):
+    monkeypatch.setattr(kernels, operation.kernel, wrong)
+    with pytest.raises(AssertionError, match=operation.name.split()[0]):
         operation.check(inputs)

@@ -25,7 +25,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from rivals import kv_press
 from scorer_inputs import Prompt, context, rotation
+from whole_layer import einsum_compress
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation.adakv import AdaKV
@@ -306,3 +308,16 @@ class TestStreamingLLM:
         for layer, theirs in enumerate(released(prefill, press)):
             final = ours(prefill, layer, Streaming(sinks=sinks))
             assert kept(final, [budget] * len(final), LENGTH) == theirs.kept
+
+
+def test_benchmark_paths():
+    """The code path that the kernel benchmark calls ``einsum`` keeps what the press keeps."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(2, 32, 6, 16, generator=generator)
+    keys, values = torch.randn(2, 2, 3, 97, 16, generator=generator)
+    theirs = kv_press(queries, keys, values, 48)()
+    mine = einsum_compress(queries, keys, values, 48)
+    for released_rows, rows in zip(theirs, mine, strict=True):
+        assert released_rows.shape == rows.shape == (2, 3, 48, 16)
+        # a press keeps tokens in the order of their scores
+        assert torch.equal(released_rows.sort(2).values, rows.sort(2).values)

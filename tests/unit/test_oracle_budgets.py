@@ -237,6 +237,10 @@ class TestBudget:
             ({"budget": 30, "scorer": "h2o", "text_prior": True}, (30, 26, 4, 14, 4)),
             # all text stays, though it alone exceeds the budget
             ({"budget": 20, "scorer": "h2o", "text_prior": True}, (26, 26, 0, 14, 4)),
+            (
+                {"budget": 20, "scorer": "h2o", "text_prior": True, "text_hard_cap": True},
+                (20, 4, 16, 36, 4),
+            ),
         ],
     )
     def test_numbers(self, options, expected):

@@ -230,6 +230,18 @@ class TestH2O:
             )
         )
 
+    def test_text_that_competes_ranks_above_images(self):
+        segment = torch.full((1, lcg.LENGTH), -1)
+        segment[0, :6] = 0
+        scorer = H2O(text_prior=True, text_hard_cap=True)
+        _, final = run(scorer, 0, lcg.LENGTH, column_sums=sums_of(0), segment=segment)
+        plain = sums_of(0)[0]
+        assert final[:, :6].equal(plain[:, :6])
+        assert best(final[:, : lcg.NUM_SCORED], 2) == [
+            {6 + i for i in head} for head in best(plain[:, 6 : lcg.NUM_SCORED], 2)
+        ]
+        assert best(final[:, : lcg.NUM_SCORED], 4)[0] == {6, 7, 8, 0}
+
     def test_recent_tokens(self):
         assert H2O().num_recent(window=32, kept=100) == 32
         assert H2O(recent_share=0.25).num_recent(window=32, kept=101) == 25

@@ -16,6 +16,8 @@ from vllm_kvcompress.scoring.mixkv import MixKV
     [
         ("mixkv", {"diversity": "none"}, "diversity must be one of head, flat"),
         ("mixkv", {"kernel": 4}, "kernel must be an odd"),
+        ("snapkv", {"score_dtype": "bfloat16"}, "score_dtype must be one of float32, model"),
+        ("bacon", {"trace_reduce": "mean"}, "trace_reduce must be one of head, head_mean"),
         ("shiftkv", {"preset": "mine"}, "preset must be one of released, paper"),
         ("shiftkv", {"proxies": 512, "groups": 30}, "multiple of groups"),
         ("shiftkv", {"groups": 0}, "groups must be a whole number >= 1"),
@@ -39,6 +41,8 @@ from vllm_kvcompress.scoring.mixkv import MixKV
         ("h2o", {"variant": "mean"}, "variant must be one of sum, observed"),
         ("h2o", {"recent_share": 2}, "recent_share must be a number"),
         ("h2o", {"text_prior": 1}, "text_prior must be true or false"),
+        ("h2o", {"text_hard_cap": True}, "text_hard_cap limits text_prior"),
+        ("h2o", {"text_prior": True, "text_hard_cap": 1}, "text_hard_cap must be true or false"),
         ("expected", {"horizon": 0}, "horizon must be a whole number >= 1"),
         ("expected", {"sinks": -1}, "sinks must be a whole number >= 0"),
         ("expected", {"covariance": None}, "covariance must be true or false"),

@@ -24,6 +24,9 @@ VARIANTS = [
     *(Bacon(mode=mode) for mode in MODES),
     Bacon(pool="max", reduction="max", local_k=3, trace_r=1, lambda_c=2.0, topk_frac=0.5),
     Bacon(mode="rel", trace_r=0),
+    Bacon(trace_reduce="head_mean"),
+    SnapKV(kernel=3, reduction="max", score_dtype="model"),
+    Bacon(pool="max", score_dtype="model"),
 ]
 
 
@@ -302,6 +305,23 @@ class TestAgainstOracle:
         ctx = batch_of([(q, k)], 0, window, [8], LayerTrace(), softcap=cap)
         final = scorer.score(ctx).final[0, :, :32]
         np.testing.assert_allclose(final, expected[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "bacon", "mixkv"])
+def test_scores_in_the_type_of_the_model(name):
+    """Rounding moves no score by much, and makes some of them equal."""
+    ctx = batch_of([random_prompt(3, 300)], 0, 8, [16], LayerTrace())
+    ctx.queries = ctx.queries.bfloat16()
+    exact = SCORERS[name](kernel=1).score(ctx).base[0, :, :292]
+    ctx.trace = LayerTrace()
+    scores = SCORERS[name](kernel=1, score_dtype="model").score(ctx)
+    rounded = scores.base[0, :, :292]
+    assert rounded.equal(rounded.bfloat16().float())
+    torch.testing.assert_close(rounded, exact, rtol=0.01, atol=0)
+    assert len(rounded.unique()) < len(exact.unique()) == exact.numel()
+    if name == "bacon":
+        final = scores.final[0, :, :292]
+        assert final.equal(final.bfloat16().float())
 
 
 class TestDegenerateRows:

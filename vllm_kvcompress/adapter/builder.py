@@ -22,7 +22,7 @@ from vllm_kvcompress import kernels
 from vllm_kvcompress.adapter import ending_prompts, refusals
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata, RowTransfer, VirtualBatch
-from vllm_kvcompress.adapter.parallel import mean_over_heads, rank_heads
+from vllm_kvcompress.adapter.parallel import mean_over_heads, mean_over_replicas, rank_heads
 from vllm_kvcompress.adapter.runner import current_step
 from vllm_kvcompress.adapter.settings import settings_of
 from vllm_kvcompress.adapter.telemetry import WorkerTelemetry
@@ -68,9 +68,9 @@ class CompressedBuilder:
         self.num_kv_heads = kv_cache_spec.num_kv_heads
         self.max_num_rows = vllm_config.scheduler_config.max_num_seqs
         parallel = vllm_config.parallel_config
-        self.heads = rank_heads(
-            kv_cache_spec.model_kv_heads, self.num_kv_heads, parallel.tensor_parallel_size
-        )
+        model_heads, ranks = kv_cache_spec.model_kv_heads, parallel.tensor_parallel_size
+        self.heads = rank_heads(model_heads, self.num_kv_heads, ranks)
+        self.mean_over_replicas = mean_over_replicas(model_heads, ranks)
         self.layers = [vllm_config.compilation_config.static_forward_context[n] for n in names]
         self._span: tuple[torch.Tensor, int] | None = None
         self.telemetry = WorkerTelemetry(device, active=parallel.rank == 0)
@@ -102,6 +102,7 @@ class CompressedBuilder:
             self.state,
             mean_over_heads,
             int(self.heads[0]),
+            self.mean_over_replicas,
         )
         self.stored_rows = RequestStore()
         self.sums = PromptSums(num_layers, settings.needs)

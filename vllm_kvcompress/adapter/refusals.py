@@ -69,7 +69,9 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
          "--kv-compression"),
         (cache.kv_sharing_fast_prefill, "layers that share KV: remove --kv-sharing-fast-prefill"),
     )  # fmt: skip
-    return [reason + "." for refused, reason in checks if refused]
+    reasons = [reason for refused, reason in checks if refused]
+    reasons += kernels.reasons_against(vllm_config.device_config.device_type)
+    return [reason + "." for reason in reasons]
 
 
 def layer_reasons(*, sinks: bool, alibi: bool, kv_sharing: bool, kv_cache_dtype: str) -> list[str]:

@@ -91,8 +91,9 @@ _COMMAND_LINE = (
 _CONFIGURATION = _symbols(
     "vllm.config",
     ("VllmConfig", Use.HELD,
-     "additional_config attention_config cache_config compilation_config kv_transfer_config "
-     "model_config parallel_config scheduler_config speculative_config use_v2_model_runner",
+     "additional_config attention_config cache_config compilation_config device_config "
+     "kv_transfer_config model_config parallel_config scheduler_config speculative_config "
+     "use_v2_model_runner",
      "where the settings travel; refusals"),
     ("get_current_vllm_config", Use.CALLED, "", "the engine whose layers are being built"),
     ("get_current_vllm_config_or_none", Use.CALLED, "", "the same, where there may be none"),
@@ -108,6 +109,7 @@ _CONFIGURATION = _symbols(
     ("CompilationConfig", Use.HELD, "max_cudagraph_capture_size static_forward_context",
      "buffers of a virtual batch; the layers, whose caches budgets may span"),
     ("AttentionConfig", Use.HELD, "use_non_causal", "refusals"),
+    ("DeviceConfig", Use.HELD, "device_type", "are there kernels for it?"),
 )  # fmt: skip
 
 _SCHEDULER = (

@@ -28,6 +28,8 @@ class Bacon(SnapKV):
         trace_r: how many previous layers persistence looks at; 0 turns it off.
         lambda_c: strength of the calibration.
         topk_frac: statistics are taken over the topk_frac * capacity largest scores.
+        trace_reduce: "head" looks back at the same KV head of previous layers, as the released code
+            does, although heads of two layers are unrelated; "head_mean" at the mean of all heads.
     """
 
     name: ClassVar[str] = "bacon"
@@ -40,6 +42,7 @@ class Bacon(SnapKV):
     trace_r: int = 4
     lambda_c: float = 0.5
     topk_frac: float = 2.0
+    trace_reduce: str = "head"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,21 +51,34 @@ class Bacon(SnapKV):
         require_whole("trace_r", self.trace_r, 0)
         require_range("lambda_c", self.lambda_c, 0, 1e6)
         require_range("topk_frac", self.topk_frac, 0, 1e6)
+        require_choice("trace_reduce", self.trace_reduce, ("head", "head_mean"))
 
     def score(self, ctx: LayerContext) -> Scores:
         mean, last = self.window_scores(ctx)
+        kernel = self.kernel
+        if self.score_dtype == "model":  # pooled scores are rounded before they are calibrated
+            mean, last = (
+                self.rounded(
+                    kernels.pool_prefix(row, ctx.num_scored, kernel, self.pool), ctx.queries.dtype
+                )
+                for row in (mean, last)
+            )
+            kernel = 1
         base, evidence, final = kernels.calibrate_scores(
             mean,
             last,
             ctx.trace.previous(ctx.layer, self.trace_r),
             ctx.num_scored,
             ctx.capacity,
-            kernel=self.kernel,
+            kernel=kernel,
             pool=self.pool,
             mode=self.mode,
             local_k=self.local_k,
             lambda_c=self.lambda_c,
             topk_frac=self.topk_frac,
         )
-        ctx.trace.record(ctx.layer, evidence)
-        return Scores(base, final)
+        seen = evidence
+        if self.trace_reduce == "head_mean":
+            seen = ctx.mean_over_heads(evidence)[:, None].expand_as(evidence).contiguous()
+        ctx.trace.record(ctx.layer, seen)
+        return Scores(base, self.rounded(final, ctx.queries.dtype))

@@ -24,6 +24,8 @@ class H2O(Scorer):
         variant: "sum", or "observed": divided by the number of tokens that see the token.
         recent_share: share of the kept tokens that are the most recent ones; 0: the window.
         text_prior: keep all text, let visual tokens compete for what is left of the budget.
+        text_hard_cap: with text_prior, text that exceeds the budget competes as well; every text
+            token ranks above every visual one.
     """
 
     name: ClassVar[str] = "h2o"
@@ -34,11 +36,17 @@ class H2O(Scorer):
     variant: str = "sum"
     recent_share: float = 0.0
     text_prior: bool = False
+    text_hard_cap: bool = False
 
     def __post_init__(self) -> None:
         require_choice("variant", self.variant, ("sum", "observed"))
         require_range("recent_share", self.recent_share, 0, 1)
         require_bool("text_prior", self.text_prior)
+        require_bool("text_hard_cap", self.text_hard_cap)
+        if self.text_hard_cap:
+            if not self.text_prior:
+                raise ValueError("text_hard_cap limits text_prior: set text_prior too")
+            object.__setattr__(self, "needs", self.needs | Need.SEGMENTS)  # shadows the class's
 
     def num_recent(self, window: int, kept: int) -> int:
         # exactly: floats make 28.999... of 0.29 * 100
@@ -50,4 +58,9 @@ class H2O(Scorer):
         score = ctx.column_sums
         if self.variant == "observed":
             score = score / (ctx.prompt_lens[:, None] - ctx.positions)[:, None]
+        if self.text_hard_cap:
+            assert ctx.segment is not None
+            is_text = (ctx.segment < 0)[:, None]
+            largest = score.masked_fill(~ctx.is_prompt[:, None], 0.0).amax(2, keepdim=True)
+            score = score + largest * is_text
         return Scores(base=score, final=score)

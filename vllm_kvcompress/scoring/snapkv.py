@@ -8,6 +8,7 @@ import torch
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_choice, require_odd
+from vllm_kvcompress.scoring.attention import attention
 from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
 
 
@@ -20,12 +21,14 @@ class SnapKV(Scorer):
 
     Adaptation notes: the query heads of a KV head share one kept set (the original keeps one per
     query head); the window mean is divided by W (the original sums: same ranking); arithmetic is
-    float32.
+    float32, while released code rounds scores to the model's type, which makes many of them equal.
 
     Options:
         kernel: odd pooling width in tokens.
         pool: "avg" (zeros outside the prefix count) or "max".
         reduction: over the query heads of a group, "mean" or "max".
+        score_dtype: "float32", or "model" to round probabilities, their means and pooled scores to
+            the type of the queries, for comparisons with released code; not fused.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -36,11 +39,13 @@ class SnapKV(Scorer):
     kernel: int = 5
     pool: str = "avg"
     reduction: str = "mean"
+    score_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         require_odd("kernel", self.kernel)
         require_choice("pool", self.pool, ("avg", "max"))
         require_choice("reduction", self.reduction, ("mean", "max"))
+        require_choice("score_dtype", self.score_dtype, ("float32", "model"))
 
     def score(self, ctx: LayerContext) -> Scores:
         base = self.importance(ctx)
@@ -49,10 +54,27 @@ class SnapKV(Scorer):
     def importance(self, ctx: LayerContext) -> torch.Tensor:
         """Pooled window mean, [N, Hkv, T] float32, 0 at t >= n."""
         mean, _ = self.window_scores(ctx)
-        return kernels.pool_prefix(mean, ctx.num_scored, self.kernel, self.pool)
+        return self.rounded(
+            kernels.pool_prefix(mean, ctx.num_scored, self.kernel, self.pool), ctx.queries.dtype
+        )
 
     def window_scores(self, ctx: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Window mean and last row before pooling, each [N, Hkv, T] float32, 0 at t >= n."""
+        if self.score_dtype == "model":
+            return self._rounded_window_scores(ctx)
         return kernels.window_scores(
             ctx.window_queries, ctx.prompts, ctx.prompt_lens, ctx.scale, ctx.softcap, self.reduction
         )
+
+    def rounded(self, scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``scores`` in the precision of ``score_dtype``, as float32."""
+        return scores if self.score_dtype == "float32" else scores.to(dtype).float()
+
+    def _rounded_window_scores(self, ctx: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
+        window_pos = ctx.num_scored[:, None] + torch.arange(ctx.window, device=ctx.keys.device)
+        probs = attention(ctx, ctx.window_queries, window_pos).to(ctx.queries.dtype)
+        by_query_head = torch.stack([probs.mean(3), probs[:, :, :, -1]])  # [2, N, Hkv, G, T]
+        take = torch.amax if self.reduction == "max" else torch.mean
+        scores = take(by_query_head, dim=3).float()
+        scores.masked_fill_((ctx.positions >= ctx.num_scored[:, None])[:, None], 0.0)
+        return scores[0], scores[1]

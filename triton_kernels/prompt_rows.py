@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys or values of whole prompts in token order, for methods that need them as one tensor."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvcompress.kernels.reference import PromptPages
+
+_TOKENS_PER_PROGRAM = 32
+
+
+@triton.jit
+def _read_kernel(
+    pages_ptr,  # [num_pages * block_size, 2 * D]
+    table_ptr,  # [N, B] int64
+    rows_ptr,  # [N, H, T, D]
+    num_heads,
+    num_blocks,
+    first,  # element of a token's row: 0 for keys, D for values
+    HEAD_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    i_seq = tl.program_id(0).to(tl.int64)
+    i_row, i_head = i_seq // num_heads, i_seq % num_heads
+    o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_d = tl.arange(0, BLOCK_D)
+    m_t = o_t < num_blocks * PAGE_TOKENS
+    block = tl.load(table_ptr + i_row * num_blocks + o_t // PAGE_TOKENS, mask=m_t, other=0)
+    source = (block * num_heads + i_head) * PAGE_TOKENS + o_t % PAGE_TOKENS
+    mask = m_t[:, None] & (o_d < HEAD_SIZE)[None, :]
+    p_source = pages_ptr + source[:, None] * (2 * HEAD_SIZE) + first + o_d[None, :]
+    target = i_seq * num_blocks * PAGE_TOKENS + o_t
+    p_target = rows_ptr + target[:, None] * HEAD_SIZE + o_d[None, :]
+    tl.store(p_target, tl.load(p_source, mask=mask), mask=mask)
+
+
+def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
+    """See ``reference.read_prompt``. For token-row pages; moves each element in and out."""
+    pages, block_table, num_kv_heads, layout = prompts
+    num, num_blocks = block_table.shape
+    length = num_blocks * layout.block_size
+    rows = pages.new_empty((num, num_kv_heads, length, layout.head_size))
+    _read_kernel[(num * num_kv_heads, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
+        pages,
+        block_table.contiguous(),
+        rows,
+        num_kv_heads,
+        num_blocks,
+        0 if part == "key" else layout.head_size,
+        HEAD_SIZE=layout.head_size,
+        PAGE_TOKENS=layout.block_size,
+        BLOCK_D=triton.next_power_of_2(layout.head_size),
+        BLOCK_T=_TOKENS_PER_PROGRAM,
+    )
+    return rows

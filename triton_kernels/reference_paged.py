@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Definitions that read keys from pages; on keys in token order they stand in ``reference.py``.
+
+T is B * block_size in all of them.
+"""
+
+import torch
+
+from vllm_kvcompress.kernels import native, reference
+from vllm_kvcompress.kernels.operations import Operation
+from vllm_kvcompress.kernels.reference import PromptPages
+
+# itself an operation: plain definitions are what a CPU runs where there is no C++ for the whole
+read_prompt = Operation(reference.read_prompt, triton="prompt_rows", cpp=native.read_prompt)
+
+
+def window_scores(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.window_scores``."""
+    keys = read_prompt(prompts, "key")
+    return reference.window_scores(queries, keys, prompt_lens, scale, softcap, reduction)
+
+
+def column_sums(
+    queries: torch.Tensor,
+    lengths: torch.Tensor,
+    positions: torch.Tensor,
+    prompts: PromptPages,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.column_sums``."""
+    keys = read_prompt(prompts, "key")
+    return reference.column_sums(queries, lengths, positions, keys, scale, softcap)
+
+
+def group_masses(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    num_groups: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.group_masses``."""
+    keys = read_prompt(prompts, "key")
+    return reference.group_masses(queries, keys, prompt_lens, num_groups, scale, softcap)
+
+
+def last_row_logits(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    text_rows: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.last_row_logits``."""
+    keys = read_prompt(prompts, "key")
+    return reference.last_row_logits(queries, keys, prompt_lens, text_rows, scale, softcap)
+
+
+def elite_attention(
+    queries: torch.Tensor,
+    elite: torch.Tensor,
+    segment: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.elite_attention``."""
+    keys = read_prompt(prompts, "key")
+    return reference.elite_attention(queries, elite, segment, keys, prompt_lens, scale, softcap)
