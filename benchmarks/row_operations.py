@@ -26,7 +26,7 @@ def masses_cost(shape: Shape) -> Cost:
 
 def masses_calls(x: Inputs) -> Calls:
     size = (x.shape.num, PROXIES, x.shape.num_q_heads, x.shape.head_size)
-    proxies = _normal(x, *size)
+    proxies = _normal(x, *size).bfloat16()
     numbers = (x.prompt_lens, GROUPS, x.shape.head_size**-0.5)
 
     def plain():

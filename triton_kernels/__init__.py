@@ -13,7 +13,7 @@ definition, Triton module for GPUs, C++ for CPUs. They are called like their def
 
 from vllm_kvcompress.kernels import native, reference, reference_decode, reference_paged
 from vllm_kvcompress.kernels.operations import Operation, describe, reasons_against
-from vllm_kvcompress.kernels.reference import PageLayout, PromptPages
+from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, as_stored
 from vllm_kvcompress.kernels.reference_decode import HeldPages
 
 window_scores = Operation(
@@ -43,6 +43,7 @@ __all__ = [
     "HeldPages",
     "PageLayout",
     "PromptPages",
+    "as_stored",
     "calibrate_scores",
     "column_sums",
     "count_votes",

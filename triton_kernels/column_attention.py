@@ -164,6 +164,7 @@ def column_sums(
         pages,
         block_table.contiguous(),
     )
+    scale *= layout.key_scale
     numbers = (scale, softcap, num_q_heads, num_kv_heads, num_blocks, width)
     sizes = {
         "HEAD_SIZE": head_size,

@@ -2,6 +2,7 @@
 """Compaction of kept tokens: copied out into a staging buffer, then written to their pages.
 
 Two launches, because sources and targets overlap and nothing orders the programs of one launch.
+Elements of one byte move as bytes, which every GPU has, float8 or not.
 """
 
 import torch
@@ -87,11 +88,11 @@ def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) 
     staged = pages.new_empty((num, num_heads, max_kept, 2 * layout.head_size))
     table = block_table.contiguous()
     _stage_kernel[_grid(staged)](
-        pages,
+        _movable(pages),
         table,
         kept.contiguous(),
         count.contiguous(),
-        staged,
+        _movable(staged),
         num_heads,
         table.shape[1],
         max_kept,
@@ -117,13 +118,13 @@ def write_pages(
     _, num_runs, max_kept, _ = staged.shape
     table = block_table.contiguous()
     _write_kernel[_grid(staged)](
-        pages,
+        _movable(pages),
         table,
         page_count.contiguous(),
         page_start.contiguous(),
         num_full_blocks.contiguous(),
         num_kept_blocks.contiguous(),
-        staged.contiguous(),
+        _movable(staged.contiguous()),
         num_runs,
         num_kv_heads,
         table.shape[1],
@@ -131,6 +132,10 @@ def write_pages(
         layer_pages,
         **_sizes(layout),
     )
+
+
+def _movable(elements: torch.Tensor) -> torch.Tensor:
+    return elements.view(torch.uint8) if elements.dtype.itemsize == 1 else elements
 
 
 def _grid(staged: torch.Tensor) -> tuple[int, int]:

@@ -59,6 +59,7 @@ def _decode_splits_kernel(
     partial_ptr,  # [R, Hkv, splits, G, D] float32
     lse_ptr,  # [R, Hkv, splits, G] float32
     scale,
+    value_scale,
     softcap,
     num_heads,  # Hkv
     num_blocks,  # B
@@ -123,10 +124,10 @@ def _decode_splits_kernel(
         if EXACT:
             b_out = tl.dot(b_p, b_v.to(tl.float32), b_out, input_precision="ieee")
         else:
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)
+            b_out = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_out)
         b_max = new_max
     row = (i_seq * num_splits + i_split) * GROUP
-    tl.store(partial_ptr + row * HEAD_SIZE + o_q, b_out / b_sum[:, None], mask=m_q)
+    tl.store(partial_ptr + row * HEAD_SIZE + o_q, b_out * (value_scale / b_sum[:, None]), mask=m_q)
     tl.store(lse_ptr + row + o_g, b_max + tl.log(b_sum), mask=o_g < GROUP)
 
 
@@ -238,7 +239,8 @@ def paged_decode(
         held.page_start.contiguous(),
         partial,
         lse,
-        scale,
+        scale * layout.key_scale,
+        layout.value_scale,
         softcap,
         num_heads,
         num_blocks,

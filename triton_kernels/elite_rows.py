@@ -282,7 +282,14 @@ def _arguments(
     pages, block_table, num_kv_heads, layout = prompts
     _, num_rows, num_q_heads, head_size = queries.shape
     inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
-    numbers = (scale, softcap, num_rows, num_q_heads, num_kv_heads, block_table.shape[1])
+    numbers = (
+        scale * layout.key_scale,
+        softcap,
+        num_rows,
+        num_q_heads,
+        num_kv_heads,
+        block_table.shape[1],
+    )
     sizes = _TILE | {
         "HEAD_SIZE": head_size,
         "PAGE_TOKENS": layout.block_size,

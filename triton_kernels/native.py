@@ -38,9 +38,11 @@ def _orders(layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """See ``reference.read_prompt``; the result is float32."""
     pages, block_table, num_kv_heads, layout = prompts
-    index = _orders(layout)[0 if part == "key" else 1]
+    is_key = part == "key"
+    index = _orders(layout)[0 if is_key else 1]
+    scale = layout.key_scale if is_key else layout.value_scale
     return torch.ops.vllm_kvcompress.read_prompt(
-        pages, block_table, num_kv_heads, index, layout.head_size
+        pages, block_table, num_kv_heads, index, layout.head_size, scale
     )
 
 
@@ -61,7 +63,7 @@ def window_scores(
         num_kv_heads,
         _orders(layout)[0],
         prompt_lens,
-        scale,
+        scale * layout.key_scale,
         softcap,
         reduction == "max",
     )
@@ -85,7 +87,7 @@ def column_sums(
         block_table,
         num_kv_heads,
         _orders(layout)[0],
-        scale,
+        scale * layout.key_scale,
         softcap,
     )
 

@@ -19,7 +19,10 @@ def load_keys(
     PAGE_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys [BLOCK_D, keys] of positions ``o_key`` of one request and KV head; 0 where masked."""
+    """Keys [BLOCK_D, keys] of positions ``o_key`` of one request and KV head; 0 where masked.
+
+    They come as they are stored: those of float8 pages lack ``PageLayout.key_scale``.
+    """
     o_d = tl.arange(0, BLOCK_D)
     page = tl.load(table_ptr + i_row * num_blocks + o_key // PAGE_TOKENS, mask=m_key, other=0)
     page = page.to(tl.int64) * num_kv_heads + i_head
@@ -32,12 +35,13 @@ def load_keys(
 def logits(b_q, b_k, scale, softcap, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     """Logits [rows, keys] of queries [rows, BLOCK_D] and keys [BLOCK_D, keys]; nothing is hidden.
 
-    EXACT: in float32, for inputs in float32.
+    EXACT: in float32, for inputs in float32. Else keys are taken in the type of the queries, which
+    holds every float8 number; their scale is part of ``scale``.
     """
     if EXACT:
         b_z = tl.dot(b_q.to(tl.float32), b_k.to(tl.float32), input_precision="ieee") * scale
     else:
-        b_z = tl.dot(b_q, b_k) * scale
+        b_z = tl.dot(b_q, b_k.to(b_q.dtype)) * scale
     if HAS_SOFTCAP:
         half = tl.exp(-2.0 * tl.abs(b_z / softcap))  # tanh from a decaying exponential
         b_z = tl.where(b_z < 0, -1.0, 1.0) * softcap * (1.0 - half) / (1.0 + half)

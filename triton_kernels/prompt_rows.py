@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels.reference import PromptPages
+from vllm_kvcompress.kernels.reference import PromptPages, is_float8
 
 _TOKENS_PER_PROGRAM = 32
 
@@ -18,10 +18,12 @@ def _read_kernel(
     num_heads,
     num_blocks,
     first,  # element of a token's row: 0 for keys, D for values
+    factor,
     HEAD_SIZE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     i_seq = tl.program_id(0).to(tl.int64)
     i_row, i_head = i_seq // num_heads, i_seq % num_heads
@@ -34,7 +36,10 @@ def _read_kernel(
     p_source = pages_ptr + source[:, None] * (2 * HEAD_SIZE) + first + o_d[None, :]
     target = i_seq * num_blocks * PAGE_TOKENS + o_t
     p_target = rows_ptr + target[:, None] * HEAD_SIZE + o_d[None, :]
-    tl.store(p_target, tl.load(p_source, mask=mask), mask=mask)
+    b_rows = tl.load(p_source, mask=mask)
+    if SCALED:
+        b_rows = b_rows.to(tl.float32) * factor
+    tl.store(p_target, b_rows, mask=mask)
 
 
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
@@ -42,17 +47,21 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     pages, block_table, num_kv_heads, layout = prompts
     num, num_blocks = block_table.shape
     length = num_blocks * layout.block_size
-    rows = pages.new_empty((num, num_kv_heads, length, layout.head_size))
+    scaled, is_key = is_float8(pages.dtype), part == "key"
+    dtype = torch.float32 if scaled else pages.dtype
+    rows = pages.new_empty((num, num_kv_heads, length, layout.head_size), dtype=dtype)
     _read_kernel[(num * num_kv_heads, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
         pages,
         block_table.contiguous(),
         rows,
         num_kv_heads,
         num_blocks,
-        0 if part == "key" else layout.head_size,
+        0 if is_key else layout.head_size,
+        layout.key_scale if is_key else layout.value_scale,
         HEAD_SIZE=layout.head_size,
         PAGE_TOKENS=layout.block_size,
         BLOCK_D=triton.next_power_of_2(layout.head_size),
         BLOCK_T=_TOKENS_PER_PROGRAM,
+        SCALED=scaled,
     )
     return rows

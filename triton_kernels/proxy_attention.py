@@ -141,8 +141,7 @@ def group_masses(
     """See ``reference.group_masses``; keys are read through the block table.
 
     Args:
-        queries: [N, M, Hq, D]; those in float32 are rounded to the type of 16-bit pages, which the
-            model's own queries have, and to bfloat16 where pages are in float8.
+        queries: [N, M, Hq, D]; in the model's type, not in float32, tensor cores multiply them.
         prompts: with token-row pages.
 
     Returns:
@@ -152,10 +151,8 @@ def group_masses(
     num, num_rows, num_q_heads, head_size = queries.shape
     num_blocks = block_table.shape[1]
     length = num_blocks * layout.block_size
-    if queries.dtype == torch.float32 != pages.dtype:
-        queries = queries.to(pages.dtype if pages.dtype.itemsize == 2 else torch.bfloat16)
     inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
-    numbers = (scale, softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
+    numbers = (scale * layout.key_scale, softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
     sizes = {
         "HEAD_SIZE": head_size,
         "PAGE_TOKENS": layout.block_size,

@@ -28,18 +28,23 @@ _ROWS_PER_TILE = 128
 
 
 class PageLayout(NamedTuple):
-    """Where a head page keeps an element, as offsets inside the page.
+    """How a head page keeps its elements.
 
     Attributes:
-        key_index, value_index: [block_size * D] int64, element (token, d) at token * D + d. None
-            for both: token rows of D key elements followed by D value elements.
+        key_index, value_index: [block_size * D] int64, offset inside the page of element (token, d)
+            at token * D + d. None for both: token rows of D key elements followed by D value
+            elements.
         block_size, head_size: tokens per page and D.
+        key_scale, value_scale: what stored elements are multiplied by; 1 unless the pages are of a
+            float8 type.
     """
 
     block_size: int
     head_size: int
     key_index: torch.Tensor | None = None
     value_index: torch.Tensor | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 class PromptPages(NamedTuple):
@@ -110,7 +115,7 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
         part: "key" or "value".
 
     Returns:
-        [N, Hkv, B * block_size, D].
+        [N, Hkv, B * block_size, D] in the pages' type; of float8 pages, float32 with their scale.
     """
     pages, block_table, num_kv_heads, layout = prompts
     num, num_blocks = block_table.shape
@@ -123,7 +128,34 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
         rows = rows.index_select(3, index)
     else:
         rows = rows.unflatten(3, (size, 2, head_size))[..., 0 if part == "key" else 1, :]
-    return rows.reshape(num, num_kv_heads, num_blocks * size, head_size)
+    rows = rows.reshape(num, num_kv_heads, num_blocks * size, head_size)
+    if not is_float8(pages.dtype):
+        return rows
+    return rows.float() * (layout.key_scale if part == "key" else layout.value_scale)
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether elements of this type come with a scale."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def as_stored(prompts: PromptPages, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Keys and values as elements of the prompts' pages.
+
+    Float8 takes the nearest number, and its largest for all that is larger, infinity included.
+
+    Args:
+        keys, values: [N, Hkv, K, D] float32.
+
+    Returns:
+        [N, Hkv, K, 2 * D] in the pages' type, as :func:`write_pages` takes them.
+    """
+    dtype, layout = prompts.pages.dtype, prompts.layout
+    if not is_float8(dtype):
+        return torch.cat([keys, values], dim=-1).to(dtype)
+    rows = torch.cat([keys / layout.key_scale, values / layout.value_scale], dim=-1)
+    limit = torch.finfo(dtype).max
+    return rows.clamp(-limit, limit).to(dtype)
 
 
 def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -305,6 +337,7 @@ def column_sums(
 __all__ = [
     "PageLayout",
     "PromptPages",
+    "as_stored",
     "calibrate",
     "calibrate_scores",
     "column_sums",
@@ -314,6 +347,7 @@ __all__ = [
     "head_counts",
     "head_page_tables",
     "index_tables",
+    "is_float8",
     "last_row_logits",
     "pool_prefix",
     "read_prompt",

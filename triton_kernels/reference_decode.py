@@ -72,8 +72,8 @@ def paged_decode(
     else:
         keys, values = rows.unflatten(2, (size, 2, head_size)).unbind(3)
     num_seqs, length = len(table), table.shape[1] * size
-    keys = keys.reshape(num_seqs, length, head_size).float()
-    values = values.reshape(num_seqs, length, head_size).float()
+    keys = keys.reshape(num_seqs, length, head_size).float() * layout.key_scale
+    values = values.reshape(num_seqs, length, head_size).float() * layout.value_scale
     group = queries.shape[1] // held.page_count.shape[1]
     logits = queries.float().view(num_seqs, group, head_size) @ keys.transpose(1, 2) * scale
     if softcap:

@@ -189,7 +189,7 @@ def window_scores(
         "EXACT": queries.dtype == torch.float32,
     }
     inputs = (queries, pages, block_table, prompt_lens)
-    numbers = (scale, softcap, num_q_heads, num_kv_heads, num_blocks)
+    numbers = (scale * layout.key_scale, softcap, num_q_heads, num_kv_heads, num_blocks)
 
     num_splits = triton.cdiv(length, _KEYS_PER_SPLIT)
     partial = queries.new_empty((2, num, num_q_heads, num_splits, window), dtype=torch.float32)

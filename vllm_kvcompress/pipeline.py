@@ -42,6 +42,7 @@ class LayerInputs(NamedTuple):
         queries: [N, Q, Hq, D] of the last Q positions of each prompt.
         pages: [num_pages, block_size * 2 * D] head pages of the layer.
         scale, softcap: the layer's.
+        key_scale, value_scale: see ``PageLayout``.
         column_sums, hidden, moments, maker: see ``LayerContext``.
     """
 
@@ -51,6 +52,8 @@ class LayerInputs(NamedTuple):
     pages: torch.Tensor
     scale: float
     softcap: float = 0.0
+    key_scale: float = 1.0
+    value_scale: float = 1.0
     column_sums: torch.Tensor | None = None
     hidden: HiddenMoments | None = None
     moments: QueryMoments | None = None
@@ -76,7 +79,7 @@ class Demands(NamedTuple):
 class _Waiting(NamedTuple):
     """A layer that has been scored and waits for its share of a budget that spans layers."""
 
-    pages: torch.Tensor
+    prompts: kernels.PromptPages
     final: torch.Tensor
     observed: torch.Tensor
 
@@ -196,7 +199,7 @@ class CompressionPipeline:
         last = inputs.row == self.num_layers - 1
         if isinstance(allocator, ModelAllocator):
             observed = allocator.observe(ctx, scores._replace(base=base, final=final))
-            batch._waiting.append(_Waiting(inputs.pages, final, observed))
+            batch._waiting.append(_Waiting(prompts, final, observed))
             if not last:
                 return None
             demand = Demand(
@@ -206,8 +209,7 @@ class CompressionPipeline:
             kept = kept[:, :, None].expand(-1, -1, self.num_kv_heads)
             self._settle(batch, kept)
             for row, waiting in enumerate(batch._waiting):
-                layer = prompts._replace(pages=waiting.pages)
-                self._stage(batch, layer, waiting.final, row, kept[:, row])
+                self._stage(batch, waiting.prompts, waiting.final, row, kept[:, row])
         else:
             assert batch.static_tokens is not None
             kept = batch.static_tokens + demands.pinned[:, None, None]
@@ -230,6 +232,7 @@ class CompressionPipeline:
     def _context(self, batch: EndingPrompts, inputs: LayerInputs) -> LayerContext:
         demands = batch.demands
         capacity = demands.capacity
+        layout = self.layout._replace(key_scale=inputs.key_scale, value_scale=inputs.value_scale)
         if batch.static_tokens is not None and self.allocator.per_layer:
             capacity = batch.static_tokens[:, inputs.row, 0]
         return LayerContext(
@@ -238,9 +241,7 @@ class CompressionPipeline:
             capacity=capacity,
             window=self.window,
             queries=inputs.queries,
-            prompts=kernels.PromptPages(
-                inputs.pages, batch.block_table, self.num_kv_heads, self.layout
-            ),
+            prompts=kernels.PromptPages(inputs.pages, batch.block_table, self.num_kv_heads, layout),
             scale=inputs.scale,
             softcap=inputs.softcap,
             recent=demands.recent,
@@ -360,8 +361,7 @@ class CompressionPipeline:
         )
         tokens = self.merge.num_tokens(ctx)
         ctx.kept = kernels.select_tokens(final, tokens, candidates, in_pages, max_slots)
-        entries = torch.cat(self.merge.merge(ctx), dim=-1)
-        return entries.to(prompts.pages.dtype)
+        return kernels.as_stored(prompts, *self.merge.merge(ctx))
 
     def _write(
         self,

@@ -2,7 +2,6 @@
 // Attention that each key collects from all query rows of a chunk of its prompt. Definition:
 // triton_kernels/reference.py.
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "attention_tiles.h"
+#include "elements.h"
 #include "prompt_keys.h"
 #include "query_rows.h"
 #include "threads.h"
@@ -122,8 +122,7 @@ at::Tensor column_sums(const at::Tensor& queries, const at::Tensor& lengths,
   }
   auto sums = at::zeros({num, num_kv_heads, length}, queries.options().dtype(at::kFloat));
   const BlockedQueries blocked(queries.flatten(0, 1), blocks, num_kv_heads, scale, softcap);
-  const at::ScalarType type = pages.scalar_type();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "column_sums", [&] {
+  KV_DISPATCH_ELEMENTS(pages.scalar_type(), "column_sums", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
     const RowStatistics statistics = make_statistics(blocked, keys);
     add_columns(blocked, first_block, keys, statistics, length, sums.mutable_data_ptr<float>());

@@ -10,11 +10,14 @@
 
 #include <initializer_list>
 
+#include "elements.h"
+
 namespace {
 
-// One part (keys or values) of whole prompts, in token order, as float32: [N, Hkv, B * block_size, D].
+// One part (keys or values) of whole prompts, in token order and times a scale, as float32: [N, Hkv,
+// B * block_size, D].
 at::Tensor read_prompt(const at::Tensor& pages, const at::Tensor& block_table, int64_t num_kv_heads,
-                       const at::Tensor& index, int64_t head_size) {
+                       const at::Tensor& index, int64_t head_size, double scale) {
   TORCH_CHECK(pages.dim() == 2 && pages.is_contiguous(), "pages: expected contiguous [P, E]");
   TORCH_CHECK(block_table.scalar_type() == at::kLong && index.scalar_type() == at::kLong,
               "block_table and index: expected int64");
@@ -26,8 +29,10 @@ at::Tensor read_prompt(const at::Tensor& pages, const at::Tensor& block_table, i
   const int64_t* blocks = table.const_data_ptr<int64_t>();
   const int64_t* where = index.const_data_ptr<int64_t>();
   float* target = out.mutable_data_ptr<float>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pages.scalar_type(), "read_prompt", [&] {
+  const float factor = static_cast<float>(scale);
+  KV_DISPATCH_ELEMENTS(pages.scalar_type(), "read_prompt", [&] {
     const scalar_t* source = pages.const_data_ptr<scalar_t>();
+    const kvcompress::ToFloat<scalar_t> to_float;
     at::parallel_for(0, num_pages, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i / (num_kv_heads * num_blocks);
@@ -35,7 +40,7 @@ at::Tensor read_prompt(const at::Tensor& pages, const at::Tensor& block_table, i
         const int64_t block = blocks[row * num_blocks + i % num_blocks];
         const scalar_t* page = source + (block * num_kv_heads + head) * page_elems;
         float* tokens = target + i * part;
-        for (int64_t e = 0; e < part; ++e) tokens[e] = static_cast<float>(page[where[e]]);
+        for (int64_t e = 0; e < part; ++e) tokens[e] = to_float(page[where[e]]) * factor;
       }
     });
   });
@@ -147,7 +152,7 @@ void write_pages(const at::Tensor& pages, const at::Tensor& block_table, int64_t
 
 TORCH_LIBRARY(vllm_kvcompress, m) {
   m.def("read_prompt(Tensor pages, Tensor block_table, int num_kv_heads, Tensor index, "
-        "int head_size) -> Tensor", &read_prompt);
+        "int head_size, float scale) -> Tensor", &read_prompt);
   m.def("stage_tokens(Tensor pages, Tensor block_table, Tensor kept, Tensor count, "
         "Tensor key_index, Tensor value_index, int block_size, int head_size) -> Tensor",
         &stage_tokens);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention_tiles.h"
+#include "elements.h"
 
 namespace kvcompress {
 
@@ -41,7 +42,8 @@ class PromptKeys {
     }
   }
 
-  // Keys [start, end) of one head as float32, tile [D, kTileKeys]; zeros beyond end.
+  // Keys [start, end) of one head as float32, tile [D, kTileKeys]; zeros beyond end. Those of float8
+  // pages come without their scale.
   void read_tile(int64_t row, int64_t head, int64_t start, int64_t end, float* tile) const {
     const int64_t* blocks = table_.const_data_ptr<int64_t>() + row * num_blocks_;
     const int64_t count = std::min(end - start, kTileKeys);
@@ -54,7 +56,7 @@ class PromptKeys {
       for (int64_t d = 0; d < head_size_; ++d) {
         const int32_t* places = places_.data() + d * block_size_ + token;
         float* keys = tile + d * kTileKeys + done;
-        for (int64_t j = 0; j < run; ++j) keys[j] = static_cast<float>(page[places[j]]);
+        for (int64_t j = 0; j < run; ++j) keys[j] = to_float_(page[places[j]]);
       }
       done += run;
     }
@@ -62,6 +64,7 @@ class PromptKeys {
 
  private:
   const T* pages_;
+  ToFloat<T> to_float_;
   int64_t page_elems_;
   at::Tensor table_;
   int64_t num_blocks_, num_kv_heads_, block_size_, head_size_;

@@ -4,7 +4,6 @@
 // The keys of a head are read twice, in tiles: once for the softmax statistics of each row, once
 // for the probabilities. Chunks of a head's tiles are independent of each other in both passes.
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "attention_tiles.h"
+#include "elements.h"
 #include "prompt_keys.h"
 #include "query_rows.h"
 #include "threads.h"
@@ -113,8 +113,7 @@ std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, cons
   auto mean = at::zeros({num, num_kv_heads, length}, queries.options().dtype(at::kFloat));
   auto last = at::zeros(mean.sizes(), mean.options());
   const BlockedQueries blocked(queries.flatten(0, 1), windows, num_kv_heads, scale, softcap);
-  const at::ScalarType type = pages.scalar_type();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "window_scores", [&] {
+  KV_DISPATCH_ELEMENTS(pages.scalar_type(), "window_scores", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
     score(blocked, keys, length, take_max, mean.mutable_data_ptr<float>(),
           last.mutable_data_ptr<float>());

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from engine import Stepper, compressed_builder, request_slots, scheduler_of
 
+from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 
 
@@ -52,7 +53,7 @@ def held_pages(stepper: Stepper, name: str) -> HeldPages:
     all_pages, layer_pages = builder.span()
     held = HeldPages([], [], [], length)
     for layer_row, layer in enumerate(builder.layers):
-        cache = layer.kv_cache
+        cache, float8 = layer.kv_cache, FLOAT8_TYPES.get(layer.kv_cache_dtype)
         pages = cache.view(cache.shape[0] * cache.shape[1], -1) if all_pages is None else all_pages
         first = layer_row * len(pages) if all_pages is None else 0
         tables, kv_len = state.tables(
@@ -69,17 +70,19 @@ def held_pages(stepper: Stepper, name: str) -> HeldPages:
         for head in range(num_heads):
             count = int(kv_len[head])
             used = tables[head, : -(-count // size)].long()
-            rows = pages[used].float()
-            for part, index, per_head in (
-                (0, layout.key_index, held.keys),
-                (1, layout.value_index, held.values),
+            rows = pages[used]
+            rows = rows.float() if float8 is None else rows.view(float8).float()
+            for part, index, scale, per_head in (
+                (0, layout.key_index, layer._k_scale_float, held.keys),
+                (1, layout.value_index, layer._v_scale_float, held.values),
             ):
                 found = (
                     rows[:, index]
                     if index is not None
                     else rows.unflatten(1, (size, 2, -1))[:, :, part].flatten(1)
                 )
-                per_head[-1].append(found.reshape(-1, layout.head_size)[:count].cpu().numpy())
+                found = found.reshape(-1, layout.head_size)[:count]
+                per_head[-1].append((found * scale).cpu().numpy())
             held.page_ids[-1].append((used + first).tolist())
     return held
 

@@ -77,7 +77,10 @@ CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
          "set --pipeline-parallel-size 1"),
         ({}, {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "micro-batching",
          "--ubatch-size"),
-        ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8", "use --kv-cache-dtype auto"),
+        ({}, {"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype int8_per_token_head",
+         "use --kv-cache-dtype fp8 or auto"),
+        ({}, {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["1"]}, "unlike types",
+         "remove --kv-cache-dtype-skip-layers"),
         ({}, {"kv_sharing_fast_prefill": True}, "share KV", "remove --kv-sharing-fast-prefill"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -164,13 +167,27 @@ def test_attention_features():
         ({"sinks": True}, "sinks"),
         ({"alibi": True}, "ALiBi"),
         ({"kv_sharing": True}, "another layer"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "fp8_e4m3"),
+        ({"kv_cache_dtype": "nvfp4"}, "nvfp4"),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, "fp8_per_token_head"),
     ):
         (reason,) = refusals.layer_reasons(**(none | change))
         assert text in reason
         assert "serve the model without --kv-compression" in reason
-    every = {"sinks": True, "alibi": True, "kv_sharing": True, "kv_cache_dtype": "fp8"}
+    for served in ("fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16"):
+        assert refusals.layer_reasons(**(none | {"kv_cache_dtype": served})) == []
+    every = {"sinks": True, "alibi": True, "kv_sharing": True, "kv_cache_dtype": "nvfp4"}
     assert len(refusals.layer_reasons(**every)) == 4
+
+
+def test_scales_of_single_heads():
+    """Checkpoints bring them; one scale may come as a number or as a row of one."""
+    layers = [torch.nn.Module(), torch.nn.Module()]
+    layers[0].register_buffer("_k_scale", torch.tensor(0.5))
+    layers[1].register_buffer("_k_scale", torch.tensor([0.5]))
+    refusals.check_scales(layers)
+    layers[1].register_buffer("_k_scale", torch.tensor([0.5, 0.25]))
+    with pytest.raises(KVCompressionError, match=r"each KV head.*without --kv-compression"):
+        refusals.check_scales(layers)
 
 
 @pytest.mark.parametrize(

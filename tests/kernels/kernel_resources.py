@@ -23,12 +23,14 @@ class Kernel(NamedTuple):
         module: below vllm_kvcompress.kernels.
         types: of the arguments that are not int32; a list for a tuple of arguments.
         constants: values of the constexpr arguments.
+        capabilities: GPUs that it runs on.
     """
 
     module: str
     types: dict[str, str | list[str]]
     constants: dict[str, int | float | bool | str]
     num_warps: int = 4
+    capabilities: tuple[int, ...] = CAPABILITIES
 
 
 class Resources(NamedTuple):
@@ -72,8 +74,9 @@ COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
 SELECT_TYPES = {"scores_ptr": "*fp32"} | dict.fromkeys(
     ("count_ptr", "candidates_ptr", "pinned_end_ptr", "kept_ptr"), "*i64"
 )
-DECODE_TYPES = {"slots_ptr": "*i64", "scale": "fp32", "softcap": "fp32"} | (
-    dict.fromkeys(("q_ptr", "pages_ptr", "out_ptr"), "*bf16")
+DECODE_TYPES = {"slots_ptr": "*i64"} | (
+    dict.fromkeys(("scale", "value_scale", "softcap"), "fp32")
+    | dict.fromkeys(("q_ptr", "pages_ptr", "out_ptr"), "*bf16")
     | dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32")
 )
 DECODE_CONSTANTS = {
@@ -108,13 +111,13 @@ VOTE_TYPES = {"masses_ptr": "*fp32", "votes_ptr": "*fp32"} | (
 )
 VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
 
-KERNELS = {
+KERNELS = {  # by name, followed by what is special about a variant
     "_stage_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_write_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_read_kernel": Kernel(
         "prompt_rows",
-        COPY_TYPES,
-        {"HEAD_SIZE": 128, "PAGE_TOKENS": 16, "BLOCK_D": 128, "BLOCK_T": 32},
+        COPY_TYPES | {"factor": "fp32"},
+        {"HEAD_SIZE": 128, "PAGE_TOKENS": 16, "BLOCK_D": 128, "BLOCK_T": 32, "SCALED": False},
     ),
     "_head_page_tables_kernel": Kernel("page_tables", {}, {"BLOCK_SIZE": 16, "TILE": 1024}),
     "_decode_splits_kernel": Kernel(
@@ -185,6 +188,13 @@ KERNELS = {
     ),
     "_votes_kernel": Kernel("votes", VOTE_TYPES, {"BLOCK_T": 256}),
 }
+# keys in float8: GPUs of capability 80 have no conversion for e4m3, and vLLM no attention over it
+KERNELS |= {
+    f"{name} e4m3": KERNELS[name]._replace(
+        types=KERNELS[name].types | {"pages_ptr": "*fp8e4nv"}, capabilities=(90,)
+    )
+    for name in ("_row_sums_kernel", "_scores_kernel", "_row_lse_kernel", "_column_sums_kernel")
+}
 
 COMPILE = """
 import importlib, json, re, subprocess, sys, tempfile
@@ -219,19 +229,20 @@ for capability in capabilities:
 
 
 def measure(name: str) -> dict[int, Resources]:
-    """Compile a kernel, in a process that does not interpret, for every capability.
+    """Compile a kernel, in a process that does not interpret, for all its GPUs.
 
     Raises:
         RuntimeError: it does not compile.
     """
-    request = json.dumps([name, KERNELS[name], CAPABILITIES])
+    *source, capabilities = KERNELS[name]
+    request = json.dumps([name.split()[0], source, capabilities])
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", "-c", COMPILE, request]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     found = [Resources(*json.loads(line)) for line in done.stdout.splitlines()]
-    return dict(zip(CAPABILITIES, found, strict=True))
+    return dict(zip(capabilities, found, strict=True))
 
 
 def recorded() -> dict[tuple[str, int], Resources]:

@@ -190,6 +190,25 @@ def test_16_bits(dtype):
     assert error <= 2 * (rounded - exact).abs().max() + 1e-5
 
 
+@FUNCTIONS
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_float8_pages(function, dtype, precision):
+    """Numbers that float8 holds, each part with a scale."""
+    case = draw_case(RAGGED, 9, 37, 4, 64, 16, dtype)
+    key_scale, value_scale = 0.37, 1.9
+    pages, layout, *others = case.args
+    layout = layout._replace(key_scale=key_scale, value_scale=value_scale)
+    queries = case.queries.to(precision)
+    found = function(queries, pages, layout, *others, 0.2)
+    assert found.dtype == precision
+    scales = torch.tensor([key_scale, value_scale]).repeat_interleave(64)
+    scaled = [[rows * scales for rows in heads] for heads in case.held_rows]
+    expected = attend(case._replace(queries=queries, held_rows=scaled), 0.2).float()
+    tolerance = 1e-5 if precision == torch.float32 else 4e-3
+    torch.testing.assert_close(found.cpu().float(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_split_plan():
     """Work for all of a large GPU from a few heads; splits of like size where heads are unlike."""
     for num_seqs in (1, 4, 32, 64, 128, 1024, 8192):

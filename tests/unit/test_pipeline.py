@@ -5,12 +5,23 @@ import json
 
 import numpy as np
 import oracle
+import paged_cache
 import pytest
 import torch
-from paged_cache import HEAD_SIZE, LAYERS, NUM_KV_HEADS, NUM_Q_HEADS, SCALE, Cache, compress
+from paged_cache import (
+    HEAD_SIZE,
+    LAYERS,
+    NUM_KV_HEADS,
+    NUM_Q_HEADS,
+    SCALE,
+    Cache,
+    compress,
+    layer_inputs,
+)
 from planners import oracle_config, planner_of
 from scorer_inputs import Prompt, maker_of, rotation
 
+from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import ALLOCATORS, Allocator, LayerAllocator, ModelAllocator
 from vllm_kvcompress.allocation.pyramid import Pyramid
 from vllm_kvcompress.page_state import HeadPageState
@@ -271,6 +282,37 @@ def test_together_as_alone(method):
                     rtol=0,
                     atol=1e-6 if "recycle" in method else 0,
                 )
+
+
+@pytest.mark.parametrize(
+    "method", ["keydiff+uniform+lookm", "keydiff+pyramid+lookm", "h2o+vlcache+lookm"]
+)
+def test_every_layer_is_read_and_written_with_its_own_scales(monkeypatch, method):
+    """Merges that wait for the last layer use those of the layers that they merge."""
+    scales = [(1.5 + layer, 9.5 + layer) for layer in range(LAYERS)]
+    used: dict[str, list] = {"read_prompt": [], "as_stored": []}
+
+    def spy(name):
+        original = getattr(kernels, name)
+
+        def call(prompts, *args):
+            used[name].append((prompts.layout.key_scale, prompts.layout.value_scale))
+            return original(prompts, *args)
+
+        return call
+
+    def with_scales(cache, planner, chosen, layer):
+        key_scale, value_scale = scales[layer]
+        inputs = layer_inputs(cache, planner, chosen, layer)
+        return inputs._replace(key_scale=key_scale, value_scale=value_scale)
+
+    for name in used:
+        monkeypatch.setattr(kernels, name, spy(name))
+    monkeypatch.setattr(paged_cache, "layer_inputs", with_scales)
+    planner = planner_of(16, method=method, budget=64, window=8)
+    compress(Cache.random(texts(150), 16, seed=1), planner)
+    assert used["as_stored"] == scales
+    assert list(dict.fromkeys(used["read_prompt"])) == scales
 
 
 class TestHeadPageState:

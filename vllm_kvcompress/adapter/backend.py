@@ -8,6 +8,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from vllm_kvcompress.adapter import attention_inputs, refusals
+from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata
 from vllm_kvcompress.captures import SumRows
@@ -45,7 +46,12 @@ class CompressedBackend:
 
 
 class _AttentionLayer(Protocol):
+    """A layer of vLLM; its scales are those of a float8 cache."""
+
     layer_name: str
+    _q_scale_float: float
+    _k_scale_float: float
+    _v_scale_float: float
 
 
 class CompressedImpl:
@@ -57,6 +63,7 @@ class CompressedImpl:
     head_size: int
     scale: float
     logits_soft_cap: float
+    kv_cache_dtype: str
     _per_head: "CompressedImpl | None" = None
 
     def __init__(self, *args, **kwargs) -> None:
@@ -65,10 +72,11 @@ class CompressedImpl:
             sinks=self.sinks is not None,  # type: ignore[attr-defined]
             alibi=self.alibi_slopes is not None,  # type: ignore[attr-defined]
             kv_sharing=self.kv_sharing_target_layer_name is not None,  # type: ignore[attr-defined]
-            kv_cache_dtype=self.kv_cache_dtype,  # type: ignore[attr-defined]
+            kv_cache_dtype=self.kv_cache_dtype,
         )
         if reasons:
             raise KVCompressionError.from_reasons(reasons)
+        self._float8 = FLOAT8_TYPES.get(self.kv_cache_dtype)
 
     def forward(
         self,
@@ -85,7 +93,8 @@ class CompressedImpl:
         """Attend; then, where prompts end, compress this layer.
 
         Args:
-            query: [tokens, Hq, D]; the layer's K and V are in the cache already.
+            query: [tokens, Hq, D]; the layer's K and V are in the cache already. Where the kernel
+                attends in float8, vLLM has brought it to that type.
             kv_cache: [num_blocks, Hkv, block_size, 2 * D].
             output: [tokens, Hq, D], written.
         """
@@ -105,7 +114,7 @@ class CompressedImpl:
             stock(layer, queries[meta.natural_tokens], None, None, kv_cache, meta.natural, part)
             result[meta.natural_tokens] = part
         if meta.queries is not None or meta.sums is not None:
-            self._compress(layer, queries, kv_cache, meta)
+            self._compress(layer, queries, kv_cache, meta, output.dtype)
         if meta.virtual is not None:
             self._attend_virtual(layer, queries, kv_cache, meta, result)
         return output
@@ -116,11 +125,13 @@ class CompressedImpl:
         queries: torch.Tensor,
         kv_cache: torch.Tensor,
         meta: CompressedMetadata,
+        dtype: torch.dtype,
     ) -> None:
+        """``dtype``: of the model."""
         builder, moved, ending = meta.builder, meta.queries, meta.ending
         row = builder.layer_rows[layer.layer_name]
         with builder.telemetry.layer():
-            sums = self._add_sums(layer, row, queries, kv_cache, meta)
+            sums = self._add_sums(layer, row, queries, kv_cache, meta, dtype)
             if moved is not None and moved.save is not None:
                 request, store_row, token = moved.save
                 builder.stored_queries(queries)[request, row, store_row] = queries[token]
@@ -133,16 +144,21 @@ class CompressedImpl:
                 entry, column, request, store_row = moved.load
                 stored = builder.stored_queries(queries)
                 last_queries[entry, column] = stored[request, row, store_row]
+            key_scale, value_scale = self._scales(layer)
             inputs = LayerInputs(
                 layer=builder.layer_indices[layer.layer_name],
                 row=row,
-                queries=last_queries,
-                pages=_as_pages(kv_cache),
+                queries=_as_numbers(last_queries, layer, dtype),
+                pages=self._typed(_as_pages(kv_cache)),
                 scale=self.scale,
                 softcap=self.logits_soft_cap,
+                key_scale=key_scale,
+                value_scale=value_scale,
                 **sums,
             )
             all_pages, layer_pages = builder.span()
+            if all_pages is not None:
+                all_pages = self._typed(all_pages)
             count = builder.pipeline.compress(ending, inputs, all_pages, layer_pages)
             if count is not None:
                 builder.telemetry.record_pages(count)
@@ -157,6 +173,7 @@ class CompressedImpl:
         queries: torch.Tensor,
         kv_cache: torch.Tensor,
         meta: CompressedMetadata,
+        dtype: torch.dtype,
     ) -> dict[str, Any]:
         """Take this step's rows into the sums over the prompt; the totals of those that end."""
         builder, rows, sums = meta.builder, meta.sums, meta.builder.sums
@@ -164,9 +181,10 @@ class CompressedImpl:
         if rows is None:
             return found
         if Need.COLUMN_SUMS in sums.needs:
-            prompts = PromptPages(
-                _as_pages(kv_cache), rows.block_table, self.num_kv_heads, builder.pipeline.layout
-            )
+            pages = self._typed(_as_pages(kv_cache))
+            layout = builder.pipeline.layout._replace(key_scale=self._scales(layer)[0])
+            prompts = PromptPages(pages, rows.block_table, self.num_kv_heads, layout)
+            queries = _as_numbers(queries, layer, dtype)
             total = sums.add_columns(rows, row, queries, prompts, self.scale, self.logits_soft_cap)
             if meta.ending is not None:
                 length = meta.ending.block_table.shape[1] * builder.block_size
@@ -223,9 +241,26 @@ class CompressedImpl:
             self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
             return
         rows = queries.reshape(-1, group, head_size)[virtual.order]
-        out = torch.empty_like(rows)
+        out = torch.empty_like(rows, dtype=result.dtype)
         self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
         result.view(-1, group, head_size)[virtual.order] = out
+
+    def _typed(self, pages: torch.Tensor) -> torch.Tensor:
+        """Pages of a float8 cache, which vLLM allocates as bytes, in their type."""
+        return pages if self._float8 is None else pages.view(self._float8)
+
+    def _scales(self, layer: _AttentionLayer) -> tuple[float, float]:
+        """Of keys and of values. vLLM has them on the host, too: nothing waits for the device."""
+        if self._float8 is None:
+            return 1.0, 1.0
+        return layer._k_scale_float, layer._v_scale_float
+
+
+def _as_numbers(queries: torch.Tensor, layer: _AttentionLayer, dtype: torch.dtype) -> torch.Tensor:
+    """Queries that the attention kernel gets in float8, as it understands them."""
+    if queries.dtype.itemsize > 1:
+        return queries
+    return queries.to(dtype) * layer._q_scale_float
 
 
 def _as_pages(kv_cache: torch.Tensor) -> torch.Tensor:

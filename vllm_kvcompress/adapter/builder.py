@@ -72,6 +72,7 @@ class CompressedBuilder:
         self.heads = rank_heads(model_heads, self.num_kv_heads, ranks)
         self.mean_over_replicas = mean_over_replicas(model_heads, ranks)
         self.layers = [vllm_config.compilation_config.static_forward_context[n] for n in names]
+        refusals.check_scales(self.layers)
         self._span: tuple[torch.Tensor, int] | None = None
         self.telemetry = WorkerTelemetry(device, active=parallel.rank == 0)
         self.virtual_builder = self.make_virtual_builder(

@@ -5,18 +5,22 @@ Checked before any request.
 """
 
 import importlib.util
+from collections.abc import Iterable
 
+from torch import nn
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_kvcompress import kernels
+from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES, is_served
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 SUMMARY = (
     "MLA, encoder-decoder and pooling models, speculative decoding, KV connectors and offloading, "
-    "context and pipeline parallelism, micro-batching, quantized KV caches, shared KV layers, "
-    "attention sinks, ALiBi"
+    "context and pipeline parallelism, micro-batching, quantized KV caches other than fp8 with one "
+    "scale per layer, shared KV layers, attention sinks, ALiBi"
 )
+
+_ADVICE = "serve the model without --kv-compression"
 
 
 def check(vllm_config: VllmConfig, settings: KVCompressionConfig) -> None:
@@ -54,8 +58,10 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set "
          "--pipeline-parallel-size 1"),
         (parallel.use_ubatching, "micro-batching: remove --enable-dbo and --ubatch-size"),
-        (is_quantized_kv_cache(cache.cache_dtype), f"--kv-cache-dtype "
-         f"{cache.cache_dtype}: use --kv-cache-dtype auto"),
+        (not is_served(cache.cache_dtype), f"--kv-cache-dtype {cache.cache_dtype} packs several "
+         "elements or scales into a token: use --kv-cache-dtype fp8 or auto"),
+        (cache.cache_dtype in FLOAT8_TYPES and bool(cache.kv_cache_dtype_skip_layers), "layers "
+         "with caches of unlike types: remove --kv-cache-dtype-skip-layers"),
         (kept is not None and kept < block_size, f"--kv-budget {kept} is smaller than one block: "
          f"set --kv-budget {block_size} or more, or a smaller --block-size than {block_size}"),
         (settings.window > model.max_model_len, f"--kv-window {settings.window} is longer than "
@@ -76,17 +82,24 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
 
 def layer_reasons(*, sinks: bool, alibi: bool, kv_sharing: bool, kv_cache_dtype: str) -> list[str]:
     """Reasons that one attention layer shows."""
-    advice = "serve the model without --kv-compression"
     checks = (
         (sinks, "attention sinks are per query head"),
         (alibi, "ALiBi slopes depend on the position inside the cache"),
         (kv_sharing, "a layer reads the KV cache of another layer"),
-        (
-            is_quantized_kv_cache(kv_cache_dtype),
-            f"the checkpoint asks for a {kv_cache_dtype} cache",
-        ),
+        (not is_served(kv_cache_dtype), f"the checkpoint asks for a {kv_cache_dtype} cache"),
     )
-    return [f"{reason}: {advice}." for refused, reason in checks if refused]
+    return [f"{reason}: {_ADVICE}." for refused, reason in checks if refused]
+
+
+def check_scales(layers: Iterable[nn.Module]) -> None:
+    """Raise where KV heads have scales of their own, known once the checkpoint is loaded.
+
+    Raises:
+        KVCompressionError: a sequence of a virtual batch would need another scale than the next.
+    """
+    if any(layer.get_buffer("_k_scale").numel() > 1 for layer in layers):
+        reason = "the checkpoint has scales of its own for each KV head's cache"
+        raise KVCompressionError.from_reasons([f"{reason}: {_ADVICE}."])
 
 
 def _shadows_triton_kernels() -> bool:

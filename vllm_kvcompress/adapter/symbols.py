@@ -104,7 +104,8 @@ _CONFIGURATION = _symbols(
     ("ParallelConfig", Use.HELD,
      "decode_context_parallel_size pipeline_parallel_size prefill_context_parallel_size rank "
      "tensor_parallel_size use_ubatching", "refusals; the first rank counts; a rank's heads"),
-    ("CacheConfig", Use.HELD, "block_size cache_dtype kv_sharing_fast_prefill", "refusals"),
+    ("CacheConfig", Use.HELD,
+     "block_size cache_dtype kv_cache_dtype_skip_layers kv_sharing_fast_prefill", "refusals"),
     ("SchedulerConfig", Use.HELD, "max_num_seqs", "size of per-request state"),
     ("CompilationConfig", Use.HELD, "max_cudagraph_capture_size static_forward_context",
      "buffers of a virtual batch; the layers, whose caches budgets may span"),
@@ -176,7 +177,7 @@ _SCHEDULER = (
         ("KVCacheConfig", Use.HELD, "kv_cache_groups", "finds our group"),
         ("KVCacheGroupSpec", Use.HELD, "kv_cache_spec", "finds our group"),
         ("KVCacheLayout", Use.HELD, "LBHNC", "blocks, heads, tokens: has head pages"),
-        ("is_quantized_kv_cache", Use.CALLED, "kv_cache_dtype", "refusals"),
+        ("is_quantized_kv_cache", Use.CALLED, "kv_cache_dtype", "which caches are numbers"),
     ),
 )  # fmt: skip
 
@@ -192,6 +193,8 @@ _ATTENTION = (
     *_symbols(
         "vllm.v1.attention.backend",
         ("AttentionType", Use.HELD, "DECODER", "the layers that are compressed"),
+        ("AttentionLayer", Use.HELD, "_k_scale _k_scale_float _q_scale_float _v_scale_float",
+         "scales of a float8 cache, copies on the host included"),
         ("AttentionBackend", Use.HELD, "get_name", "do we have a subclass?"),
         ("AttentionBackend.customize_spec", Use.REPLACED, "cls spec", "makes the spec ours"),
         ("AttentionBackend.supported_kv_cache_layouts", Use.REPLACED, "cls", "head pages"),
@@ -243,11 +246,11 @@ def _platform(
 _BACKENDS = (
     *_platform("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend",
                "CPUAttentionBackendImpl", "CPUAttentionMetadataBuilder",
-               "block_size dtype head_dim isa num_heads num_kv_heads"),
+               "block_size dtype head_dim isa kv_cache_dtype num_heads num_kv_heads"),
     *_symbols(
         "vllm._custom_ops",
         ("cpu_attn_reshape_and_cache", Use.CALLED,
-         "key value key_cache value_cache slot_mapping isa",
+         "key value key_cache value_cache slot_mapping isa k_scale v_scale kv_cache_dtype",
          "shows where the kernel keeps each element of a page"),
     ),
     *_platform("vllm.v1.attention.backends.flash_attn", "FlashAttentionBackend",

@@ -95,7 +95,8 @@ class ShiftKV(Scorer):
         assert ctx.maker is not None, "shiftkv needs the query projection"
         hidden, offsets, groups = self._proxies(ctx.layer, ctx.hidden)
         where, numbers = (ctx.prompts, ctx.prompt_lens), (ctx.scale, ctx.softcap)
-        proxies = ctx.maker.project(hidden, offsets)
+        # the model rotates in its own type: nothing is lost
+        proxies = ctx.maker.project(hidden, offsets).to(ctx.queries.dtype)
         masses = kernels.group_masses(proxies, *where, groups, *numbers)
         own = kernels.group_masses(ctx.queries[:, -1:], *where, 1, *numbers)
         end = ctx.prompt_lens
@@ -109,9 +110,8 @@ class ShiftKV(Scorer):
         """Hidden states [N, M, d], their offsets [M] after the prompt, and the number of groups."""
         device = hidden.last.device
         if self.llava_compat and layer < 2:
-            size = 16
-            copies = hidden.last[:, None].expand(-1, size, -1)
-            return copies, torch.arange(1, size + 1, device=device), 1
+            copies = hidden.last[:, None].expand(-1, 16, -1)
+            return copies, torch.arange(1, 17, device=device), 1
         size = self.proxies // self.groups
         offsets = (torch.arange(self.proxies, device=device) % size + 1) * self.groups
         noise = standard_normal(self.seed, layer, self.proxies, hidden.last.shape[1], device)
