@@ -42,6 +42,7 @@ from decode_operations import decode_operations
 from gpucheck.machine import facts, installed_version
 from operations import OPERATIONS, PLAIN, Cost, Operation, Shape, make_inputs
 from rivals import FAILURES, Absent, Calls, Rival
+from row_operations import ROW_OPERATIONS
 from whole_layer import COMPRESS_LAYER
 
 MODELS = {  # query heads, KV heads, head size
@@ -233,7 +234,9 @@ def run(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     timer = Timer(device, args.quick)
     machine = measure_machine(timer, device)
     print(f"copy {machine.bandwidth / 1e9:.0f} GB/s, matmul {machine.flops / 1e12:.1f} TFLOP/s")
-    operations = (*OPERATIONS, COMPRESS_LAYER, *decode_operations(args.jit))
+    operations = (
+        *OPERATIONS, COMPRESS_LAYER, *decode_operations(args.jit), *ROW_OPERATIONS,
+    )  # fmt: skip
     end = time.monotonic() + args.seconds
     over = f"the {args.seconds:.0f} seconds were over"
 

@@ -141,8 +141,7 @@ def group_masses(
     """See ``reference.group_masses``; keys are read through the block table.
 
     Args:
-        queries: [N, M, Hq, D]; rounded to the type of 16-bit pages, which is what the model's own
-            queries have.
+        queries: [N, M, Hq, D]; in the model's type, not in float32, tensor cores multiply them.
         prompts: with token-row pages.
 
     Returns:
@@ -152,8 +151,6 @@ def group_masses(
     num, num_rows, num_q_heads, head_size = queries.shape
     num_blocks = block_table.shape[1]
     length = num_blocks * layout.block_size
-    if pages.dtype in (torch.float16, torch.bfloat16):
-        queries = queries.to(pages.dtype)
     inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
     numbers = (scale * layout.key_scale, softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
     sizes = {

@@ -66,9 +66,8 @@ def paged_decode(
         held.layer,
         held.layer_pages,
     )
-    rows = reference.as_bytes(pages)[table.long()].view(
-        pages.dtype
-    )  # [R * Hkv, B, block_size * 2 * D]
+    movable = reference.as_bytes(pages)
+    rows = movable[table.long()].view(pages.dtype)  # [R * Hkv, B, block_size * 2 * D]
     if layout.key_index is not None and layout.value_index is not None:
         keys, values = (rows[:, :, index] for index in (layout.key_index, layout.value_index))
     else:

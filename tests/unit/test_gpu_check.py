@@ -24,6 +24,7 @@ from gpucheck.packages import import_path, stage_plugin, unpack_wheel
 from gpucheck.steps import Run, Step
 from gpucheck.watch import ScoredPrompt
 from operations import OPERATIONS, Shape, make_inputs
+from row_operations import ROW_OPERATIONS
 from whole_layer import COMPRESS_LAYER
 
 from vllm_kvcompress import kernels
@@ -261,7 +262,9 @@ class TestStress:
 
 
 @pytest.mark.parametrize(
-    "operation", [*OPERATIONS, COMPRESS_LAYER, *decode_operations()], ids=lambda o: o.name
+    "operation",
+    [*OPERATIONS, COMPRESS_LAYER, *decode_operations(), *ROW_OPERATIONS],
+    ids=lambda o: o.name,
 )
 def test_no_time_for_a_wrong_result(monkeypatch, operation):
     shape = Shape("tiny", 4, 2, 16, 256, 2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scorer_inputs import Maker, best, context, published, random_prompt, rotation, six_digits
 
+from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import count_votes
 from vllm_kvcompress.scoring import LayerTrace
 from vllm_kvcompress.scoring.base import HiddenMoments, QueryMoments
@@ -140,6 +141,21 @@ class TestShiftKV:
         mean, deviation = (x.mean(), x.std()) if stats == "scalar" else (x.mean(0), x.std(0))
         noise = torch.randn(12, 6, generator=torch.Generator().manual_seed(7 + 1_000_003))
         torch.testing.assert_close(ctx.maker.hidden[0], mean + 2.5 * deviation * noise)
+
+    def test_proxies_are_of_the_type_of_the_queries(self, monkeypatch):
+        """Tensor cores do not multiply float32 numbers without loss."""
+        scorer = ShiftKV(proxies=4, groups=2)
+        ctx = context([random_prompt(0, 30)], 0, scorer, LayerTrace())
+        ctx.queries = ctx.queries.bfloat16()
+        types, original = [], kernels.group_masses
+
+        def recorded(queries, *args):
+            types.append(queries.dtype)
+            return original(queries, *args)
+
+        monkeypatch.setattr(kernels, "group_masses", recorded)
+        scorer.score(ctx)
+        assert types == [torch.bfloat16] * 2
 
     def test_noise_depends_on_layer_and_seed_alone(self):
         device = torch.device("cpu")

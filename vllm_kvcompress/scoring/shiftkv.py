@@ -28,7 +28,8 @@ class ShiftKV(Scorer):
     Source: MM-ShiftKV, arXiv 2607.22586 and its released code.
 
     Adaptation notes: noise depends on seed and layer only, on every rank and for every request; 32
-    groups for every model (the released LLaVA path has 16); budgets are counted on snapkv's score.
+    groups for every model (the released LLaVA path has 16); budgets are counted on snapkv's score;
+    sums that decide what a cover holds are exact.
 
     Options:
         preset: "released" or "paper"; sets stats, cover and mix_last where they are not given.
@@ -45,7 +46,7 @@ class ShiftKV(Scorer):
 
     name: ClassVar[str] = "shiftkv"
     source: ClassVar[str] = "MM-ShiftKV, arXiv 2607.22586"
-    cost: ClassVar[str] = "as snapkv, 2*L*N*Hq*D*(d + P), L*Hkv*NG sorts; N proxies, NG groups"
+    cost: ClassVar[str] = "as snapkv, 2*L*N*Hq*D*(d + P), L*Hkv*NG covers; N proxies, NG groups"
     needs: ClassVar[Need] = SnapKV.needs | Need.LAST_QUERY | Need.HIDDEN_MOMENTS
 
     preset: str = "released"
@@ -94,7 +95,8 @@ class ShiftKV(Scorer):
         assert ctx.maker is not None, "shiftkv needs the query projection"
         hidden, offsets, groups = self._proxies(ctx.layer, ctx.hidden)
         where, numbers = (ctx.prompts, ctx.prompt_lens), (ctx.scale, ctx.softcap)
-        proxies = ctx.maker.project(hidden, offsets)
+        # the model rotates in its own type: nothing is lost
+        proxies = ctx.maker.project(hidden, offsets).to(ctx.queries.dtype)
         masses = kernels.group_masses(proxies, *where, groups, *numbers)
         own = kernels.group_masses(ctx.queries[:, -1:], *where, 1, *numbers)
         end = ctx.prompt_lens
@@ -102,16 +104,14 @@ class ShiftKV(Scorer):
             masses += own
             end = end - 1
         votes = kernels.count_votes(masses, end, self.tau, self._rule("cover"))
-        base = SnapKV().importance(ctx)
-        return Scores(base=base, final=votes + self.vote_lambda * own[:, :, 0])
+        return Scores(base=SnapKV().importance(ctx), final=votes + self.vote_lambda * own[:, :, 0])
 
     def _proxies(self, layer: int, hidden: HiddenMoments) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Hidden states [N, M, d], their offsets [M] after the prompt, and the number of groups."""
         device = hidden.last.device
         if self.llava_compat and layer < 2:
-            size = 16
-            copies = hidden.last[:, None].expand(-1, size, -1)
-            return copies, torch.arange(1, size + 1, device=device), 1
+            copies = hidden.last[:, None].expand(-1, 16, -1)
+            return copies, torch.arange(1, 17, device=device), 1
         size = self.proxies // self.groups
         offsets = (torch.arange(self.proxies, device=device) % size + 1) * self.groups
         noise = standard_normal(self.seed, layer, self.proxies, hidden.last.shape[1], device)
