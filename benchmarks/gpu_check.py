@@ -29,18 +29,23 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "gpu-check"
 STAGES = ("kernels", "engines", "timing", "serving")
 TIMED = ("timing", "serving")  # these have the machine to themselves
-CASES = (  # model runner, mode, type
-    ("V2", "full", "float16"),
-    ("V1", "full", "float16"),
-    ("V2", "eager", "float16"),
-    ("V1", "eager", "float16"),
-    ("V2", "piecewise", "float16"),
-    ("V1", "piecewise", "float16"),
-    ("V2", "full", "bfloat16"),
-    ("V2", "full-decode", "float16"),
+CASES = (  # model runner, mode, type, type of the KV cache
+    ("V2", "full", "float16", "auto"),
+    ("V1", "full", "float16", "auto"),
+    ("V2", "eager", "float16", "auto"),
+    ("V1", "eager", "float16", "auto"),
+    ("V2", "piecewise", "float16", "auto"),
+    ("V1", "piecewise", "float16", "auto"),
+    ("V2", "full", "bfloat16", "auto"),
+    ("V2", "full-decode", "float16", "auto"),
+    ("V2", "full", "bfloat16", "fp8"),
 )
-REHEARSED_CASES = (("V1", "eager", "float32"), ("V2", "eager", "float32"))
-NOT_ON_A_GPU = ("test_reference.py", "test_native.py", "test_ahead_of_time.py")
+REHEARSED_CASES = (
+    ("V1", "eager", "float32", "auto"),
+    ("V2", "eager", "float32", "auto"),
+    ("V1", "eager", "float32", "fp8"),
+)
+NOT_ON_A_GPU = ("test_reference.py", "test_ahead_of_time.py")
 PYTHON = [sys.executable, "-P"]
 
 
@@ -104,11 +109,12 @@ def kernel_steps(folder: Path, rehearse: bool) -> list[Step]:
 
 def engine_steps(folder: Path, rehearse: bool) -> list[Step]:
     steps = []
-    for runner, mode, dtype in REHEARSED_CASES if rehearse else CASES:
-        name = f"{runner}-{mode}-{dtype}"
+    for runner, mode, dtype, cache in REHEARSED_CASES if rehearse else CASES:
+        name = f"{runner}-{mode}-{dtype}" + ("" if cache == "auto" else f"-{cache}")
         out = folder / "engines" / f"{name}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         command = ["-m", "gpucheck.engines", "--runner", runner, "--mode", mode, "--dtype", dtype]
+        command += ["--cache", cache]
         command += ["--models", str(CACHE / "models" / name), "--out", str(out)]
         command += ["--cpu"] if rehearse else []
         steps.append(Step(name, [*PYTHON, *command], 200))

@@ -259,6 +259,22 @@ def select_check(x: Inputs) -> None:
         require(torch.equal(calls[name](), plain), "select_tokens")
 
 
+# head_counts, of a layer whose heads share a budget
+
+
+def counts_calls(x: Inputs) -> Calls:
+    args = (x.base, x.capacity, True)
+    return {
+        "ours": lambda: kernels.head_counts(*args),
+        "torch": lambda: reference.head_counts(*args),
+    }
+
+
+def counts_check(x: Inputs) -> None:
+    calls = counts_calls(x)
+    require(torch.equal(calls["ours"](), calls["torch"]()), "head_counts")
+
+
 # stage_tokens and write_pages
 
 
@@ -330,6 +346,13 @@ OPERATIONS = (
         select_calls,
         select_check,
         "select_tokens",
+    ),
+    Operation(
+        "head_counts",
+        lambda s: Cost(4 * entries(s), 0, 100 * entries(s)),
+        counts_calls,
+        counts_check,
+        "head_counts",
     ),
     Operation("head_page_tables", tables_cost, tables_calls, tables_check, "head_page_tables"),
     # changes the pages, from random ones to others

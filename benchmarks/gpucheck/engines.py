@@ -46,12 +46,14 @@ class Case:
 
     Attributes:
         runner: "V1" (which also runs without asynchronous scheduling) or "V2".
+        cache: type of the KV cache.
         on_gpu: False in a rehearsal.
     """
 
     runner: str
     mode: str
     dtype: str
+    cache: str
     on_gpu: bool
     model: str
 
@@ -62,6 +64,7 @@ class Case:
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "dtype": self.dtype,
+            "kv_cache_dtype": self.cache,
             "block_size": self.block_size,
             "max_model_len": 512,
             "max_num_seqs": 8,
@@ -281,6 +284,7 @@ def main() -> None:
     parser.add_argument("--runner", choices=("V1", "V2"), required=True)
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), required=True)
+    parser.add_argument("--cache", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--cpu", action="store_true", help="rehearse on vLLM's CPU backend")
     parser.add_argument("--models", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
@@ -296,7 +300,7 @@ def main() -> None:
     model = tiny_models.make(
         "llama", args.models, layers=LAYERS, head_dim=head_dim, dtype=args.dtype
     )
-    checks = Checks(Case(args.runner, args.mode, args.dtype, not args.cpu, str(model)))
+    checks = Checks(Case(args.runner, args.mode, args.dtype, args.cache, not args.cpu, str(model)))
     checks.run()
     args.out.write_text(json.dumps(checks.log, indent=2) + "\n")
 

@@ -18,6 +18,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(scope="module")
+def cpp() -> None:
+    """The C++ operations. They are for CPUs: where there is a GPU they need not be built."""
+    from vllm_kvcompress.kernels import native
+
+    if torch.cuda.is_available():
+        pytest.skip("C++ is for CPUs")
+    assert native.available(), "csrc/ was not built: install with --no-build-isolation"
+
+
 @pytest.fixture(params=["one program", "tiles"])
 def programs(request, monkeypatch):
     """Rows by one program each, and by one per tile; unwritten memory is poisoned."""

@@ -29,14 +29,11 @@ SHAPE = ([1, 70, 200], 6, 2, 48, 16)
 pytestmark = pytest.mark.parametrize("dtype", FLOAT8, ids=lambda dtype: str(dtype)[6:])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def built() -> None:
-    assert native.available(), "csrc/ was not built: install with --no-build-isolation"
-
-
 @pytest.fixture(params=["rows", "strewn"])
 def prompts(request, dtype) -> PromptPages:
-    """Prompts in both kinds of layout, NaN in whatever belongs to nobody."""
+    """Prompts in the layouts of GPUs and of CPUs, NaN in whatever belongs to nobody."""
+    if request.param == "strewn":
+        request.getfixturevalue("cpp")
     return make_prompts(dtype, strewn=request.param == "strewn")
 
 

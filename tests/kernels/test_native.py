@@ -17,16 +17,14 @@ from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference
 
 HEAD_SIZE = 24
 
+pytestmark = pytest.mark.usefixtures("cpp")
+
 
 def permuted_layout(block_size: int, generator: torch.Generator) -> PageLayout:
     """Keys in a random order in the first half of a page, values in the second."""
     numel = block_size * HEAD_SIZE
     orders = [torch.randperm(numel, generator=generator) + i * numel for i in (0, 1)]
     return PageLayout(block_size, HEAD_SIZE, *orders)
-
-
-def test_this_installation_has_them():
-    assert native.available(), "csrc/ was not built: install with --no-build-isolation"
 
 
 @pytest.mark.parametrize("block_size", [16, 32])

@@ -12,10 +12,7 @@ from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference
 
 NAN, INF = float("nan"), float("inf")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def built() -> None:
-    assert native.available(), "csrc/ was not built: install with --no-build-isolation"
+pytestmark = pytest.mark.usefixtures("cpp")
 
 
 def prompts_of(

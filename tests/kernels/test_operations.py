@@ -43,7 +43,7 @@ def test_rows_of_the_table(operation):
             assert all(extra.default is not extra.empty for extra in found[len(expected) :])
 
 
-def test_cpp_where_it_was_built(monkeypatch, table):
+def test_cpp_where_it_was_built(cpp, monkeypatch, table):
     chosen = Operation(reference.select_tokens, triton="selection", cpp=native.select_tokens)
     assert chosen.on("cpu").call is native.select_tokens
     monkeypatch.setattr(native, "available", lambda: False)
@@ -65,8 +65,11 @@ def test_the_first_argument_tells_the_device(table, paged):
     assert list(operation._chosen) == ["meta"]
 
 
-def test_description():
+def test_description_of_a_gpu():
     assert kernels.describe("cuda") == "Triton"
+
+
+def test_description_of_a_cpu(cpp):
     assert kernels.describe("cpu") == (
         "C++; in torch: group_masses, count_votes, last_row_logits, elite_attention, "
         "head_page_tables, paged_decode"
