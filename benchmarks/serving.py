@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Settings, li
             pool_blocks=pool,
             threads=args.threads,
             load_format="dummy" if args.dummy else "auto",
-            max_model_len=min(longest, pool * args.block_size),
+            max_model_len=min(longest, (pool - 1) * args.block_size),  # vLLM sets a block apart
             device=args.device,
         )
         print(f"starting two engines with a pool of {pool} blocks", flush=True)
