@@ -9,22 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels import paged_keys
+from vllm_kvcompress.kernels import paged_keys, query_rows
 from vllm_kvcompress.kernels.reference import PromptPages
 
 _ROWS_PER_TILE = 64
 _KEYS_PER_TILE = 64
-
-
-@triton.jit
-def _load_rows(
-    q_ptr, i_row, i_group, o_c, m_c, width, num_q_heads, HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Queries [rows, BLOCK_D] of one query head; 0 where masked."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_q = ((i_row * width + o_c[:, None]) * num_q_heads + i_group) * HEAD_SIZE + o_d[None, :]
-    return tl.load(q_ptr + p_q, mask=m_c[:, None] & (o_d < HEAD_SIZE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -58,7 +47,9 @@ def _row_lse_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = (o_c >= width - length) & (o_c < width)
     row_position = end - width + o_c
-    b_q = _load_rows(q_ptr, i_row, i_group, o_c, m_c, width, num_q_heads, HEAD_SIZE, BLOCK_D)
+    b_q = query_rows.load_rows(
+        q_ptr, i_row, o_c, i_group, m_c, width, num_q_heads, HEAD_SIZE, BLOCK_D
+    )
     b_max = tl.full((BLOCK_C,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_C,), tl.float32)
     num_seen = tl.max(tl.where(m_c, row_position + 1, 0), 0)
@@ -70,10 +61,7 @@ def _row_lse_kernel(
         )  # fmt: skip
         b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
         b_z = tl.where(o_key[None, :] <= row_position[:, None], b_z, float("-inf"))
-        new_max = tl.maximum(b_max, tl.max(b_z, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that see nothing
-        b_sum = b_sum * tl.exp(b_max - shift) + tl.sum(tl.exp(b_z - shift[:, None]), 1)
-        b_max = new_max
+        b_max, b_sum = query_rows.add_tile(b_max, b_sum, b_z)
     b_lse = b_max + tl.log(tl.where(m_c, b_sum, 1.0))
     tl.store(lse_ptr + (i_row * num_q_heads + i_group) * width + o_c, b_lse, mask=m_c)
 
@@ -122,8 +110,8 @@ def _column_sums_kernel(
         for start in range(first_row, width, BLOCK_C):
             o_c = start + tl.arange(0, BLOCK_C)
             m_c = o_c < width
-            b_q = _load_rows(
-                q_ptr, i_row, i_group, o_c, m_c, width, num_q_heads, HEAD_SIZE, BLOCK_D
+            b_q = query_rows.load_rows(
+                q_ptr, i_row, o_c, i_group, m_c, width, num_q_heads, HEAD_SIZE, BLOCK_D
             )
             b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
             sees = (o_key[None, :] <= (end - width + o_c)[:, None]) & m_c[:, None]

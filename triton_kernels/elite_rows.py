@@ -140,10 +140,7 @@ def _elite_sums_kernel(
             b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
             sees = m_key[None, :] & (o_i[None, :] <= o_row[:, None])
             b_z = tl.where(sees, b_z, float("-inf"))
-            new_max = tl.maximum(b_max, tl.max(b_z, 1))
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            b_sum = b_sum * tl.exp(b_max - shift) + tl.sum(tl.exp(b_z - shift[:, None]), 1)
-            b_max = new_max
+            b_max, b_sum = query_rows.add_tile(b_max, b_sum, b_z)
         offset = (i_seq * num_splits + i_split) * num_rows + o_r
         tl.store(max_ptr + offset, b_max, mask=m_r)
         tl.store(sum_ptr + offset, b_sum, mask=m_r)

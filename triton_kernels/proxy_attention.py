@@ -65,9 +65,7 @@ def _proxy_sums_kernel(
         )  # fmt: skip
         b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
         b_z = tl.where(m_key[None, :], b_z, float("-inf"))
-        new_max = tl.maximum(b_max, tl.max(b_z, 1))  # finite: every tile has a key
-        b_sum = b_sum * tl.exp(b_max - new_max) + tl.sum(tl.exp(b_z - new_max[:, None]), 1)
-        b_max = new_max
+        b_max, b_sum = query_rows.add_tile(b_max, b_sum, b_z)
     offset = ((i_row * num_kv_heads + i_head) * num_splits + i_split) * group * num_rows + o_r
     tl.store(max_ptr + offset, b_max, mask=m_r)
     tl.store(sum_ptr + offset, b_sum, mask=m_r)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Query rows that attention kernels gather, and log-sum-exps of rows whose keys were split."""
+"""Query rows that attention kernels gather, and their log-sum-exps, tile by tile of keys."""
 
 import torch
 import triton
@@ -16,6 +16,15 @@ def load_rows(
     p_q = ((i_row * num_rows + o_row) * num_q_heads + o_head) * HEAD_SIZE
     mask = m_row[:, None] & (o_d < HEAD_SIZE)[None, :]
     return tl.load(q_ptr + p_q[:, None] + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def add_tile(b_max, b_sum, b_z):
+    """Maximum and sum of exponentials of rows, with one more tile of logits [rows, keys]."""
+    new_max = tl.maximum(b_max, tl.max(b_z, 1))
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may have seen nothing yet
+    b_sum = b_sum * tl.exp(b_max - shift) + tl.sum(tl.exp(b_z - shift[:, None]), 1)
+    return new_max, b_sum
 
 
 def combine(peaks: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:

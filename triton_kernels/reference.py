@@ -86,19 +86,10 @@ def window_scores(
     Returns:
         Mean over the window and last row, each [N, Hkv, T] float32.
     """
-    num, window, num_q_heads, head_size = queries.shape
-    num_kv_heads, length = keys.shape[1:3]
-    group = num_q_heads // num_kv_heads
-    rows = (queries.float() * scale).view(num, window, num_kv_heads, group, head_size)
-    rows = rows.permute(0, 2, 3, 1, 4).reshape(num, num_kv_heads, group * window, head_size)
-    logits = torch.matmul(rows, keys.float().transpose(2, 3))
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.view(num, num_kv_heads, group, window, length)
+    window, length = queries.shape[1], keys.shape[2]
     position = torch.arange(length, device=keys.device)
     query_pos = prompt_lens[:, None] - window + position[:window]  # [N, W]
-    hidden = position > query_pos[:, :, None]  # [N, W, T]; stale keys at t >= P, even NaN, go too
-    probs = logits.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
+    probs = row_logits(queries, keys, query_pos, scale, softcap).softmax(-1)
     last = probs[:, :, :, -1]
     if reduction == "mean":
         mean, last = probs.mean((2, 3)), last.mean(2)
@@ -316,24 +307,15 @@ def column_sums(
     Returns:
         [M, Hkv, T] float32, summed over rows, mean over the query heads of a KV head.
     """
-    num, width, num_q_heads, head_size = queries.shape
-    num_kv_heads, length = keys.shape[1:3]
-    group = num_q_heads // num_kv_heads
-    total = torch.zeros(num, num_kv_heads, length, device=keys.device)
-    key_position = torch.arange(length, device=keys.device)
-    columns = keys.float().transpose(2, 3)
+    width, keys = queries.shape[1], keys.float()
+    total = torch.zeros(keys.shape[:3], device=keys.device)
     index = torch.arange(width, device=keys.device) - width  # -1 is the last row
     row_position = positions[:, None] + lengths[:, None] + index  # [M, C]
     valid = index >= -lengths[:, None]
     for start in range(0, width, _ROWS_PER_TILE):
         tile = slice(start, start + _ROWS_PER_TILE)
-        rows = (queries[:, tile].float() * scale).view(num, -1, num_kv_heads, group, head_size)
-        rows = rows.permute(0, 2, 3, 1, 4)  # [M, Hkv, G, rows, D]
-        logits = torch.matmul(rows, columns[:, :, None])
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        hidden = key_position > row_position[:, tile, None]
-        probs = logits.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
+        logits = row_logits(queries[:, tile], keys, row_position[:, tile], scale, softcap)
+        probs = logits.softmax(-1)
         probs.masked_fill_(~valid[:, None, None, tile, None], 0.0)
         total += probs.sum(3).mean(2)
     return total

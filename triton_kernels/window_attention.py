@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels import paged_keys
+from vllm_kvcompress.kernels import paged_keys, query_rows
 from vllm_kvcompress.kernels.reference import PromptPages
 
 _KEYS_PER_SPLIT = 1024
@@ -35,11 +35,11 @@ def _logits(
     EXACT: tl.constexpr,
 ):
     """Logits [BLOCK_W, keys] of one query head's window rows, -inf where hidden."""
-    o_w, o_d = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_D)
-    m_w, m_d = o_w < WINDOW, o_d < HEAD_SIZE
-    m_key = o_key < prompt_len
-    p_q = ((i_row * WINDOW + o_w[:, None]) * num_q_heads + i_group) * HEAD_SIZE + o_d[None, :]
-    b_q = tl.load(q_ptr + p_q, mask=m_w[:, None] & m_d[None, :], other=0.0)
+    o_w = tl.arange(0, BLOCK_W)
+    m_w, m_key = o_w < WINDOW, o_key < prompt_len
+    b_q = query_rows.load_rows(
+        q_ptr, i_row, o_w, i_group, m_w, WINDOW, num_q_heads, HEAD_SIZE, BLOCK_D
+    )
     b_k = paged_keys.load_keys(
         pages_ptr, table_ptr, i_row, i_head, o_key, m_key, num_kv_heads, num_blocks, HEAD_SIZE,
         PAGE_TOKENS, BLOCK_D,
@@ -88,10 +88,7 @@ def _row_sums_kernel(
             num_q_heads, num_kv_heads, num_blocks, WINDOW, HEAD_SIZE, PAGE_TOKENS, BLOCK_W, BLOCK_D,
             HAS_SOFTCAP, EXACT,
         )  # fmt: skip
-        new_max = tl.maximum(b_max, tl.max(b_z, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may see nothing here
-        b_sum = b_sum * tl.exp(b_max - shift) + tl.sum(tl.exp(b_z - shift[:, None]), 1)
-        b_max = new_max
+        b_max, b_sum = query_rows.add_tile(b_max, b_sum, b_z)
     o_w = tl.arange(0, BLOCK_W)
     offset = ((i_row * num_q_heads + i_group) * num_splits + i_split) * WINDOW + o_w
     tl.store(max_ptr + offset, b_max, mask=o_w < WINDOW)
@@ -197,8 +194,7 @@ def window_scores(
         *inputs, partial[0], partial[1], *numbers, num_splits,
         KEYS_PER_SPLIT=_KEYS_PER_SPLIT, **sizes,
     )  # fmt: skip
-    peak = partial[0].amax(2, keepdim=True)
-    lse = peak[:, :, 0] + ((partial[0] - peak).exp() * partial[1]).sum(2).log()
+    lse = query_rows.combine(partial[0], partial[1])
 
     scores = queries.new_empty((2, num, num_kv_heads, length), dtype=torch.float32)
     _scores_kernel[(num * num_kv_heads, triton.cdiv(length, sizes["BLOCK_T"]))](

@@ -179,7 +179,7 @@ class CompressionPipeline:
         """
         allocator, demands = self.allocator, batch.demands
         ctx = self._context(batch, inputs)
-        scores = Scores(*map(self.mean_over_replicas, self.scorer.score(ctx)))
+        scores = self._agreed(self.scorer.score(ctx))
         base, final = self._mask(batch, *scores)
         prompts = ctx.prompts
         if not self.spans_layers:
@@ -256,6 +256,12 @@ class CompressionPipeline:
             maker=inputs.maker,
             mean_over_heads=self.mean_over_heads,
         )
+
+    def _agreed(self, scores: Scores) -> Scores:
+        """The same scores on all ranks that hold the same KV heads."""
+        base = self.mean_over_replicas(scores.base)
+        is_one = scores.final is scores.base
+        return Scores(base, base if is_one else self.mean_over_replicas(scores.final))
 
     def _mask(
         self, batch: EndingPrompts, base: torch.Tensor, final: torch.Tensor

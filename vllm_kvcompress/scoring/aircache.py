@@ -49,8 +49,7 @@ class AirCache(Scorer):
 
     def score(self, ctx: LayerContext) -> Scores:
         heads = visual_attention(ctx, self.elite, self.elite_scope)  # [N, Hq, T]
-        group = heads.shape[1] // ctx.keys.shape[1]
-        mean = heads.unflatten(1, (-1, group)).mean(2)
+        mean = heads.unflatten(1, (ctx.prompts.num_kv_heads, -1)).mean(2)
         return Scores(base=mean, final=mean)
 
 

@@ -6,10 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvcompress.scoring.attention import attention
 from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
-
-_ROWS_AT_ONCE = 16
+from vllm_kvcompress.scoring.instruction import instruction_rows
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,10 @@ class PostVision(Scorer):
         return 1  # of every head; the others follow from what the head keeps
 
     def score(self, ctx: LayerContext) -> Scores:
-        assert ctx.text_rows is not None, "postvision needs the instruction's rows"
-        score = torch.zeros(ctx.keys.shape[:3], device=ctx.keys.device)
-        num_rows = ctx.queries.shape[1]
-        for start in range(0, num_rows, _ROWS_AT_ONCE):
-            queries = ctx.queries[:, start : start + _ROWS_AT_ONCE]
-            from_end = num_rows - start - torch.arange(queries.shape[1], device=score.device)
-            probs = attention(ctx, queries, ctx.prompt_lens[:, None] - from_end)
-            foreign = from_end > ctx.text_rows[:, None]  # [N, M]
-            probs = probs.masked_fill(foreign[:, None, None, :, None], 0.0)
-            score += probs.sum(3).mean(2)
+        collected = [
+            rows.logits.softmax(3).masked_fill_(~rows.counts[:, None, :, None], 0.0).sum(2)
+            for rows in instruction_rows(ctx)
+        ]
+        heads = torch.stack(collected).sum(0)  # [N, Hq, T]
+        score = heads.unflatten(1, (ctx.prompts.num_kv_heads, -1)).mean(2)
         return Scores(base=score, final=score)

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress import kernels
+from vllm_kvcompress.kernels.reference import row_logits
 from vllm_kvcompress.options import require_choice, require_odd
-from vllm_kvcompress.scoring.attention import attention
 from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
 
 
@@ -71,8 +71,9 @@ class SnapKV(Scorer):
         return scores if self.score_dtype == "float32" else scores.to(dtype).float()
 
     def _rounded_window_scores(self, ctx: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
-        window_pos = ctx.num_scored[:, None] + torch.arange(ctx.window, device=ctx.keys.device)
-        probs = attention(ctx, ctx.window_queries, window_pos).to(ctx.queries.dtype)
+        window_pos = ctx.num_scored[:, None] + ctx.positions[: ctx.window]
+        logits = row_logits(ctx.window_queries, ctx.keys, window_pos, ctx.scale, ctx.softcap)
+        probs = logits.softmax(-1).to(ctx.queries.dtype)
         by_query_head = torch.stack([probs.mean(3), probs[:, :, :, -1]])  # [2, N, Hkv, G, T]
         take = torch.amax if self.reduction == "max" else torch.mean
         scores = take(by_query_head, dim=3).float()
