@@ -53,6 +53,20 @@ def head_pages(shape: Shape, skewed: bool) -> list[int]:
     return [first, *(each + (i < more) for i in range(heads - 1))]
 
 
+def table_maker(
+    blocks: torch.Tensor, seq_lens: torch.Tensor, held: HeldPages
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Makes tables and lengths of one layer's virtual sequences, always in the same buffers."""
+    num_seqs = len(blocks) * held.page_count.shape[2]
+    table, kv_len = blocks.new_zeros(1, num_seqs, blocks.shape[1]), blocks.new_zeros(1, num_seqs)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        kernels.head_page_tables(table, kv_len, blocks, seq_lens, held, BLOCK_SIZE)
+        return table[0], kv_len[0]
+
+    return call
+
+
 def decode_inputs(x: Inputs, skewed: bool) -> DecodeInputs:
     shape, device = x.shape, x.queries.device
     num, num_full = shape.num, shape.length // BLOCK_SIZE - 1
@@ -66,10 +80,8 @@ def decode_inputs(x: Inputs, skewed: bool) -> DecodeInputs:
     seq_lens = every(num_full * BLOCK_SIZE + TAIL)[:, 0]
     blocks = x.prompts.block_table.int()
     slots = torch.arange(num, device=device)
-    held = HeldPages(slots, full, kept, count, start)
-    tables = kernels.head_page_tables(
-        blocks, seq_lens, full, kept, count, start, BLOCK_SIZE, blocks.shape[1]
-    )
+    held = HeldPages(slots, full, kept, count[None], start[None])
+    tables = table_maker(blocks, seq_lens, held)()
     queries = x.queries[:, -1].contiguous()
     scale = shape.head_size**-0.5
     args = (queries, x.prompts.pages, x.prompts.layout, blocks, seq_lens, held, scale)
@@ -114,15 +126,8 @@ def decode_calls(x: Inputs, skewed: bool, jit: bool) -> Calls:
 
     def built():
         flash = FlashAttention(rows, pages, x.shape.length)
-        slots, *state = held[:5]
-
-        def call():
-            of_rows = (values[slots] for values in state)
-            return flash(
-                *kernels.head_page_tables(blocks, seq_lens, *of_rows, BLOCK_SIZE, blocks.shape[1])
-            )
-
-        return call
+        tables = table_maker(blocks, seq_lens, held)
+        return lambda: flash(*tables())
 
     def planned():
         return flash_infer(rows, pages, data.table, data.kv_len, jit)
@@ -130,7 +135,8 @@ def decode_calls(x: Inputs, skewed: bool, jit: bool) -> Calls:
     return {
         "ours": ours,
         "torch": plain,
-        # tables and schedule made once for all layers, or in every layer, where budgets differ
+        # tables and schedule made once for all layers; or a table with each call and no schedule:
+        # what layers of unlike budgets would cost if one launch did not make all of their tables
         "flash-attn": Rival(shared, right),
         "flash-attn+tables": Rival(built, right),
         "flashinfer": Rival(planned, right),

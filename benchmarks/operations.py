@@ -15,7 +15,14 @@ from gpucheck.stress import in_place
 from rivals import Calls
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.kernels import PageLayout, PromptPages, native_cuda, reference
+from vllm_kvcompress.kernels import (
+    HeldPages,
+    PageLayout,
+    PromptPages,
+    native_cuda,
+    reference,
+    reference_decode,
+)
 
 BLOCK_SIZE, WINDOW = 16, 32
 KEPT_SHARE = 0.1  # of a prompt
@@ -302,24 +309,35 @@ def compact_check(x: Inputs) -> None:
     require(torch.equal(*results), "write_pages")
 
 
-# head_page_tables, of a decode step in which all N prompts are compressed
+# head_page_tables of one layer, in a decode step in which all N prompts are compressed
 
 
 def tables_cost(shape: Shape) -> Cost:
-    blocks = shape.num * shape.length // BLOCK_SIZE
-    written = blocks * shape.num_kv_heads
-    return Cost(4 * (blocks + written), 0, 64 * written)
+    pages = shape.num * shape.num_kv_heads * (shape.num_kept // BLOCK_SIZE + 1)
+    table = 4 * shape.num * shape.num_kv_heads * shape.length // BLOCK_SIZE
+    return Cost(4 * 2 * pages, 0, 16 * table)
 
 
 def tables_calls(x: Inputs) -> Calls:
-    width = x.shape.length // BLOCK_SIZE
-    tensors = (
-        x.prompts.block_table, x.prompt_lens, x.num_full, x.num_kept, x.count, x.start,
-    )  # fmt: skip
-    args = (*(t.int() for t in tensors), BLOCK_SIZE, width)
+    tensors = (x.num_full, x.num_kept, x.count[None], x.start[None])
+    slots = torch.arange(x.shape.num, device=x.count.device)
+    held = HeldPages(slots, *(t.int().contiguous() for t in tensors))
+    blocks, seq_lens = x.prompts.block_table.int(), x.prompt_lens.int()
+    num_seqs = x.shape.num * x.shape.num_kv_heads
+
+    def into_buffers(fill: Callable[..., None]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        table = blocks.new_zeros(1, num_seqs, x.shape.length // BLOCK_SIZE)
+        kv_len = blocks.new_zeros(1, num_seqs)
+
+        def call() -> tuple[torch.Tensor, torch.Tensor]:
+            fill(table, kv_len, blocks, seq_lens, held, BLOCK_SIZE)
+            return table, kv_len
+
+        return call
+
     return {
-        "ours": lambda: kernels.head_page_tables(*args),
-        "torch": lambda: reference.head_page_tables(*args),
+        "ours": into_buffers(kernels.head_page_tables),
+        "torch": into_buffers(reference_decode.head_page_tables),
     }
 
 

@@ -35,7 +35,9 @@ select_tokens = Operation(reference.select_tokens, triton="selection", cpp=nativ
 read_prompt = reference_paged.read_prompt
 stage_tokens = Operation(reference.stage_tokens, triton="compaction", cpp=native.stage_tokens)
 write_pages = Operation(reference.write_pages, triton="compaction", cpp=native.write_pages)
-head_page_tables = Operation(reference.head_page_tables, triton="page_tables")
+head_page_tables = Operation(
+    reference_decode.head_page_tables, triton="page_tables", cpp=native.head_page_tables
+)
 # a candidate: no step calls it until a GPU has shown that it beats the platform's own kernel
 paged_decode = Operation(reference_decode.paged_decode, triton="decode_attention")
 

@@ -211,7 +211,7 @@ def paged_decode(
     num_rows, num_q_heads, head_size = queries.shape
     if num_rows == 0:
         return torch.empty_like(queries)
-    num_heads, num_blocks = held.page_count.shape[1], block_table.shape[1]
+    num_heads, num_blocks = held.page_count.shape[2], block_table.shape[1]
     group, num_seqs = num_q_heads // num_heads, num_rows * num_heads
     num_splits, min_tokens = split_plan(num_seqs, num_blocks * layout.block_size)
     block_d = max(16, triton.next_power_of_2(head_size))

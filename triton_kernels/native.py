@@ -7,6 +7,7 @@ import importlib.util
 import torch
 
 from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, index_tables
+from vllm_kvcompress.kernels.reference_decode import HeldPages
 
 
 def available() -> bool:
@@ -196,4 +197,18 @@ def write_pages(
         layout.block_size,
         layout.head_size,
         layer_pages,
+    )
+
+
+def head_page_tables(
+    table: torch.Tensor,
+    kv_len: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    held: HeldPages,
+    block_size: int,
+) -> None:
+    """See ``reference_decode.head_page_tables``; what is written has to be contiguous."""
+    torch.ops.vllm_kvcompress.head_page_tables(
+        table, kv_len, block_table, seq_lens, *held, block_size
     )

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page tables of virtual sequences, one launch for all of them."""
+"""Page tables of virtual sequences, one launch for all layers."""
 
 import torch
 import triton
 import triton.language as tl
+
+from vllm_kvcompress.kernels.reference_decode import HeldPages
 
 
 @triton.jit
@@ -43,80 +45,82 @@ def page_ids(
 
 @triton.jit
 def _head_page_tables_kernel(
+    table_ptr,  # [L, R * H, W] int32
+    kv_len_ptr,  # [L, R * H] int32
     block_table_ptr,  # [R, B] int32
     seq_lens_ptr,  # [R] int32
-    num_full_ptr,  # [R] int32
-    num_kept_ptr,  # [R] int32
-    count_ptr,  # [R, H] int32
-    start_ptr,  # [R, H] int32
-    table_ptr,  # [R * H, width] int32
-    kv_len_ptr,  # [R * H] int32
+    slots_ptr,  # [R] int64
+    num_full_ptr,  # [S] int32
+    num_kept_ptr,  # [S] int32
+    count_ptr,  # [L, S, H] int32
+    start_ptr,  # [L, S, H] int32
     num_blocks,  # B
     block_table_stride,
-    width,
+    width,  # W
+    num_slots,  # S
     num_heads,
-    layer,
+    first_layer,
     layer_pages,
-    BLOCK_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    SPANS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    i_seq = tl.program_id(0).to(tl.int64)
-    i_tile = tl.program_id(1)
-    i_row = i_seq // num_heads
-    i_head = (i_seq % num_heads).to(tl.int32)
+    """Pages that one KV head of one request has in use in one layer."""
+    i_seq = tl.program_id(0)
+    i_layer = tl.program_id(1)
+    i_row, i_head = i_seq // num_heads, i_seq % num_heads
+    slot = tl.load(slots_ptr + i_row)
+    o_state = (i_layer * num_slots + slot) * num_heads + i_head
+    num_full, num_kept = tl.load(num_full_ptr + slot), tl.load(num_kept_ptr + slot)
+    count, start = tl.load(count_ptr + o_state), tl.load(start_ptr + o_state)
+    kv_len = tl.load(seq_lens_ptr + i_row) + (count - num_full) * PAGE_TOKENS
+    kv_len = tl.maximum(kv_len, 0)
 
-    num_full = tl.load(num_full_ptr + i_row)
-    num_kept = tl.load(num_kept_ptr + i_row)
-    count = tl.load(count_ptr + i_seq)
-    start = tl.load(start_ptr + i_seq)
-
-    o_page = i_tile * TILE + tl.arange(0, TILE)
-    m_page = o_page < width
-    page = page_ids(
-        block_table_ptr + i_row * block_table_stride, o_page, m_page, i_head, num_full, num_kept,
-        count, start, num_blocks, num_heads, layer, layer_pages, SPANS=True,
-    )  # fmt: skip
-    tl.store(table_ptr + i_seq * width + o_page, page, mask=m_page)
-
-    if i_tile == 0:
-        seq_len = tl.load(seq_lens_ptr + i_row)
-        kv_len = seq_len + (count - num_full) * BLOCK_SIZE
-        tl.store(kv_len_ptr + i_seq, tl.maximum(kv_len, 0))
+    i_run = i_layer.to(tl.int64) * tl.num_programs(0) + i_seq
+    tl.store(kv_len_ptr + i_run, kv_len)
+    p_block_row = block_table_ptr + i_row.to(tl.int64) * block_table_stride
+    used = tl.minimum(tl.cdiv(kv_len, PAGE_TOKENS), width)
+    for first in range(0, used, TILE):
+        o_page = first + tl.arange(0, TILE)
+        m_page = o_page < used
+        page = page_ids(
+            p_block_row, o_page, m_page, i_head, num_full, num_kept, count, start, num_blocks,
+            num_heads, first_layer + i_layer, layer_pages, SPANS,
+        )  # fmt: skip
+        tl.store(table_ptr + i_run * width + o_page, page, mask=m_page)
 
 
 def head_page_tables(
+    table: torch.Tensor,
+    kv_len: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_full_blocks: torch.Tensor,
-    num_kept_blocks: torch.Tensor,
-    page_count: torch.Tensor,
-    page_start: torch.Tensor,
+    held: HeldPages,
     block_size: int,
-    width: int,
-    layer: int = 0,
-    layer_pages: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``reference.head_page_tables``. Moves 4 bytes in and out per table entry."""
-    num_rows, num_heads = page_count.shape
-    table = torch.empty(num_rows * num_heads, width, dtype=torch.int32, device=block_table.device)
-    kv_len = torch.empty(num_rows * num_heads, dtype=torch.int32, device=block_table.device)
-    tile = min(1024, triton.next_power_of_2(width))
-    _head_page_tables_kernel[(num_rows * num_heads, triton.cdiv(width, tile))](
-        block_table,
-        seq_lens,
-        num_full_blocks,
-        num_kept_blocks,
-        page_count,
-        page_start,
+) -> None:
+    """See ``reference_decode.head_page_tables``. Only the block table's rows may be apart.
+
+    Moves 4 bytes in and out per page in use.
+    """
+    num_layers, num_slots, num_heads = held.page_count.shape
+    _head_page_tables_kernel[(len(held.slots) * num_heads, num_layers)](
         table,
         kv_len,
+        block_table,
+        seq_lens,
+        held.slots,
+        held.num_full_blocks,
+        held.num_kept_blocks,
+        held.page_count,
+        held.page_start,
         block_table.shape[1],
         block_table.stride(0),
-        width,
+        table.shape[2],
+        num_slots,
         num_heads,
-        layer,
-        layer_pages,
-        BLOCK_SIZE=block_size,
-        TILE=tile,
+        held.layer,
+        held.layer_pages,
+        PAGE_TOKENS=block_size,
+        SPANS=held.layer_pages != 0,
+        TILE=256,
     )
-    return table, kv_len

@@ -205,16 +205,14 @@ def write_pages(
     size, head_size, device = layout.block_size, layout.head_size, pages.device
     index = torch.arange(max_kept // size, device=device)
     number = page_start[:, :, None] + index  # [N, X, pages]
-    target = _page_ids(
-        number, block_table, num_full_blocks, num_kept_blocks, num_heads, layer_pages
-    )
+    target = page_ids(number, block_table, num_full_blocks, num_kept_blocks, num_heads, layer_pages)
     target = target.masked_fill(index >= page_count[:, :, None], 0)
     key_index, value_index = index_tables(layout, device)
     element = torch.cat([key_index, value_index], dim=-1)  # [block_size, 2 * D]
     pages[target[..., None, None], element] = staged.view(*target.shape, size, 2 * head_size)
 
 
-def _page_ids(
+def page_ids(
     number: torch.Tensor,
     block_table: torch.Tensor,
     num_full_blocks: torch.Tensor,
@@ -228,7 +226,7 @@ def _page_ids(
     within = number % (kept * num_heads)
     block = num_full_blocks[:, None, None] - kept + within % kept
     block = block.clamp(0, block_table.shape[1] - 1)
-    block = block_table.gather(1, block.view(len(block), -1).long()).view_as(block)
+    block = block_table.gather(1, block.flatten(1).long()).view(block.shape)
     return layer * layer_pages + block * num_heads + within // kept
 
 
@@ -239,53 +237,6 @@ def index_tables(layout: PageLayout, device: torch.device) -> tuple[torch.Tensor
         return layout.key_index.view(size, head_size), layout.value_index.view(size, head_size)
     index = torch.arange(size * 2 * head_size, device=device).view(size, 2, head_size)
     return index[:, 0], index[:, 1]
-
-
-def head_page_tables(
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_full_blocks: torch.Tensor,
-    num_kept_blocks: torch.Tensor,
-    page_count: torch.Tensor,
-    page_start: torch.Tensor,
-    block_size: int,
-    width: int,
-    layer: int = 0,
-    layer_pages: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page table and length of each (request, KV head) as a sequence of its own.
-
-        [ the head's compacted pages | tail page | decode pages ... ]
-
-    An uncompressed request has num_full_blocks 0, num_kept_blocks 1 and page_count 0: its table is
-    the natural one.
-
-    Args:
-        block_table: [R, B] int32.
-        seq_lens: [R] int32, logical length.
-        num_full_blocks, num_kept_blocks: [R] int32, m and n.
-        page_count, page_start: [R, Hkv] int32, as in :func:`write_pages`.
-        width: pages per row of the result.
-        layer, layer_pages: of the pages that were not compacted, as in :func:`write_pages`; both 0
-            when a table is for one layer's pages only.
-
-    Returns:
-        Tables [R * Hkv, width] int32, page ids; entries past the length are valid ids.
-        Lengths kv_len [R * Hkv] int32.
-    """
-    num, num_heads = page_count.shape
-    index = torch.arange(width, dtype=torch.int32, device=block_table.device)
-    count = page_count[:, :, None]
-    m, n = num_full_blocks, num_kept_blocks
-    compacted = _page_ids(page_start[:, :, None] + index, block_table, m, n, num_heads, layer_pages)
-    block = (m[:, None, None] + index - count).clamp_(0, block_table.shape[1] - 1)
-    block = block_table.gather(1, block.view(num, -1).long()).view_as(block)
-    head = torch.arange(num_heads, dtype=torch.int32, device=block_table.device)[:, None]
-    natural = layer * layer_pages + block * num_heads + head
-    # numbers past a head's own may lie in a layer that does not exist
-    table = torch.where(index < count, compacted, natural)
-    kv_len = seq_lens[:, None] + (page_count - m[:, None]) * block_size
-    return table.view(num * num_heads, width), kv_len.clamp_(min=0).view(num * num_heads)
 
 
 def column_sums(
@@ -333,10 +284,10 @@ __all__ = [
     "elite_attention",
     "group_masses",
     "head_counts",
-    "head_page_tables",
     "index_tables",
     "is_float8",
     "last_row_logits",
+    "page_ids",
     "pool_prefix",
     "read_prompt",
     "row_logits",

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which head pages each request holds."""
+"""Which head pages each request holds, and the page tables made of that."""
 
 import torch
 
 from vllm_kvcompress import kernels
+from vllm_kvcompress.kernels import HeldPages
+
+MOST_IDS = 1 << 26
+"""Of the tables of all layers together: 256 MiB. One layer's tables may be larger."""
 
 
 class HeadPageState:
@@ -54,29 +58,63 @@ class HeadPageState:
         self.page_count[:, slots] = count.transpose(0, 1).int()
         self.page_start[:, slots] = start.transpose(0, 1).int()
 
-    def tables(
+
+class PageTables:
+    """Page tables of a decode step, at addresses that stay: full graphs read them there.
+
+    A step's tables follow one another without gaps, so that those of a few requests have room for
+    more layers than those of many.
+
+    Args:
+        state: what the tables are made of; one layer's tables serve all layers that are alike.
+        width: blocks of the longest request.
+    """
+
+    def __init__(self, state: HeadPageState, width: int, block_size: int) -> None:
+        self.state, self.width, self.block_size = state, width, block_size
+        self.num_layers, _, self.num_kv_heads = state.page_count.shape
+        device = state.page_count.device
+        num_seqs = state.num_slots * self.num_kv_heads
+        one, every = num_seqs * width, self.num_layers * num_seqs * width
+        # zeros: ids past a table's length have to be ids of some page
+        self._ids = torch.zeros(max(one, min(every, MOST_IDS)), dtype=torch.int32, device=device)
+        self._kv_len = torch.zeros(self.num_layers * num_seqs, dtype=torch.int32, device=device)
+
+    def layers_at_once(self, num_rows: int) -> int:
+        """Layers whose tables of so many requests have room here together."""
+        return min(len(self._ids) // (num_rows * self.num_kv_heads * self.width), self.num_layers)
+
+    def fill(
         self,
-        layer: int,
         slots: torch.Tensor,
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        block_size: int,
-        width: int,
+        layer: int,
+        num_layers: int,
         layer_pages: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page tables and kv_len of the rows' virtual sequences: ``kernels.head_page_tables``."""
-        return kernels.head_page_tables(
-            block_table,
-            seq_lens,
-            self.num_full_blocks[slots],
-            self.num_kept_blocks[slots],
-            self.page_count[layer, slots],
-            self.page_start[layer, slots],
-            block_size,
-            width,
+        """Make tables [L, R * Hkv, width] and kv_len [L, R * Hkv] of the virtual sequences.
+
+        They stand until the next call. See ``kernels.head_page_tables``.
+
+        Args:
+            layer, num_layers: the first of the layers, and L.
+        """
+        num_seqs, layers = len(slots) * self.num_kv_heads, slice(layer, layer + num_layers)
+        ids = self._ids[: num_layers * num_seqs * self.width]
+        table = ids.view(num_layers, num_seqs, self.width)
+        kv_len = self._kv_len[: num_layers * num_seqs].view(num_layers, num_seqs)
+        held = HeldPages(
+            slots,
+            self.state.num_full_blocks,
+            self.state.num_kept_blocks,
+            self.state.page_count[layers],
+            self.state.page_start[layers],
             layer,
             layer_pages,
         )
+        kernels.head_page_tables(table, kv_len, block_table, seq_lens, held, self.block_size)
+        return table, kv_len
 
 
 def page_starts(count: torch.Tensor) -> torch.Tensor:

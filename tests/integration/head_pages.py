@@ -10,6 +10,7 @@ from engine import Stepper, compressed_builder, request_slots, scheduler_of
 
 from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
+from vllm_kvcompress.page_state import PageTables
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ def held_pages(stepper: Stepper, name: str) -> HeldPages:
         cache, float8 = layer.kv_cache, FLOAT8_TYPES.get(layer.kv_cache_dtype)
         pages = cache.view(cache.shape[0] * cache.shape[1], -1) if all_pages is None else all_pages
         first = layer_row * len(pages) if all_pages is None else 0
-        tables, kv_len = state.tables(
-            0 if builder.even else layer_row,
+        row = 0 if builder.even else layer_row
+        (tables,), (kv_len,) = PageTables(state, width, size).fill(
             torch.tensor([slot], device=device),
             table,
             torch.tensor([length], dtype=torch.int32, device=device),
-            size,
-            width,
+            row,
+            1,
             layer_pages,
         )
         for per_head in (held.keys, held.values, held.page_ids):

@@ -22,6 +22,7 @@ from engine import (
     assert_same,
     cache_stats,
     check_pool,
+    compressed_builder,
     differ,
     engine,
     free_blocks,
@@ -47,6 +48,7 @@ from expectations import LOGPROB_TOLERANCE, Reference, oracle_config
 from oracle import page_plan
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from vllm_kvcompress import page_state
 from vllm_kvcompress.plan import BlockPlanner
 
 CHUNK = 77
@@ -77,6 +79,7 @@ CASES = {
     "aircache+aircache": Case("aircache+aircache", "instruction"),
     "postvision": Case("postvision", "instruction"),
     "postvision+vlcache": Case("postvision+vlcache", "instruction"),
+    "adakv": Case("snapkv+adakv", "window"),
     "keydiff": Case("keydiff", "none"),
     "h2o": Case("h2o", "all"),
     "prefixkv+prefixkv": Case("prefixkv+prefixkv", "all"),
@@ -331,10 +334,41 @@ def test_resumed_prompts_end_their_step(engines, raw_of, name):
     assert differ([answer], expected)
 
 
-@pytest.mark.parametrize("name", ["h2o", "shiftkv"])
+@pytest.mark.parametrize("name", ["h2o", "shiftkv", "adakv"])
 def test_budgets_inside_layers_need_no_split(engines, raw_of, name):
     llm = engines("sync")
     reconfigure(llm, raw_of(name))
     answer, ends = resume(llm, 12)
     assert 130 not in ends
     assert_same([answer], alone(llm, STORM[-1:]), LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["snapkv+pyramid", "adakv"])
+@pytest.mark.parametrize(
+    ("most_ids", "sizes_of"),
+    [
+        (page_state.MOST_IDS, {1: [3], 2: [3], 3: [3], 4: [3]}),
+        (1, {1: [3], 2: [2, 1], 3: [1], 4: [1]}),
+    ],
+    ids=["room for all", "room for one layer of all requests"],
+)
+def test_one_launch_makes_the_tables_of_many_layers(
+    engines, reference, raw_of, monkeypatch, name, most_ids, sizes_of
+):
+    """Those of all layers, unless there is no room for so many at once."""
+    llm, raw, made = engines("sync"), raw_of(name), []
+    monkeypatch.setattr(page_state, "MOST_IDS", most_ids)
+    reconfigure(llm, raw)
+    buffers = compressed_builder(llm).tables
+    original = buffers.fill
+
+    def fill(*args):
+        table, kv_len = original(*args)
+        made.append((len(kv_len), kv_len.shape[1] // buffers.num_kv_heads))
+        return table, kv_len
+
+    monkeypatch.setattr(buffers, "fill", fill)
+    reference(*STORM).check(raw, STORM, serve(llm, STORM))
+    rows_of_steps = {rows for _, rows in made}
+    assert rows_of_steps >= {1, 2}
+    assert set(made) == {(size, rows) for rows in rows_of_steps for size in sizes_of[rows]}

@@ -119,7 +119,9 @@ KERNELS = {  # by name, followed by what is special about a variant
         COPY_TYPES | {"factor": "fp32"},
         {"HEAD_SIZE": 128, "PAGE_TOKENS": 16, "BLOCK_D": 128, "BLOCK_T": 32, "SCALED": False},
     ),
-    "_head_page_tables_kernel": Kernel("page_tables", {}, {"BLOCK_SIZE": 16, "TILE": 1024}),
+    "_head_page_tables_kernel": Kernel(
+        "page_tables", {"slots_ptr": "*i64"}, {"PAGE_TOKENS": 16, "SPANS": True, "TILE": 256}
+    ),
     "_decode_splits_kernel": Kernel(
         "decode_attention",
         DECODE_TYPES,

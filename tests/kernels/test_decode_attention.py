@@ -81,7 +81,7 @@ def draw_case(
             held_rows[-1].append(rows)
     queries = torch.randn(num, heads * group, head_size, generator=generator).to(dtype)
     spans = layer_pages if num_layers > 1 else 0
-    state = (slots, full, kept, count, start)
+    state = (slots, full, kept, count[None], start[None])
     held = HeldPages(*(t.to(DEVICE) for t in state), layer, spans)
     args = (
         pages.view(len(pages), -1).to(dtype).to(DEVICE), PageLayout(size, head_size),

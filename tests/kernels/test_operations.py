@@ -71,8 +71,7 @@ def test_description_of_a_gpu():
 
 def test_description_of_a_cpu(cpp):
     assert kernels.describe("cpu") == (
-        "C++; in torch: group_masses, count_votes, last_row_logits, elite_attention, "
-        "head_page_tables, paged_decode"
+        "C++; in torch: group_masses, count_votes, last_row_logits, elite_attention, paged_decode"
     )
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from vllm_kvcompress.kernels.reference import (
     PageLayout,
     PromptPages,
-    head_page_tables,
     read_prompt,
     stage_tokens,
     write_pages,
 )
+from vllm_kvcompress.kernels.reference_decode import HeldPages, head_page_tables
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -200,16 +200,18 @@ class TestHeadPageTables:
         full, kept, counts, lengths = (torch.tensor(c, dtype=torch.int32) for c in columns)
         width = num_blocks + 2
         starts = (counts.cumsum(1) - counts).int()
+        counts, starts = (
+            pages.view(len(rows), layers, heads).transpose(0, 1) for pages in (counts, starts)
+        )
+        slots = torch.arange(len(rows))
+        held = HeldPages(slots, full, kept, counts, starts, 0, layer_pages if layers > 1 else 0)
+        tables = torch.full((layers, len(rows) * heads, width), -1, dtype=torch.int32)
+        kv_lens = torch.zeros(layers, len(rows) * heads, dtype=torch.int32)
+        head_page_tables(tables, kv_lens, block_table, lengths, held, size)
         number = [0] * len(rows)
         for layer in range(layers):
             own = slice(layer * heads, (layer + 1) * heads)
-            table, kv_len = head_page_tables(
-                block_table, lengths, full, kept, counts[:, own], starts[:, own], size, width,
-                *((layer, layer_pages) if layers > 1 else ()),
-            )  # fmt: skip
-            assert table.shape == (len(rows) * heads, width)
-            assert table.dtype == kv_len.dtype == torch.int32
-            assert ((table >= 0) & (table < layers * layer_pages)).all()
+            table, kv_len = tables[layer], kv_lens[layer]
             for i, (num_full, num_kept, pages, length) in enumerate(rows):
                 for head, count in enumerate(pages[own]):
                     expected = []
@@ -225,19 +227,15 @@ class TestHeadPageTables:
                     assert kv_len[row] == length - num_full * size + count * size
                     used = -(-int(kv_len[row]) // size)
                     assert table[row, :used].tolist() == expected
+                    assert (table[row, used:] == -1).all(), "past the length nothing is written"
 
     def test_padding_rows_have_no_tokens(self):
-        """Rows of a full graph without a request: length 0, and ids that may be read."""
-        zero = torch.zeros(1, dtype=torch.int32)
-        table, kv_len = head_page_tables(
-            torch.tensor([[7, 3]], dtype=torch.int32),
-            zero,
-            torch.tensor([5], dtype=torch.int32),
-            torch.tensor([2], dtype=torch.int32),
-            torch.tensor([[2, 2]], dtype=torch.int32),
-            torch.tensor([[0, 2]], dtype=torch.int32),
-            4,
-            3,
-        )
-        assert kv_len.tolist() == [0, 0]
-        assert table.max() < 16
+        """Rows of a full graph without a request."""
+        one = torch.ones(1, dtype=torch.int32)
+        table, kv_len = torch.full((1, 2, 3), 9).int(), torch.full((1, 2), 9).int()
+        pages = torch.tensor([[[2, 2]]], dtype=torch.int32), torch.tensor([[[0, 2]]]).int()
+        held = HeldPages(torch.tensor([0]), 5 * one, 2 * one, *pages)
+        blocks = torch.tensor([[7, 3]], dtype=torch.int32)
+        head_page_tables(table, kv_len, blocks, 0 * one, held, 4)
+        assert kv_len.tolist() == [[0, 0]]
+        assert (table == 9).all()

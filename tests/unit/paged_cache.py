@@ -18,7 +18,7 @@ from scorer_inputs import (
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import Scope, StaticAllocator
 from vllm_kvcompress.config import Candidates
-from vllm_kvcompress.page_state import HeadPageState
+from vllm_kvcompress.page_state import HeadPageState, PageTables
 from vllm_kvcompress.pipeline import CompressionPipeline, Demands, EndingPrompts, LayerInputs
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.prompt import PromptFacts
@@ -95,13 +95,13 @@ class Cache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables [R, Hkv, B] into ``all_pages`` and lengths [R, Hkv] of a layer's sequences."""
         rows = range(len(self.facts))
-        tables, kv_lens = state.tables(
-            min(layer, len(state.page_count) - 1),
+        row = min(layer, len(state.page_count) - 1)
+        (tables,), (kv_lens,) = PageTables(state, self.block_table.shape[1], self.block_size).fill(
             2 * torch.tensor(rows),
             self.block_table,
             torch.tensor(seq_lens, dtype=torch.int32),
-            self.block_size,
-            self.block_table.shape[1],
+            row,
+            1,
             self.layer_pages if spans else 0,
         )
         if not spans:

@@ -24,7 +24,6 @@ from scorer_inputs import Prompt, maker_of, rotation
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import ALLOCATORS, Allocator, LayerAllocator, ModelAllocator
 from vllm_kvcompress.allocation.pyramid import Pyramid
-from vllm_kvcompress.page_state import HeadPageState
 from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import SCORERS, Scorer
@@ -313,43 +312,3 @@ def test_every_layer_is_read_and_written_with_its_own_scales(monkeypatch, method
     compress(Cache.random(texts(150), 16, seed=1), planner)
     assert used["as_stored"] == scales
     assert list(dict.fromkeys(used["read_prompt"])) == scales
-
-
-class TestHeadPageState:
-    def test_a_slot_that_was_never_used_shows_the_natural_table(self):
-        state = HeadPageState(3, 2, NUM_KV_HEADS, torch.device("cpu"))
-        table = torch.tensor([[4, 7, 2]], dtype=torch.int32)
-        args = torch.tensor([3]), table, torch.tensor([9], dtype=torch.int32), 4, 3
-        tables, kv_len = state.tables(1, *args)
-        assert tables.tolist() == [[8, 14, 4], [9, 15, 5]]
-        assert kv_len.tolist() == [9, 9]
-        tables, _ = state.tables(1, *args, layer_pages=20)
-        assert tables.tolist() == [[28, 34, 24], [29, 35, 25]]
-
-    def test_even_pages_are_known_before_the_layers_run(self):
-        state = HeadPageState(3, 1, NUM_KV_HEADS, torch.device("cpu"))
-        state.begin(torch.tensor([0, 2]), torch.tensor([5, 0]), torch.tensor([2, 1]), even=True)
-        assert state.page_count[0].tolist() == [[2, 2], [0, 0], [0, 0], [0, 0]]
-        assert state.page_start[0].tolist() == [[0, 2], [0, 0], [0, 0], [0, 0]]
-
-    def test_a_new_request_in_an_old_slot_starts_over(self):
-        state = HeadPageState(3, 2, NUM_KV_HEADS, torch.device("cpu"))
-        slots = torch.tensor([1, 2])
-        state.begin(slots, torch.tensor([5, 6]), torch.tensor([2, 3]), even=False)
-        count, start = torch.tensor([[1, 3], [4, 2]]), torch.tensor([[0, 1], [0, 4]])
-        for layer in (0, 1):
-            state.set_pages(layer, slots, count, start)
-        assert state.page_start[:, slots].tolist() == [[[0, 1], [0, 4]]] * 2
-        state.begin(slots[:1], torch.tensor([0]), torch.tensor([1]), even=False)
-        assert state.page_count[:, 1].eq(0).all()
-        assert state.num_full_blocks.tolist() == [0, 0, 6, 0]
-        assert state.num_kept_blocks.tolist() == [1, 1, 3, 1]
-        assert state.page_count[:, 2].tolist() == [[4, 2], [4, 2]]
-
-    def test_pages_of_all_layers_at_once(self):
-        state = HeadPageState(3, 2, NUM_KV_HEADS, torch.device("cpu"))
-        count = torch.tensor([[[1, 3], [4, 2]]])  # [N, L, Hkv]
-        state.set_all_pages(torch.tensor([2]), count, count + 10)
-        assert state.page_count[:, 2].tolist() == [[1, 3], [4, 2]]
-        assert state.page_start[:, 2].tolist() == [[11, 13], [14, 12]]
-        assert state.page_count[:, :2].eq(0).all()

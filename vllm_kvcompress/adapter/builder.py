@@ -24,14 +24,14 @@ from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata, RowTransfer, VirtualBatch
 from vllm_kvcompress.adapter.parallel import mean_over_heads, mean_over_replicas, rank_heads
 from vllm_kvcompress.adapter.runner import current_step
-from vllm_kvcompress.adapter.settings import settings_of
+from vllm_kvcompress.adapter.settings import describe_budget, settings_of
 from vllm_kvcompress.adapter.telemetry import WorkerTelemetry
 from vllm_kvcompress.allocation import Scope
 from vllm_kvcompress.batch import StepRows, head_major_order, plan_rows, ranges
 from vllm_kvcompress.captures import PromptSums
-from vllm_kvcompress.config import Candidates, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
-from vllm_kvcompress.page_state import HeadPageState
+from vllm_kvcompress.page_state import HeadPageState, PageTables
 from vllm_kvcompress.pipeline import CompressionPipeline
 from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.request_store import RequestStore
@@ -67,6 +67,7 @@ class CompressedBuilder:
         self.last_layer = names[-1]
         self.num_kv_heads = kv_cache_spec.num_kv_heads
         self.max_num_rows = vllm_config.scheduler_config.max_num_seqs
+        self.max_num_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
         parallel = vllm_config.parallel_config
         model_heads, ranks = kv_cache_spec.model_kv_heads, parallel.tensor_parallel_size
         self.heads = rank_heads(model_heads, self.num_kv_heads, ranks)
@@ -92,6 +93,7 @@ class CompressedBuilder:
         self.state = HeadPageState(
             self.max_num_rows, 1 if self.even else num_layers, self.num_kv_heads, self.device
         )
+        self.tables = PageTables(self.state, self.max_num_blocks, self.block_size)
         self.pipeline = CompressionPipeline(
             settings.scoring,
             allocator,
@@ -122,7 +124,7 @@ class CompressedBuilder:
     def hold(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A tensor of a decode step as graphs will read it; without graphs the tensor itself.
 
-        ``name`` is "slots", "starts", "table" or "kv_len".
+        ``name`` is "slots" or "starts".
         """
         return value
 
@@ -310,7 +312,7 @@ class CompressedBuilder:
             block_table=cam.block_table_tensor[:num_rows],
             order=None,
             cam=virtual_cam,
-            width=self._table_width(cam),
+            layers_at_once=self.tables.layers_at_once(num_rows),
         )
         return self._share_table(virtual)
 
@@ -322,6 +324,9 @@ class CompressedBuilder:
         first = rows.query_starts[chosen] + rows.query_lens[chosen] - lens
         starts = np.concatenate([[0], np.cumsum(np.repeat(lens, self.num_kv_heads))])
         index = self.upload(chosen)
+        layers_at_once = self.tables.layers_at_once(len(chosen))
+        if rows.ends_prompt[chosen].any():  # their pages are not known before their layer has run
+            layers_at_once = 1
         virtual = VirtualBatch(
             slots=self.upload(rows.slots[chosen]),
             seq_lens=cam.seq_lens[index],
@@ -334,12 +339,9 @@ class CompressedBuilder:
                 int(lens.sum()),
                 int(lens.max()),
             ),
-            width=self._table_width(cam),
+            layers_at_once=layers_at_once,
         )
         return self._share_table(virtual)
-
-    def _table_width(self, cam: CommonAttentionMetadata) -> int:
-        return min(cam.block_table_tensor.shape[1], -(-cam.max_seq_len // self.block_size))
 
     def _virtual_cam(
         self,
@@ -362,33 +364,30 @@ class CompressedBuilder:
         )
 
     def _share_table(self, virtual: VirtualBatch) -> VirtualBatch:
-        """Layers that are all alike share one table, built here instead of in every layer."""
+        """Layers that are all alike share one table, built here instead of in a layer."""
         if self.even:
-            virtual.prepared = self.virtual_metadata(virtual, 0)
+            self._fill_tables(virtual, 0)
         return virtual
 
+    def _fill_tables(self, virtual: VirtualBatch, layer_row: int) -> None:
+        """Make the tables of as many layers as go together, from this one on."""
+        num_layers = min(virtual.layers_at_once, self.tables.num_layers - layer_row)
+        rows = virtual.slots, virtual.block_table, virtual.seq_lens
+        tables = self.tables.fill(*rows, layer_row, num_layers, self.span()[1])
+        virtual.prepared = [
+            self.virtual_builder.build(
+                0,
+                replace(virtual.cam, block_table_tensor=table, seq_lens=kv_len),
+                fast_build=not self.even,
+            )
+            for table, kv_len in zip(*tables, strict=True)
+        ]
+
     def virtual_metadata(self, virtual: VirtualBatch, layer_row: int) -> Any:
-        """The platform's metadata of one layer's virtual batch."""
-        if virtual.prepared is not None:
-            return virtual.prepared
-        table, kv_len = self.state.tables(
-            layer_row,
-            virtual.slots,
-            virtual.block_table,
-            virtual.seq_lens,
-            self.block_size,
-            virtual.width,
-            self.span()[1],
-        )
-        if self.even and virtual.order is None:
-            table, kv_len = self.hold("table", table), self.hold("kv_len", kv_len)
-        cam = replace(virtual.cam, block_table_tensor=table, seq_lens=kv_len)
-        return self.virtual_builder.build(0, cam, fast_build=not self.even)
-
-
-def describe_budget(settings: KVCompressionConfig) -> str:
-    of = "visual tokens" if settings.candidates is Candidates.VISUAL else "prompt"
-    budget = settings.budget
-    if budget.tokens is None:
-        return f"{budget} of the {of}"
-    return f"{budget} visual tokens" if of != "prompt" else f"{budget} tokens"
+        """The platform's metadata of one layer's virtual batch; layers ask in their order."""
+        if self.even:
+            return virtual.prepared[0]
+        index = layer_row % virtual.layers_at_once
+        if index == 0:  # also where tables were made before: a graph has to see it again
+            self._fill_tables(virtual, layer_row)
+        return virtual.prepared[index]

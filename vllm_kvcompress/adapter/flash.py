@@ -23,7 +23,7 @@ class CompressedFlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention metadata for both.
 
     Full graphs are captured as virtual batches. They read per-step tensors at fixed addresses: the
-    buffers made here, and vLLM's own block tables and sequence lengths.
+    buffers made here, page tables, and vLLM's own block tables and sequence lengths.
     """
 
     platform_backend = "FLASH_ATTN"
@@ -31,22 +31,15 @@ class CompressedFlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         num_rows, num_virtual = self.max_num_rows, self.max_num_rows * self.num_kv_heads
-        max_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
         empty = torch.zeros
         self._held = {
             "slots": empty(num_rows, dtype=torch.int64, device=device),
             "starts": empty(num_virtual + 1, dtype=torch.int32, device=device),
-            "kv_len": empty(num_virtual, dtype=torch.int32, device=device),
         }
-        if self.even:
-            self._held["table"] = empty(num_virtual, max_blocks, dtype=torch.int32, device=device)
 
     def hold(self, name: str, value: torch.Tensor) -> torch.Tensor:
         held = self._held[name][: value.shape[0]]
-        if name == "table":
-            held[:, : value.shape[1]].copy_(value)
-        else:
-            held.copy_(value)
+        held.copy_(value)
         return held
 
     def make_virtual_builder(self, spec, vllm_config) -> FlashAttentionMetadataBuilder:

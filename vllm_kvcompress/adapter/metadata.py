@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a compressing builder hands to the attention layers of one step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,8 +33,8 @@ class VirtualBatch:
         order: [T * Hkv] int64 device, query rows of the batch in virtual order; None when the batch
             is all decode rows of one token, whose memory already is in that order.
         cam: ready-made common metadata, complete but for tables and lengths.
-        width: pages per table row.
-        prepared: the platform's metadata when all layers share one table.
+        layers_at_once: layers that get their tables together.
+        prepared: the platform's metadata of such layers, the latest.
     """
 
     slots: torch.Tensor
@@ -42,8 +42,8 @@ class VirtualBatch:
     block_table: torch.Tensor
     order: torch.Tensor | None
     cam: CommonAttentionMetadata
-    width: int
-    prepared: Any = None
+    layers_at_once: int
+    prepared: list[Any] = field(default_factory=list)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 
-from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig
+from vllm_kvcompress.config import CONFIG_KEY, Candidates, KVCompressionConfig
 
 
 def settings_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:
@@ -16,3 +16,12 @@ def settings_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:
 def current_settings() -> KVCompressionConfig | None:
     """Settings of the engine that is being set up right now."""
     return settings_of(get_current_vllm_config_or_none())
+
+
+def describe_budget(settings: KVCompressionConfig) -> str:
+    """In words, for the start-up line."""
+    of = "visual tokens" if settings.candidates is Candidates.VISUAL else "prompt"
+    budget = settings.budget
+    if budget.tokens is None:
+        return f"{budget} of the {of}"
+    return f"{budget} visual tokens" if of != "prompt" else f"{budget} tokens"
