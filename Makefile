@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # for example --extra-index-url, where pip does not know PyTorch's own index of CPU wheels
 PIP_FLAGS ?=
+# processes that a test run takes
+JOBS ?= 2
 # of gpu-check: a folder with what the machine lacks, and further arguments
 GPU_PACKAGES ?=
 GPU_FLAGS ?=
@@ -20,7 +22,8 @@ export NO_TORCH
 
 PY := $(VENV)/bin/python
 # -P keeps this folder off sys.path: vLLM would take triton_kernels/ for OpenAI's package of that name
-PYTEST := $(PY) -P -m pytest
+# a file's tests share engines: they stay in one process
+PYTEST := $(PY) -P -m pytest -n $(JOBS) --dist loadfile
 READY := $(VENV)/.ready
 
 # a second vLLM, as source only, that the contract test reads

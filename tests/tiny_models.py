@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
@@ -155,18 +156,18 @@ def make(
     folder = Path(outdir) / recipe.folder_name
     receipt = json.dumps(asdict(recipe) | {"generator": _generator_digest(recipe)}, indent=2)
     receipt_file = folder / "recipe.json"
-    if receipt_file.is_file() and receipt_file.read_text() == receipt:
-        return folder
-
-    # build aside and rename: neither a crash nor a parallel test run leaves half a checkpoint
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        built = Path(scratch) / "checkpoint"
-        built.mkdir()
-        FAMILIES[family](recipe, built)
-        (built / "recipe.json").write_text(receipt)
-        shutil.rmtree(folder, ignore_errors=True)
-        built.rename(folder)
+    with FileLock(f"{folder}.lock"):
+        if receipt_file.is_file() and receipt_file.read_text() == receipt:
+            return folder
+        # build aside and rename: a crash does not leave half a checkpoint
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            built = Path(scratch) / "checkpoint"
+            built.mkdir()
+            FAMILIES[family](recipe, built)
+            (built / "recipe.json").write_text(receipt)
+            shutil.rmtree(folder, ignore_errors=True)
+            built.rename(folder)
     return folder
 
 

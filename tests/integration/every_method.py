@@ -2,6 +2,7 @@
 """One engine for many settings: its requests, and how it is told to use other methods."""
 
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,16 @@ Raw = dict[str, Any]
 def checkpoint() -> str:
     cache = Path(__file__).resolve().parents[2] / ".cache" / "models"
     return str(tiny_families.make("qwen2-vl", cache, layers=LAYERS))
+
+
+def write_head_scores(folder: Path) -> str:
+    """A file of head scores for sparsemm, no two heads alike."""
+    heads = itertools.product(range(LAYERS), range(QUERY_HEADS))
+    file = folder / "heads.json"
+    file.write_text(
+        json.dumps({f"{row}-{head}": [1 + 9 * row * head, head] for row, head in heads})
+    )
+    return str(file)
 
 
 # requests

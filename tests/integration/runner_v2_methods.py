@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by test_runner_v2.py: one method for each kind of capture, with images, on Model Runner V2.
+"""Run by test_runner_v2.py: every method, with images, on Model Runner V2.
 
 Scheduling is asynchronous, as on GPUs. One engine for all methods (see ``every_method``).
 """
@@ -17,19 +17,43 @@ from engine import (
     model_runner,
     scheduling,
 )
-from every_method import OUTPUT_TOKENS, WINDOW, checkpoint, mixed_requests, reconfigure
+from every_method import (
+    OUTPUT_TOKENS,
+    WINDOW,
+    checkpoint,
+    mixed_requests,
+    reconfigure,
+    write_head_scores,
+)
 from expectations import LOGPROB_TOLERANCE, Reference
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
 
-METHODS = {
-    "bacon": 80,
-    "aircache+aircache": 40,
-    "postvision+vlcache": 80,
-    "h2o": 80,
-    "prefixkv+prefixkv": 80,
-    "shiftkv": 80,
-    "expected": 80,
-}
+BUDGETS = {"aircache": 40, "aircache+aircache": 40, "das": 40, "das+uniform+recycle": 60}
+"""Where they are not 80; these are of visual tokens."""
+METHODS = (
+    "snapkv",
+    "bacon",
+    "mixkv",
+    "aircache",
+    "shiftkv",
+    "das",
+    "h2o",
+    "expected",
+    "keydiff",
+    "streaming",
+    "elastic",
+    "prefixkv",
+    "postvision",
+    "snapkv+pyramid",
+    "snapkv+adakv",
+    "snapkv+sparsemm",
+    "aircache+aircache",
+    "prefixkv+prefixkv",
+    "postvision+vlcache",
+    "snapkv+uniform+lookm",
+    "elastic+uniform+elastic",
+    "das+uniform+recycle",
+)
 by_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -56,16 +80,23 @@ def reference() -> Reference:
     return Reference()
 
 
-def expected(llm, reference: Reference, method: str) -> list[Answer]:
+@pytest.fixture(scope="module")
+def head_scores(tmp_path_factory) -> str:
+    return write_head_scores(tmp_path_factory.mktemp("scores"))
+
+
+@pytest.fixture
+def wanted(llm, reference, head_scores, method: str) -> list[Answer]:
     """The oracle's answers; the engine uses the method from now on."""
-    raw = {"method": method, "budget": METHODS[method], "window": WINDOW}
+    raw = {"method": method, "budget": BUDGETS.get(method, 80), "window": WINDOW}
+    if "sparsemm" in method:
+        raw["head_scores"] = head_scores
     reconfigure(llm, raw)
     return [one.answer for one in reference.expected(raw, mixed_requests())]
 
 
 @by_method
-def test_equals_oracle(llm, reference, method):
-    wanted = expected(llm, reference, method)
+def test_equals_oracle(llm, wanted):
     prompts = [request.prompt for request in mixed_requests()]
     free = free_blocks(llm)
     for _ in range(2):  # with prefix-cache hits the second time
@@ -75,9 +106,8 @@ def test_equals_oracle(llm, reference, method):
 
 
 @by_method
-def test_preempted(llm, reference, method):
+def test_preempted(llm, wanted):
     """All at once, in prompts and in answers; requests with images come back as new ones."""
-    wanted = expected(llm, reference, method)
     for steps in (2, 5, 9, 10):
         stepper = Stepper(llm)
         for index, request in enumerate(mixed_requests()):

@@ -9,21 +9,19 @@ log-probabilities.
 """
 
 import itertools
-import json
 
 import expectations
 import pytest
 from engine import assert_clean, assert_same, free_blocks
 from every_method import (
     BLOCK_SIZE,
-    LAYERS,
-    QUERY_HEADS,
     WINDOW,
     long_request,
     mixed_requests,
     open_engine,
     reconfigure,
     serve,
+    write_head_scores,
 )
 from expectations import LOGPROB_TOLERANCE, Reference, oracle_config
 
@@ -47,18 +45,9 @@ def settings(method: str, **options) -> dict:
 
 
 @pytest.fixture(scope="module")
-def head_scores(tmp_path_factory) -> str:
-    """A file of head scores for sparsemm, no two heads alike."""
-    file = tmp_path_factory.mktemp("scores") / "heads.json"
-    heads = itertools.product(range(LAYERS), range(QUERY_HEADS))
-    table = {f"{layer}-{head}": [1 + 7 * layer * head % 5, head] for layer, head in heads}
-    file.write_text(json.dumps(table))
-    return str(file)
-
-
-@pytest.fixture(scope="module")
-def complete(head_scores):
+def complete(tmp_path_factory):
     """``complete(raw)``: the settings with the file that sparsemm asks for."""
+    head_scores = write_head_scores(tmp_path_factory.mktemp("scores"))
 
     def add(raw: dict) -> dict:
         return raw | {"head_scores": head_scores} if "sparsemm" in raw["method"] else raw

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefix-cache hits and preemption for one method of each kind of capture and of budget.
+"""Prefix-cache hits and preemption, for every method.
 
 What a method needs of a prompt's rows decides how much of a prompt may come from the cache; rows
 and sums of a preempted request start anew. One engine for all methods (see ``every_method``).
 """
 
 import functools
-import itertools
-import json
 import random
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -35,7 +33,6 @@ from every_method import (
     IMAGE,
     LAYERS,
     OUTPUT_TOKENS,
-    QUERY_HEADS,
     WINDOW,
     Request,
     characters,
@@ -43,6 +40,7 @@ from every_method import (
     picture,
     reconfigure,
     serve,
+    write_head_scores,
 )
 from expectations import LOGPROB_TOLERANCE, Reference, oracle_config
 from oracle import page_plan
@@ -75,30 +73,37 @@ class Case(NamedTuple):
 
 CASES = {
     "bacon": Case("bacon", "window"),
-    "snapkv+pyramid": Case("snapkv+pyramid", "window"),
-    "aircache+aircache": Case("aircache+aircache", "instruction"),
-    "postvision": Case("postvision", "instruction"),
-    "postvision+vlcache": Case("postvision+vlcache", "instruction"),
-    "adakv": Case("snapkv+adakv", "window"),
+    "snapkv": Case("snapkv", "window"),
+    "mixkv": Case("mixkv", "window"),
+    "das": Case("das", "window", {"budget": 40}),
+    "streaming": Case("streaming", "none"),
     "keydiff": Case("keydiff", "none"),
     "h2o": Case("h2o", "all"),
-    "prefixkv+prefixkv": Case("prefixkv+prefixkv", "all"),
+    "prefixkv": Case("prefixkv", "all"),
+    "aircache": Case("aircache", "instruction"),
+    "postvision": Case("postvision", "instruction"),
     "shiftkv": Case("shiftkv", "all"),
     "shiftkv-tail": Case("shiftkv", 150, {"stat_ctx": 150}),
     "expected": Case("expected", "all"),
+    "snapkv+pyramid": Case("snapkv+pyramid", "window"),
+    "adakv": Case("snapkv+adakv", "window"),
     "sparsemm": Case("snapkv+sparsemm", "window"),
+    "aircache+aircache": Case("aircache+aircache", "instruction"),
+    "prefixkv+prefixkv": Case("prefixkv+prefixkv", "all"),
+    "postvision+vlcache": Case("postvision+vlcache", "instruction"),
+    "lookm": Case("snapkv+uniform+lookm", "window"),
+    "elastic": Case("elastic+uniform+elastic", "all"),
+    "recycle": Case("snapkv+uniform+recycle", "window"),
 }
 
 
 @pytest.fixture(scope="module")
 def raw_of(tmp_path_factory):
     """``raw_of(name)``: settings of a case, with head scores for sparsemm."""
-    file = tmp_path_factory.mktemp("scores") / "heads.json"
-    heads = itertools.product(range(LAYERS), range(QUERY_HEADS))
-    file.write_text(json.dumps({f"{layer}-{head}": [1 + 2 * layer, head] for layer, head in heads}))
+    head_scores = write_head_scores(tmp_path_factory.mktemp("scores"))
 
     def settings(name: str) -> dict[str, Any]:
-        extra = {"head_scores": str(file)} if "sparsemm" in CASES[name].method else {}
+        extra = {"head_scores": head_scores} if "sparsemm" in CASES[name].method else {}
         return CASES[name].raw | extra
 
     return settings
@@ -239,15 +244,6 @@ def test_longer_hits_are_noticed(engines, reference, raw_of, monkeypatch, name):
 
 # preemption
 
-PREEMPTED = (
-    "snapkv+pyramid",
-    "prefixkv+prefixkv",
-    "sparsemm",
-    "h2o",
-    "shiftkv",
-    "expected",
-    "postvision+vlcache",
-)
 OUTPUTS = 90
 STORM = (
     Request(characters(20, 51) + IMAGE + characters(40, 51), (picture(31, 12, 9),)),
@@ -270,7 +266,7 @@ def alone(llm, requests: tuple[Request, ...]) -> list[Answer]:
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("name", PREEMPTED)
+@pytest.mark.parametrize("name", CASES)
 def test_preemption(engines, reference, raw_of, mode, name):
     """Requests lose their blocks for lack of room, and at any point of prompt and answer."""
     llm, raw, rng = engines(mode), raw_of(name), random.Random(7)

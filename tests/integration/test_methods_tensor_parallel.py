@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods whose scores, noise or budgets concern all heads, on two tensor-parallel ranks.
+"""Every method on two tensor-parallel ranks.
 
 Each rank sees one of the two KV heads, and keeps of it what an engine of one rank keeps, so the
 oracle is that of one rank. Only budgets per head are rounded to whole pages on each rank alone,
@@ -14,7 +14,7 @@ from typing import Any
 import oracle.plan
 import pytest
 from engine import Answer, Method, assert_same, engine, generate, greedy, scheduler_of
-from every_method import LAYERS, OUTPUT_TOKENS, QUERY_HEADS, WINDOW, checkpoint, mixed_requests
+from every_method import OUTPUT_TOKENS, WINDOW, checkpoint, mixed_requests, write_head_scores
 from expectations import LOGPROB_TOLERANCE, Reference
 from subprocesses import result_of, run_python
 
@@ -24,16 +24,27 @@ from vllm_kvcompress.config import KVCompressionConfig
 
 RANKS = 2
 METHODS = {
+    "snapkv": {},
+    "bacon": {},
+    "mixkv": {},
     "aircache": {"budget": 40, "elite_scope": "layer"},
-    "aircache+aircache": {"budget": 40},
-    "prefixkv+prefixkv": {},
-    "elastic+uniform+elastic": {},
     "shiftkv": {},
-    "expected": {},
+    "das": {"budget": 40},
     "h2o": {},
-    "postvision+vlcache": {},
+    "expected": {},
+    "keydiff": {},
+    "streaming": {},
+    "elastic": {},
+    "prefixkv": {},
+    "postvision": {},
     "snapkv+pyramid": {},
     "snapkv+sparsemm": {},
+    "aircache+aircache": {"budget": 40},
+    "prefixkv+prefixkv": {},
+    "postvision+vlcache": {},
+    "snapkv+uniform+lookm": {},
+    "elastic+uniform+elastic": {},
+    "das+uniform+recycle": {"budget": 60},
 }
 CODE = """
 import json
@@ -85,13 +96,9 @@ def reconfigure_scheduler(llm, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    file = tmp_path_factory.mktemp("scores") / "heads.json"
-    heads = itertools.product(range(LAYERS), range(QUERY_HEADS))
-    scores = {f"{layer}-{head}": [1 + 9 * layer * head] for layer, head in heads}
-    file.write_text(json.dumps(scores))
     common = {"budget": 80, "window": WINDOW}
     found = {method: {"method": method} | common | own for method, own in METHODS.items()}
-    found["snapkv+sparsemm"]["head_scores"] = str(file)
+    found["snapkv+sparsemm"]["head_scores"] = write_head_scores(tmp_path_factory.mktemp("scores"))
     return found
 
 
