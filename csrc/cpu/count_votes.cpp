@@ -39,14 +39,18 @@ int64_t part_of(int64_t total, int64_t share, bool up) {
   return high * share + ((low * share + rounding) >> kShareBits);
 }
 
+// No conversion of NaN or infinity is defined, and neither is a cover of them.
+float finite(float mass) {
+  return std::min(std::max(0.0f, mass), std::numeric_limits<float>::max());
+}
+
 // The cover of one group: masses [num], not negative. keys has room for as many; share is in units
 // of 2^-kShareBits; is_floor: the longest prefix of at most that share, else the shortest of at
 // least that share.
 Cover find_cover(const float* masses, int64_t num, int64_t share, bool is_floor, uint32_t* keys) {
   float top = 0.0f;
   for (int64_t t = 0; t < num; ++t) {
-    // no conversion of NaN or infinity is defined, and neither is a cover of them
-    const float mass = std::min(std::max(0.0f, masses[t]), std::numeric_limits<float>::max());
+    const float mass = finite(masses[t]);
     keys[t] = std::bit_cast<uint32_t>(mass);  // orders like the mass
     top = std::max(top, mass);
   }
@@ -87,7 +91,7 @@ Cover find_cover(const float* masses, int64_t num, int64_t share, bool is_floor,
   const float least = std::bit_cast<float>(key);
   int64_t tie_end = 0;
   for (int64_t ties = is_floor ? reaching - 1 : reaching; ties > 0; ++tie_end) {
-    ties -= masses[tie_end] == least;
+    ties -= finite(masses[tie_end]) == least;
   }
   return {least, tie_end};
 }
@@ -96,6 +100,9 @@ at::Tensor count_votes(const at::Tensor& masses, const at::Tensor& end, int64_t 
                        bool is_floor) {
   TORCH_CHECK(masses.dim() == 4 && masses.scalar_type() == at::kFloat,
               "masses: expected float32 [N, Hkv, NG, T]");
+  // sums of more units would not fit into 64 bits
+  TORCH_CHECK(masses.size(3) <= int64_t{1} << 20, "masses: expected at most 2^20 tokens, got ",
+              masses.size(3));
   TORCH_CHECK(end.scalar_type() == at::kLong, "end: expected int64");
   TORCH_CHECK(0 <= share && share <= int64_t{1} << kShareBits, "tau: expected 0 to 1");
   const at::Tensor x = masses.contiguous(), ends = end.contiguous();

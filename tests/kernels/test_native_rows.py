@@ -281,6 +281,13 @@ class TestCountVotes:
         found = native.count_votes(spoilt, end, 0.9, cover)[same]
         assert found.equal(native.count_votes(masses, end, 0.9, cover)[same])
 
+    def test_what_does_not_fit_is_refused(self):
+        masses = torch.zeros(1, 1, 1, 2**20 + 1)
+        with pytest.raises(RuntimeError, match=r"at most 2\^20 tokens, got 1048577"):
+            native.count_votes(masses, torch.tensor([5]), 0.5, "min")
+        with pytest.raises(RuntimeError, match="tau: expected 0 to 1"):
+            native.count_votes(masses[..., :9], torch.tensor([5]), 1.1, "min")
+
 
 def results() -> list[torch.Tensor]:
     """Of all operations, on inputs that are large enough for several threads."""
