@@ -27,6 +27,9 @@ from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE, WINDOW, CAPACITY, TRACE = 32, 32, 96, 4
+PROXIES, GROUPS, TAU = 512, 32, 0.95
+TEXT_ROWS, INSTRUCTION, ELITE = 256, 40, 4
+"""Rows that are captured, those of the instruction, and elite ones of every query head."""
 
 
 class Model(NamedTuple):
@@ -116,6 +119,59 @@ def cases(model: Model, num: int, length: int, chunk: int) -> Iterator[Case]:
         "column_sums",
         lambda: native.column_sums(queries, rows, positions, prompts, scale),
         plain_columns,
+    )
+    yield from row_cases(model, prompts, lens)
+
+
+def row_cases(model: Model, prompts: PromptPages, lens: torch.Tensor) -> Iterator[Case]:
+    """Operations on rows of proxies, and of an instruction after one image."""
+    num, length, scale = len(lens), int(lens[0]), model.head_size**-0.5
+    generator = torch.Generator().manual_seed(length)
+    heads = (model.num_q_heads, model.head_size)
+    proxies = torch.randn(num, PROXIES, *heads, generator=generator).bfloat16()
+
+    def plain_masses() -> torch.Tensor:
+        keys = reference.read_prompt(prompts, "key")
+        return reference.group_masses(proxies, keys, lens, GROUPS, scale)
+
+    yield Case(
+        "group_masses",
+        lambda: native.group_masses(proxies, prompts, lens, GROUPS, scale),
+        plain_masses,
+    )
+
+    inputs: tuple[Any, ...] = (native.group_masses(proxies, prompts, lens, GROUPS, scale), lens)
+    yield Case(
+        "count_votes",
+        functools.partial(native.count_votes, *inputs, TAU, "floor"),
+        functools.partial(reference.count_votes, *inputs, TAU, "floor"),
+    )
+
+    rows, texts = proxies[:, :TEXT_ROWS], torch.full((num,), INSTRUCTION)
+
+    def plain_logits() -> torch.Tensor:
+        keys = reference.read_prompt(prompts, "key")
+        return reference.last_row_logits(rows, keys, lens, texts, scale)
+
+    yield Case(
+        "last_row_logits",
+        lambda: native.last_row_logits(rows, prompts, lens, texts, scale),
+        plain_logits,
+    )
+
+    elite = torch.zeros(num, model.num_q_heads, TEXT_ROWS, dtype=torch.bool)
+    elite[:, :, -4 * ELITE :: 4] = True
+    segment = torch.zeros(num, prompts.block_table.shape[1] * BLOCK_SIZE, dtype=torch.int64)
+    segment[:, length - INSTRUCTION :] = -1
+
+    def plain_elite() -> torch.Tensor:
+        keys = reference.read_prompt(prompts, "key")
+        return reference.elite_attention(rows, elite, segment, keys, lens, scale)
+
+    yield Case(
+        "elite_attention",
+        lambda: native.elite_attention(rows, elite, segment, prompts, lens, scale),
+        plain_elite,
     )
 
 

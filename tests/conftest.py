@@ -30,6 +30,7 @@ os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 @pytest.fixture(scope="session")
 def checkpoint():
     """``checkpoint(family, **settings)``: folder of a tiny random model, made once and kept."""
+    import tiny_families  # noqa: F401, makes its families known to tiny_models
     import tiny_models
 
     def make(family: str, **settings) -> str:

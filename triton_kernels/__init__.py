@@ -22,10 +22,16 @@ window_scores = Operation(
 column_sums = Operation(
     reference_paged.column_sums, triton="column_attention", cpp=native.column_sums
 )
-group_masses = Operation(reference_paged.group_masses, triton="proxy_attention")
-count_votes = Operation(reference.count_votes, triton="votes")
-last_row_logits = Operation(reference_paged.last_row_logits, triton="elite_rows")
-elite_attention = Operation(reference_paged.elite_attention, triton="elite_rows")
+group_masses = Operation(
+    reference_paged.group_masses, triton="proxy_attention", cpp=native.group_masses
+)
+count_votes = Operation(reference.count_votes, triton="votes", cpp=native.count_votes)
+last_row_logits = Operation(
+    reference_paged.last_row_logits, triton="elite_rows", cpp=native.last_row_logits
+)
+elite_attention = Operation(
+    reference_paged.elite_attention, triton="elite_rows", cpp=native.elite_attention
+)
 pool_prefix = Operation(reference.pool_prefix, triton="calibration", cpp=native.pool_prefix)
 calibrate_scores = Operation(
     reference.calibrate_scores, triton="calibration", cpp=native.calibrate_scores

@@ -8,6 +8,7 @@ import torch
 
 from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, index_tables
 from vllm_kvcompress.kernels.reference_decode import HeldPages
+from vllm_kvcompress.kernels.reference_rows import share_of
 
 
 def available() -> bool:
@@ -97,6 +98,82 @@ def column_sums(
         block_table,
         num_kv_heads,
         _orders(layout)[0],
+        scale * layout.key_scale,
+        softcap,
+    )
+
+
+def group_masses(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    num_groups: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.group_masses``, on paged keys."""
+    pages, block_table, num_kv_heads, layout = prompts
+    return torch.ops.vllm_kvcompress.group_masses(
+        queries,
+        pages,
+        block_table,
+        num_kv_heads,
+        _orders(layout)[0],
+        prompt_lens,
+        num_groups,
+        scale * layout.key_scale,
+        softcap,
+    )
+
+
+def count_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
+    """See ``reference.count_votes``."""
+    return torch.ops.vllm_kvcompress.count_votes(masses, end, share_of(tau), cover == "floor")
+
+
+def last_row_logits(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    text_rows: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.last_row_logits``; keys before the instruction are not read."""
+    pages, block_table, num_kv_heads, layout = prompts
+    return torch.ops.vllm_kvcompress.last_row_logits(
+        queries,
+        pages,
+        block_table,
+        num_kv_heads,
+        _orders(layout)[0],
+        prompt_lens,
+        text_rows,
+        scale * layout.key_scale,
+        softcap,
+    )
+
+
+def elite_attention(
+    queries: torch.Tensor,
+    elite: torch.Tensor,
+    segment: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See ``reference.elite_attention``, on paged keys."""
+    pages, block_table, num_kv_heads, layout = prompts
+    return torch.ops.vllm_kvcompress.elite_attention(
+        queries,
+        elite,
+        segment,
+        pages,
+        block_table,
+        num_kv_heads,
+        _orders(layout)[0],
+        prompt_lens,
         scale * layout.key_scale,
         softcap,
     )

@@ -44,6 +44,15 @@ struct TileKernels {
   // overwritten.
   void (*sum)(const QueryRows& rows, const float* tile, int64_t start, const float* max,
               const float* inverse, float* sums, float* lasts);
+
+  // Logits of each row, padding included, on the keys of a tile; -inf on those that it does not see.
+  // logits [num_blocks * kRowBlock, stride], of which the first kTileKeys columns are written.
+  void (*logits)(const QueryRows& rows, const float* tile, int64_t start, float* logits,
+                 int64_t stride);
+
+  // Adds weight times the softmax of one row of logits to out, both [num_keys], a multiple of
+  // kTileKeys. Overwrites the logits.
+  void (*add_softmax)(float* logits, int64_t num_keys, float weight, float* out);
 };
 
 // The kernels for the processor that this runs on.

@@ -82,4 +82,40 @@ class BlockedQueries {
   std::vector<int64_t> num_keys_;  // [blocks, stride]
 };
 
+// Rows of one KV head put together one by one, scaled.
+class PackedRows {
+ public:
+  PackedRows(int64_t max_rows, int64_t head_size, double scale, double softcap)
+      : head_size_(head_size),
+        scale_(static_cast<float>(scale)),
+        softcap_(static_cast<float>(softcap)),
+        values_(ceil_div(max_rows, kRowBlock) * kRowBlock * head_size),
+        num_keys_(ceil_div(max_rows, kRowBlock) * kRowBlock) {}
+
+  // query [head_size] sees keys [0, num_keys)
+  void add(const float* query, int64_t num_keys) {
+    float* to = &values_[size_ / kRowBlock * kRowBlock * head_size_ + size_ % kRowBlock];
+    for (int64_t d = 0; d < head_size_; ++d) to[d * kRowBlock] = query[d] * scale_;
+    num_keys_[size_++] = num_keys;
+  }
+
+  void clear() { size_ = 0; }
+
+  int64_t size() const { return size_; }
+
+  // Rows [first, first + count), or as many of them as there are; first is a multiple of kRowBlock.
+  // What pads them is whatever stood there before.
+  QueryRows rows(int64_t first, int64_t count) const {
+    count = std::min(count, size_ - first);
+    return {&values_[first * head_size_], &num_keys_[first], ceil_div(count, kRowBlock), 1,
+            count, head_size_, softcap_};
+  }
+
+ private:
+  int64_t head_size_, size_ = 0;
+  float scale_, softcap_;
+  std::vector<float> values_;      // [max_rows / kRowBlock, D, kRowBlock]
+  std::vector<int64_t> num_keys_;  // [max_rows]
+};
+
 }  // namespace kvcompress

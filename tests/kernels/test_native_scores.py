@@ -7,39 +7,13 @@ import sys
 
 import pytest
 import torch
+from native_cases import NAN, prompts_of
 
-from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference
+from vllm_kvcompress.kernels import native, reference
 
-NAN, INF = float("nan"), float("inf")
+INF = float("inf")
 
 pytestmark = pytest.mark.usefixtures("cpp")
-
-
-def prompts_of(
-    lengths: list[int],
-    num_kv_heads: int,
-    head_size: int,
-    size: int,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> PromptPages:
-    """Paged prompts in a scrambled layout; whatever lies past a prompt's end is NaN."""
-    num_blocks = -(-max(lengths) // size)
-    numel = size * head_size
-    order = [torch.randperm(numel, generator=generator) + part * numel for part in (0, 1)]
-    pages = torch.randn(
-        (1 + len(lengths) * num_blocks) * num_kv_heads, 2 * numel, generator=generator
-    ).to(dtype)
-    table = 1 + torch.randperm(len(lengths) * num_blocks, generator=generator).view(-1, num_blocks)
-    pages[:num_kv_heads] = NAN  # nobody's block
-    for row, length in enumerate(lengths):
-        full, used = divmod(length, size)
-        if used:
-            stale = order[0].view(size, head_size)[used:].flatten()
-            last = int(table[row, full]) * num_kv_heads
-            pages[last : last + num_kv_heads, stale] = NAN
-        table[row, -(-length // size) :] = 0
-    return PromptPages(pages, table, num_kv_heads, PageLayout(size, head_size, *order))
 
 
 def check_window_scores(queries, prompts, lens, softcap=0.0, reduction="mean") -> None:

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of any rows on the keys of one prompt, by exponentials that are taken once.
+//
+// The logits of a panel of rows on all keys are in memory at the same time, those of a few rows and
+// in most cases in the cache; keys are read from their pages once.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "attention_tiles.h"
+#include "prompt_keys.h"
+#include "query_rows.h"
+
+namespace kvcompress {
+
+// Keys of one prompt as float32: those of some tiles, of all KV heads.
+struct KeyTiles {
+  const float* head(int64_t head) const { return &values[head * starts.size() * tile_size]; }
+
+  int64_t num_keys() const { return static_cast<int64_t>(starts.size()) * kTileKeys; }
+
+  std::vector<int64_t> starts;  // position of the first key of each tile
+  int64_t tile_size;            // head_size * kTileKeys
+  std::vector<float> values;    // [Hkv, tiles, D, kTileKeys], zeros at and after the prompt's end
+};
+
+template <typename T>
+KeyTiles read_tiles(const PromptKeys<T>& keys, int64_t request, int64_t num_kv_heads,
+                    int64_t head_size, std::vector<int64_t> starts, int64_t prompt_len) {
+  const int64_t num_tiles = static_cast<int64_t>(starts.size());
+  KeyTiles tiles{std::move(starts), head_size * kTileKeys, {}};
+  tiles.values.resize(num_kv_heads * num_tiles * tiles.tile_size);
+  at::parallel_for(0, num_kv_heads * num_tiles, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      keys.read_tile(request, i / num_tiles, tiles.starts[i % num_tiles], prompt_len,
+                     &tiles.values[i * tiles.tile_size]);
+    }
+  });
+  return tiles;
+}
+
+// Sums of attention of rows on the keys of some tiles; one thread's.
+class RowAttention {
+ public:
+  explicit RowAttention(const KeyTiles& tiles)
+      : out(tiles.num_keys()),
+        tiles_(tiles),
+        panel_rows_(std::max(kLeastRows, kPanelFloats / tiles.num_keys() / kRowBlock * kRowBlock)) {
+  }
+
+  // Overwrites out with the probabilities of rows of a KV head, summed over the rows, times weight.
+  // hidden: [num_keys] of the tiles, true for keys that none of the rows looks at; or nullptr.
+  void run(const PackedRows& rows, int64_t head, const uint8_t* hidden, float weight) {
+    const TileKernels& kernels = tile_kernels();
+    const int64_t num_keys = tiles_.num_keys();
+    std::fill(out.begin(), out.end(), 0.0f);
+    logits_.resize(std::min(panel_rows_, ceil_div(rows.size(), kRowBlock) * kRowBlock) * num_keys);
+    for (int64_t first = 0; first < rows.size(); first += panel_rows_) {
+      const QueryRows panel = rows.rows(first, panel_rows_);
+      const float* tile = tiles_.head(head);
+      for (size_t i = 0; i < tiles_.starts.size(); ++i, tile += tiles_.tile_size) {
+        kernels.logits(panel, tile, tiles_.starts[i], &logits_[i * kTileKeys], num_keys);
+      }
+      for (int64_t r = 0; r < panel.rows_per_head; ++r) {
+        float* row = &logits_[r * num_keys];
+        for (int64_t j = 0; hidden != nullptr && j < num_keys; ++j) {
+          row[j] = hidden[j] ? -std::numeric_limits<float>::infinity() : row[j];
+        }
+        kernels.add_softmax(row, num_keys, weight, out.data());
+      }
+    }
+  }
+
+  std::vector<float> out;  // [num_keys] of the tiles
+
+ private:
+  // 1 MiB of logits; of longer prompts more, because each panel takes all keys through the cache
+  static constexpr int64_t kPanelFloats = int64_t{1} << 18, kLeastRows = 4 * kRowBlock;
+
+  const KeyTiles& tiles_;
+  int64_t panel_rows_;
+  std::vector<float> logits_;  // [panel_rows, num_keys]
+};
+
+}  // namespace kvcompress
