@@ -175,6 +175,7 @@ def window_scores(
     num_blocks = block_table.shape[1]
     length = num_blocks * block_size
     queries, block_table = queries.contiguous(), block_table.contiguous()
+    exact = queries.dtype == torch.float32
     sizes = {
         "WINDOW": window,
         "HEAD_SIZE": head_size,
@@ -183,7 +184,9 @@ def window_scores(
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "BLOCK_T": 64,
         "HAS_SOFTCAP": softcap != 0,
-        "EXACT": queries.dtype == torch.float32,
+        "EXACT": exact,
+        # products in float32 and conversions from float8 would spill registers
+        "num_warps": 16 if exact else 8 if pages.element_size() == 1 else 4,
     }
     inputs = (queries, pages, block_table, prompt_lens)
     numbers = (scale * layout.key_scale, softcap, num_q_heads, num_kv_heads, num_blocks)
