@@ -211,7 +211,7 @@ def in_float32(name: str, num_warps: int, **tiles: int) -> tuple[str, Kernel]:
 
 KERNELS |= dict(
     (
-        in_float32("_row_sums_kernel", 16),
+        in_float32("_row_sums_kernel", 16, BLOCK_T=32),
         in_float32("_scores_kernel", 16),
         in_float32("_row_lse_kernel", 8, BLOCK_C=16),
         in_float32("_column_sums_kernel", 8, BLOCK_C=16),
