@@ -58,7 +58,8 @@ class Case:
 
 
 CASES = [
-    # prompt lengths, rows of the instructions, query heads, KV heads, D, block size; share of elite, softcap
+    # prompt lengths, rows of the instructions, query heads, KV heads, D, block size;
+    # share of elite, softcap
     (([63, 1], [20, 1], 1, 1, 64, 16), 0.2, 0.0),  # the second is no more than its instruction
     (([100, 41], [33, 5], 8, 2, 32, 16), 0.6, 5.0),  # more elite rows than a tile has
     (([130, 9], [3, 1], 7, 1, 80, 32), 1.0, 0.0),

@@ -2,9 +2,12 @@
 """The step of the GPU check that builds the CUDA operations: with a fake compiler, or none."""
 
 import os
+import subprocess
 import sys
 import time
+from importlib.machinery import EXTENSION_SUFFIXES
 
+import gpu_check
 from conftest import ROOT
 from gpu_check import cuda_build
 from gpucheck.steps import Run, Step
@@ -87,3 +90,28 @@ def test_other_toolkit_than_torch(tmp_path):
     built, _ = build(tmp_path, CUDA_HOME=toolkit(tmp_path, "pass", "11.8"))
     assert built.outcome == "failed"
     assert not (tmp_path / "record").exists()
+
+
+def test_only_what_needs_the_build_waits_for_it(tmp_path):
+    steps = {step.name: step for step in gpu_check.kernel_steps(tmp_path, rehearse=False)}
+    waiting = {name for name, step in steps.items() if step.needs}
+    assert "test_cuda_selection" in waiting
+    assert all(name.endswith(("-cuda", "cuda_selection")) for name in waiting)
+    assert all(not steps[name].fatal for name in waiting)
+    assert "test_select_tokens" in steps
+
+
+def test_a_copy_of_the_checkout_goes_first(tmp_path, monkeypatch):
+    """On a GPU what is built lies in the copy; a rehearsal wants the installed C++ operations."""
+    monkeypatch.setattr(gpu_check, "PLUGIN", tmp_path / "plugin")
+    first, *_ = gpu_check.environment(None, rehearse=False)["PYTHONPATH"].split(os.pathsep)
+    assert first == str(tmp_path / "plugin")
+    library = tmp_path / "plugin" / "vllm_kvcompress" / f"_cuda{EXTENSION_SUFFIXES[0]}"
+    library.touch()
+    code = "import importlib.util as u; print(u.find_spec('vllm_kvcompress._cuda').origin)"
+    env = os.environ | {"PYTHONPATH": first}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(library)
+    paths = gpu_check.environment(None, rehearse=True)["PYTHONPATH"].split(os.pathsep)
+    assert first not in paths
