@@ -4,7 +4,8 @@
     python benchmarks/gpu_check.py --packages DIR
     python benchmarks/gpu_check.py --rehearse           # without a GPU: are all parts in order?
 
-    kernels   tests/kernels compiled; random compactions; compute-sanitizer, if it is installed
+    kernels   the CUDA operations, if there is nvcc; tests/kernels compiled; random compactions;
+              compute-sanitizer, if it is installed
     engines   vLLM in process against stock vLLM and against the float64 reference
     timing    every operation at the shapes of well-known models
     serving   with and without compression, in pairs, on a model with random weights
@@ -13,6 +14,7 @@ A stage that fails is the last one. See docs/gpu-check.md.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -27,8 +29,11 @@ from gpucheck.steps import Run, Step
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "gpu-check"
+PLUGIN = CACHE / "plugin"
 STAGES = ("kernels", "engines", "timing", "serving")
 TIMED = ("timing", "serving")  # these have the machine to themselves
+CUDA_BUILD = "cuda-build"
+WITH_CUDA = ("kernels", "timing")  # stages that use what it builds
 CASES = (  # model runner, mode, type, type of the KV cache
     ("V2", "full", "float16", "auto"),
     ("V1", "full", "float16", "auto"),
@@ -45,18 +50,16 @@ REHEARSED_CASES = (
     ("V2", "eager", "float32", "auto"),
     ("V1", "eager", "float32", "fp8"),
 )
-NOT_ON_A_GPU = (
-    "test_reference.py",
-    "test_native.py",
-    "test_native_scores.py",
-    "test_ahead_of_time.py",
-)
+NOT_ON_A_GPU = ("test_reference", "test_native", "test_native_scores", "test_ahead_of_time")
+CUDA_TEST = "test_cuda_selection"
 PYTHON = [sys.executable, "-P"]
 
 
-def environment(packages: Path | None) -> dict[str, str]:
+def environment(packages: Path | None, rehearse: bool) -> dict[str, str]:
     """For all children: where to import from, and nothing that asks a network."""
-    paths = [stage_plugin(ROOT, CACHE / "plugin")]
+    # a rehearsal wants the C++ operations, which are built by installing
+    installed = rehearse and importlib.util.find_spec("vllm_kvcompress") is not None
+    paths = [] if installed else [stage_plugin(ROOT, PLUGIN)]
     if packages is not None:
         paths.append(import_path(packages, CACHE / "site"))
     paths += [ROOT / "benchmarks", ROOT / "tests", ROOT / "tests" / "integration"]
@@ -82,6 +85,13 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=search)
 
 
+def cuda_build(plugin: Path) -> Step:
+    """Building csrc/cuda into a copy of the plugin; without it the rest of the check goes on."""
+    command = ["-m", "gpucheck.cuda_build", "--root", str(ROOT), "--into", str(plugin)]
+    command += ["--scratch", str(plugin.with_name(CUDA_BUILD))]
+    return Step(CUDA_BUILD, [*PYTHON, *command], 90, fatal=())
+
+
 def kernel_steps(folder: Path, rehearse: bool) -> list[Step]:
     pytest = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "--durations=5"]
     stress = ["-m", "gpucheck.stress"]
@@ -91,11 +101,15 @@ def kernel_steps(folder: Path, rehearse: bool) -> list[Step]:
     tests = [
         Step(file.stem, [*PYTHON, *pytest, str(file)], 150)
         for file in files
-        if file.name not in NOT_ON_A_GPU
+        if file.stem not in (*NOT_ON_A_GPU, CUDA_TEST)
     ]
+    in_cuda = [*PYTHON, *pytest, str(ROOT / "tests" / "kernels" / f"{CUDA_TEST}.py")]
+    # no engine uses it yet, so a failure does not keep the rest from being checked
+    selection = Step(CUDA_TEST, in_cuda, 90, fatal=(), needs=CUDA_BUILD)
     if rehearse:
-        return [*tests, Step("compactions", [*PYTHON, *few, "20", "--interpret"], 120)]
-    steps = [*tests, Step("compactions", [*PYTHON, *stress], 90)]
+        compactions = Step("compactions", [*PYTHON, *few, "20", "--interpret"], 120)
+        return [*tests, compactions, selection]
+    steps = [*tests, Step("compactions", [*PYTHON, *stress], 90), selection]
     sanitizer = find_sanitizer()
     if sanitizer is None:
         note = "compute-sanitizer was not found: nothing was checked with it"
@@ -114,6 +128,10 @@ def kernel_steps(folder: Path, rehearse: bool) -> list[Step]:
         Step("memcheck-compactions", [*tool, "memcheck", *PYTHON, *few, "3"], 45, env, found),
         # for reading only: it also looks at kernels that are not ours
         Step("racecheck-operations", [*tool, "racecheck", *PYTHON, *every], 45, env, ()),
+        *(
+            Step(f"{check}-cuda", [*tool, check, *in_cuda, "-k", "4097"], 45, env, (), CUDA_BUILD)
+            for check in ("memcheck", "racecheck")
+        ),
     ]
 
 
@@ -186,7 +204,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     start = time.monotonic()
-    env = environment(args.packages)
+    env = environment(args.packages, args.rehearse)
     facts = machine_facts("cpu" if args.rehearse else "cuda", env)
     if args.rehearse:
         folder = CACHE / "rehearsal"
@@ -206,9 +224,18 @@ def main() -> None:
     for stage in STAGES:
         if passed and stage in args.stages:
             steps = STEPS[stage](folder, args.rehearse)
+            if stage in WITH_CUDA and not run.result(CUDA_BUILD):
+                steps.insert(0, cuda_build(PLUGIN))
+            if run.result(CUDA_TEST) in ("failed", "out of time"):
+                # a wrong kernel may take the process of all timings with it
+                for library in (PLUGIN / "vllm_kvcompress").glob("_cuda*"):
+                    library.unlink()
             steps = [step._replace(seconds=patience * step.seconds) for step in steps]
             passed = run.stage(stage, steps, 1 if stage in TIMED else jobs)
     what = "rehearsal" if args.rehearse else "GPU check"
+    gaps = [outcome for outcome in run.outcomes if outcome.outcome != "passed"]
+    if gaps:
+        print("Not everything was checked:", *gaps, sep="\n")
     print(f"The {what} {'passed' if passed else 'FAILED'} in {time.monotonic() - start:.0f} s.")
     print(f"Logs and tables: {folder}")
     sys.exit(not passed)

@@ -14,6 +14,7 @@ every call. Decode attention is replayed from a CUDA graph, as engines do it. Im
     topk         torch's, positions sorted
     flash-attn   vLLM's own kernel over the virtual batch; "+tables": tables built in every layer
     flashinfer   its batched decode over the virtual batch
+    row, tile, cuda   candidates for "ours" in select_tokens; the row "fastest" says which won
     copy         a device copy that reads half of the operation's bytes and writes as many; for
                  select_tokens, of the scores
 
@@ -216,6 +217,7 @@ def measure(
         operation.check(inputs)
     calls: Calls = operation.implementations(inputs)
     calls.setdefault("copy", Rival(lambda: copy_call(cost, device), lambda copied: True))
+    medians: dict[str, float] = {}  # of candidates
     for name, call in calls.items():
         if ours_only and name != "ours":
             continue
@@ -227,7 +229,20 @@ def measure(
         if isinstance(found, Absent):
             yield row | {"note": found.why}
         else:
-            yield timed(row, timer(found))
+            times = timer(found)
+            if name in operation.candidates:
+                medians[name] = statistics.median(times)
+            yield timed(row, times)
+    if medians:
+        row = entry(shape, operation.name, "fastest", cost, machine)
+        yield row | {"checked": fits, "note": ranking(medians)}
+
+
+def ranking(medians: dict[str, float]) -> str:
+    """The fastest by name, and how much longer the others take."""
+    first, *others = sorted(medians, key=lambda name: medians[name])
+    ratios = [f"{name} takes {medians[name] / medians[first]:.2f} times as long" for name in others]
+    return ": ".join([first, *filter(None, [", ".join(ratios)])])
 
 
 def run(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:

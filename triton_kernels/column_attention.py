@@ -12,7 +12,6 @@ import triton.language as tl
 from vllm_kvcompress.kernels import paged_keys, query_rows
 from vllm_kvcompress.kernels.reference import PromptPages
 
-_ROWS_PER_TILE = 64
 _KEYS_PER_TILE = 64
 
 
@@ -153,19 +152,22 @@ def column_sums(
         block_table.contiguous(),
     )
     scale *= layout.key_scale
+    exact = queries.dtype == torch.float32  # small tiles, whose products do not spill registers
+    rows_per_tile = 16 if exact else 64
     numbers = (scale, softcap, num_q_heads, num_kv_heads, num_blocks, width)
     sizes = {
         "HEAD_SIZE": head_size,
         "PAGE_TOKENS": layout.block_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-        "BLOCK_C": _ROWS_PER_TILE,
+        "BLOCK_C": rows_per_tile,
         "BLOCK_T": _KEYS_PER_TILE,
         "HAS_SOFTCAP": softcap != 0,
-        "EXACT": queries.dtype == torch.float32,
+        "EXACT": exact,
+        "num_warps": 8 if exact else 4,
     }
     if lse is None:
         lse = queries.new_empty((num, num_q_heads, width), dtype=torch.float32)
-        grid = (num * num_q_heads, triton.cdiv(width, _ROWS_PER_TILE))
+        grid = (num * num_q_heads, triton.cdiv(width, rows_per_tile))
         _row_lse_kernel[grid](*inputs, lse, *numbers, **sizes)
     length = num_blocks * layout.block_size
     total = queries.new_empty((num, num_kv_heads, length), dtype=torch.float32)

@@ -252,6 +252,7 @@ def paged_decode(
         SPANS=held.layer_pages != 0,
         HAS_SOFTCAP=softcap != 0,
         EXACT=queries.dtype == torch.float32,
+        num_warps=8 if queries.dtype == torch.float32 else 4,  # float32 products take registers
         **sizes,
     )
     _join_splits_kernel[(num_seqs, group)](

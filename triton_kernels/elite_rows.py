@@ -275,7 +275,7 @@ def _arguments(
     scale: float,
     softcap: float,
 ) -> tuple[tuple[torch.Tensor, ...], tuple[float, ...], dict[str, int | bool]]:
-    """What all kernels take: tensors, numbers and constants."""
+    """What all kernels take: tensors, numbers, and constants with the number of warps."""
     pages, block_table, num_kv_heads, layout = prompts
     _, num_rows, num_q_heads, head_size = queries.shape
     inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
@@ -293,5 +293,7 @@ def _arguments(
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "HAS_SOFTCAP": softcap != 0,
         "EXACT": queries.dtype == torch.float32,
+        # products in float32 would spill registers
+        "num_warps": 8 if queries.dtype == torch.float32 else 4,
     }
     return inputs, numbers, sizes

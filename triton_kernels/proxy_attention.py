@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What groups of proxies look at: QK^T twice, nothing of size M x T is stored.
 
-The proxies of all query heads of a KV head are rows of one matrix, so that tiles of 64 rows are
-full whatever the numbers of query heads and of proxies per group.
+The proxies of all query heads of a KV head are rows of one matrix, so that tiles of rows are full
+whatever the numbers of query heads and of proxies per group.
 """
 
 import torch
@@ -151,36 +151,39 @@ def group_masses(
     length = num_blocks * layout.block_size
     inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
     numbers = (scale * layout.key_scale, softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
+    exact = queries.dtype == torch.float32  # small tiles, whose products do not spill registers
+    most = 32 if exact else 64
     sizes = {
         "HEAD_SIZE": head_size,
         "PAGE_TOKENS": layout.block_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "HAS_SOFTCAP": softcap != 0,
-        "EXACT": queries.dtype == torch.float32,
+        "EXACT": exact,
     }
 
     rows = num_q_heads // num_kv_heads * num_rows
     num_splits = triton.cdiv(length, _KEYS_PER_SPLIT)
     partial = pages.new_empty((2, num, num_kv_heads, num_splits, rows), dtype=torch.float32)
-    block = _tile(rows)
+    block = _tile(rows, most)
     _proxy_sums_kernel[(num * num_kv_heads, triton.cdiv(rows, block), num_splits)](
         *inputs, partial[0], partial[1], *numbers, num_splits,
-        BLOCK_R=block, BLOCK_T=64, KEYS_PER_SPLIT=_KEYS_PER_SPLIT, **sizes,
+        BLOCK_R=block, BLOCK_T=most, KEYS_PER_SPLIT=_KEYS_PER_SPLIT,
+        num_warps=8 if exact else 4, **sizes,
     )  # fmt: skip
     lse = query_rows.combine(partial[0], partial[1])
 
     masses = pages.new_empty((num, num_kv_heads, num_groups, length), dtype=torch.float32)
     # wide tiles, because every tile of keys reads all proxies
-    width = 64 if sizes["EXACT"] else 128
+    width = 32 if exact else 128
     keys, groups = triton.cdiv(length, width), triton.cdiv(num_groups, _GROUPS_PER_PROGRAM)
     _group_masses_kernel[(num * num_kv_heads, keys, groups)](
         *inputs, lse, masses, *numbers, num_groups,
-        BLOCK_R=_tile(rows // num_groups), BLOCK_T=width, GROUPS_PER_PROGRAM=_GROUPS_PER_PROGRAM,
-        num_warps=width // 16, **sizes,
+        BLOCK_R=_tile(rows // num_groups, most), BLOCK_T=width,
+        GROUPS_PER_PROGRAM=_GROUPS_PER_PROGRAM, num_warps=8, **sizes,
     )  # fmt: skip
     return masses
 
 
-def _tile(rows: int) -> int:
+def _tile(rows: int, most: int) -> int:
     """Rows of a matrix product that has so many."""
-    return min(64, max(16, triton.next_power_of_2(rows)))
+    return min(most, max(16, triton.next_power_of_2(rows)))

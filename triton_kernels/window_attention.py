@@ -9,6 +9,7 @@ from vllm_kvcompress.kernels import paged_keys, query_rows
 from vllm_kvcompress.kernels.reference import PromptPages
 
 _KEYS_PER_SPLIT = 1024
+_KEYS_PER_TILE = 64
 
 
 @triton.jit
@@ -81,8 +82,10 @@ def _row_sums_kernel(
     prompt_len = tl.load(prompt_lens_ptr + i_row)
     b_max = tl.full((BLOCK_W,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_W,), tl.float32)
-    for tile in range(KEYS_PER_SPLIT // BLOCK_T):
-        o_key = i_split * KEYS_PER_SPLIT + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = i_split * KEYS_PER_SPLIT
+    end = tl.minimum(prompt_len.to(tl.int32), first + KEYS_PER_SPLIT)
+    for start in range(first, end, BLOCK_T):
+        o_key = start + tl.arange(0, BLOCK_T)
         b_z = _logits(
             q_ptr, pages_ptr, table_ptr, i_row, i_head, i_group, o_key, prompt_len, scale, softcap,
             num_q_heads, num_kv_heads, num_blocks, WINDOW, HEAD_SIZE, PAGE_TOKENS, BLOCK_W, BLOCK_D,
@@ -124,13 +127,15 @@ def _scores_kernel(
     i_row = tl.program_id(0).to(tl.int64) // num_kv_heads
     i_head = tl.program_id(0) % num_kv_heads
     group = num_q_heads // num_kv_heads
-    o_key = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(1) * BLOCK_T
+    o_key = first + tl.arange(0, BLOCK_T)
     o_w = tl.arange(0, BLOCK_W)
     m_w = o_w < WINDOW
     prompt_len = tl.load(prompt_lens_ptr + i_row)
     b_mean = tl.zeros((BLOCK_T,), tl.float32)
     b_last = tl.zeros((BLOCK_T,), tl.float32)
-    for g in range(group):
+    # keys past the prompt have no scores
+    for g in range(tl.where(first < prompt_len, group, 0)):
         i_group = i_head * group + g
         b_z = _logits(
             q_ptr, pages_ptr, table_ptr, i_row, i_head, i_group, o_key, prompt_len, scale, softcap,
@@ -175,15 +180,17 @@ def window_scores(
     num_blocks = block_table.shape[1]
     length = num_blocks * block_size
     queries, block_table = queries.contiguous(), block_table.contiguous()
+    exact = queries.dtype == torch.float32
     sizes = {
         "WINDOW": window,
         "HEAD_SIZE": head_size,
         "PAGE_TOKENS": block_size,
         "BLOCK_W": max(16, triton.next_power_of_2(window)),
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-        "BLOCK_T": 64,
         "HAS_SOFTCAP": softcap != 0,
-        "EXACT": queries.dtype == torch.float32,
+        "EXACT": exact,
+        # products in float32 and conversions from float8 would spill registers
+        "num_warps": 16 if exact else 8 if pages.element_size() == 1 else 4,
     }
     inputs = (queries, pages, block_table, prompt_lens)
     numbers = (scale * layout.key_scale, softcap, num_q_heads, num_kv_heads, num_blocks)
@@ -192,13 +199,13 @@ def window_scores(
     partial = queries.new_empty((2, num, num_q_heads, num_splits, window), dtype=torch.float32)
     _row_sums_kernel[(num * num_q_heads, num_splits)](
         *inputs, partial[0], partial[1], *numbers, num_splits,
-        KEYS_PER_SPLIT=_KEYS_PER_SPLIT, **sizes,
+        KEYS_PER_SPLIT=_KEYS_PER_SPLIT, BLOCK_T=32 if exact else _KEYS_PER_TILE, **sizes,
     )  # fmt: skip
     lse = query_rows.combine(partial[0], partial[1])
 
     scores = queries.new_empty((2, num, num_kv_heads, length), dtype=torch.float32)
-    _scores_kernel[(num * num_kv_heads, triton.cdiv(length, sizes["BLOCK_T"]))](
+    _scores_kernel[(num * num_kv_heads, triton.cdiv(length, _KEYS_PER_TILE))](
         *inputs, lse, scores[0], scores[1], *numbers, length,
-        TAKE_MAX=reduction == "max", **sizes,
+        TAKE_MAX=reduction == "max", BLOCK_T=_KEYS_PER_TILE, **sizes,
     )  # fmt: skip
     return scores[0], scores[1]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Import paths for a machine without a network: nothing is installed, nothing is downloaded."""
 
-import importlib.metadata
 import shutil
 import tomllib
 import zipfile
@@ -48,20 +47,15 @@ def import_path(packages: Path, site: Path) -> Path:
     return site.resolve()
 
 
-def stage_plugin(root: Path, site: Path) -> Path | None:
-    """Make this checkout importable from ``site``, entry points included; None if it is installed.
+def stage_plugin(root: Path, site: Path) -> Path:
+    """Make this checkout importable from ``site``, entry points included.
 
     A plain copy: the package's folders do not lie where Python would look for them, and a machine
-    without a network may lack what builds a wheel.
+    without a network may lack what builds a wheel. It goes before an installed plugin, and what is
+    built into it changes nobody's environment.
     """
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     name, version = project["name"], project["version"]
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    else:
-        return None
     shutil.rmtree(site, ignore_errors=True)
     package = site / "vllm_kvcompress"
     hidden = shutil.ignore_patterns("__pycache__", "*.so")

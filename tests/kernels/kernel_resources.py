@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,54 +199,100 @@ KERNELS |= {
     )
     for name in ("_row_sums_kernel", "_scores_kernel", "_row_lse_kernel", "_column_sums_kernel")
 }
+for name in ("_row_sums_kernel e4m3", "_scores_kernel e4m3"):
+    KERNELS[name] = KERNELS[name]._replace(num_warps=8)
+
+
+def in_float32(name: str, num_warps: int, **tiles: int) -> tuple[str, Kernel]:
+    """A kernel for queries and pages in float32, with the tiles that it is launched with."""
+    kernel = KERNELS[name]
+    types = kernel.types | dict.fromkeys(("q_ptr", "pages_ptr"), "*fp32")
+    constants = kernel.constants | {"EXACT": True} | tiles
+    return f"{name} fp32", kernel._replace(types=types, constants=constants, num_warps=num_warps)
+
+
+KERNELS |= dict(
+    (
+        in_float32("_row_sums_kernel", 16, BLOCK_T=32),
+        in_float32("_scores_kernel", 16),
+        in_float32("_row_lse_kernel", 8, BLOCK_C=16),
+        in_float32("_column_sums_kernel", 8, BLOCK_C=16),
+        in_float32("_proxy_sums_kernel", 8, BLOCK_R=32, BLOCK_T=32),
+        in_float32("_group_masses_kernel", 8, BLOCK_R=32, BLOCK_T=32),
+        in_float32("_last_logits_kernel", 8),
+        in_float32("_elite_sums_kernel", 8),
+        in_float32("_elite_attention_kernel", 8),
+        in_float32("_decode_splits_kernel", 8, BLOCK_T=32),
+    )
+)
 
 COMPILE = """
-import importlib, json, re, subprocess, sys, tempfile
+import importlib, json, re, subprocess, sys, tempfile, traceback
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-name, (module, types, constants, num_warps), capabilities = json.loads(sys.argv[1])
-kernel = getattr(importlib.import_module("vllm_kvcompress.kernels." + module), name)
-signature, aligned = {}, {}
-for i, argument in enumerate(kernel.arg_names):
-    kind = types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
-    signature[argument] = tuple(kind) if isinstance(kind, list) else kind
-    # as the tensors of a launch are
-    paths = [(i, j) for j in range(len(kind))] if isinstance(kind, list) else [(i,)]
-    if kind[0].startswith("*"):
-        aligned |= {path: [["tt.divisibility", 16]] for path in paths}
-signature |= dict.fromkeys(constants, "constexpr")
-source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-for capability in capabilities:
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = dict(re.findall(r"(\\w+):(\\d+)", usage))
-    spills = int(used["STACK"]) + int(used["LOCAL"])
-    print(json.dumps([int(used["REG"]), compiled.metadata.shared, spills]))
+
+def measure(function, module, types, constants, num_warps, capabilities):
+    kernel = getattr(importlib.import_module("vllm_kvcompress.kernels." + module), function)
+    signature, aligned = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        kind = types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
+        signature[argument] = tuple(kind) if isinstance(kind, list) else kind
+        # as the tensors of a launch are
+        paths = [(i, j) for j in range(len(kind))] if isinstance(kind, list) else [(i,)]
+        if kind[0].startswith("*"):
+            aligned |= {path: [["tt.divisibility", 16]] for path in paths}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    for capability in capabilities:
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        used = dict(re.findall(r"(\\w+):(\\d+)", usage))
+        yield int(used["REG"]), compiled.metadata.shared, int(used["STACK"]) + int(used["LOCAL"])
+
+
+for name, kernel in json.load(sys.stdin).items():
+    try:
+        found = list(measure(name.split()[0], *kernel))
+    except triton.TritonError:
+        found = traceback.format_exc()
+    print(json.dumps([name, found]), flush=True)
 """
+PROCESSES = 2
+"""That compile at the same time; loading Triton takes longer than most of their kernels."""
+
+Measured = dict[int, Resources] | str
+"""Resources by capability, or why there are none."""
 
 
-def measure(name: str) -> dict[int, Resources]:
-    """Compile a kernel, in a process that does not interpret, for all its GPUs.
-
-    Raises:
-        RuntimeError: it does not compile.
-    """
-    *source, capabilities = KERNELS[name]
-    request = json.dumps([name.split()[0], source, capabilities])
+def measure(names: Sequence[str]) -> dict[str, Measured]:
+    """Compile kernels, in processes that do not interpret, for all their GPUs."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", "-c", COMPILE, request]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    found = [Resources(*json.loads(line)) for line in done.stdout.splitlines()]
-    return dict(zip(capabilities, found, strict=True))
+    command = [sys.executable, "-P", "-c", COMPILE]
+
+    def compile_some(some: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        request = json.dumps({name: KERNELS[name] for name in some})
+        return subprocess.run(
+            command, env=env, input=request, capture_output=True, text=True, check=False
+        )
+
+    measured: dict[str, Measured] = {}
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        shares = [names[first::PROCESSES] for first in range(PROCESSES)]
+        for some, done in zip(shares, pool.map(compile_some, shares), strict=True):
+            measured |= dict.fromkeys(some, done.stderr)  # a compiler may take its process with it
+            for name, found in map(json.loads, done.stdout.splitlines()):
+                if isinstance(found, list):
+                    resources = (Resources(*numbers) for numbers in found)
+                    found = dict(zip(KERNELS[name].capabilities, resources, strict=True))
+                measured[name] = found
+    return measured
 
 
 def recorded() -> dict[tuple[str, int], Resources]:
@@ -262,8 +310,9 @@ def main() -> None:
     with TABLE.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("kernel", "capability", *Resources._fields))
-        for name in sorted(KERNELS):
-            for capability, resources in measure(name).items():
+        for name, found in sorted(measure(list(KERNELS)).items()):
+            assert isinstance(found, dict), f"{name}: {found}"
+            for capability, resources in found.items():
                 table.writerow((name, capability, *resources))
 
 

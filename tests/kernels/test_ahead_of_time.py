@@ -30,11 +30,17 @@ def test_every_kernel_is_in_the_table():
     assert kernel_resources.recorded().keys() == expected
 
 
+@pytest.fixture(scope="module")
+def measured():
+    return kernel_resources.measure(list(KERNELS))
+
+
 @pytest.mark.parametrize("name", KERNELS)
-def test_takes_no_more_than_recorded(name):
+def test_takes_no_more_than_recorded(name, measured):
     recorded = kernel_resources.recorded()
-    for capability, found in kernel_resources.measure(name).items():
+    assert isinstance(measured[name], dict), measured[name]
+    for capability, found in measured[name].items():
         before = recorded[name, capability]
         assert found.registers <= before.registers * 1.1, (capability, found, before)
         assert found.shared_bytes <= before.shared_bytes, (capability, found, before)
-        assert found.spill_bytes <= before.spill_bytes, (capability, found, before)
+        assert found.spill_bytes == before.spill_bytes == 0, (capability, found, before)

@@ -52,9 +52,9 @@ def check(masses, end, tau, cover):
 @pytest.mark.parametrize("tau", [0.0, 0.2, 0.5, 0.95, 1.0])
 def test_peaked_rows_and_ragged_ends(cover, tau):
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(2, 2, 2, 700, generator=generator)
+    logits = torch.randn(3, 2, 2, 1000, generator=generator)
     logits[:, 1] *= 12  # as rows of inflated queries: most masses are next to nothing
-    check(logits.softmax(-1), torch.tensor([700, 133]), tau, cover)
+    check(logits.softmax(-1), torch.tensor([1000, 63, 1]), tau, cover)
 
 
 @pytest.mark.parametrize("cover", COVERS)
@@ -63,7 +63,7 @@ def test_more_than_one_block(cover):
     row = torch.ones(1, 1, 1, 4500)
     row[..., ::3] = 2.0
     for tau in (0.5, 0.51, 0.97):
-        check(row, torch.tensor([4400]), tau, cover)
+        check(row, torch.tensor([4097]), tau, cover)
 
 
 @pytest.mark.parametrize("cover", COVERS)

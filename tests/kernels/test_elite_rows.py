@@ -58,16 +58,17 @@ class Case:
 
 
 CASES = [
-    # prompt lengths, rows of the instructions, query heads, KV heads, D, block size, share of elite
-    (([70], [20], 1, 1, 64, 16), 0.2),
-    (([100, 41], [33, 5], 8, 2, 32, 16), 0.6),  # more elite rows than a tile has
-    (([130, 9], [3, 1], 7, 1, 80, 32), 1.0),
-    (([1100], [40], 4, 4, 128, 16), 0.1),  # the instruction lies in the second split of the keys
+    # prompt lengths, rows of the instructions, query heads, KV heads, D, block size;
+    # share of elite, softcap
+    (([63, 1], [20, 1], 1, 1, 64, 16), 0.2, 0.0),  # the second is no more than its instruction
+    (([100, 41], [33, 5], 8, 2, 32, 16), 0.6, 5.0),  # more elite rows than a tile has
+    (([130, 9], [3, 1], 7, 1, 80, 32), 1.0, 0.0),
+    # instructions in the first split of the keys, and in the fifth
+    (([1000, 4097], [40, 5], 2, 2, 128, 16), 0.1, 5.0),
 ]
 
 
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-@pytest.mark.parametrize(("shape", "share"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "share", "softcap"), CASES, ids=str)
 def test_attention_of_the_elite(shape, share, softcap):
     case = Case(*shape, share)
     expected = case.naive(softcap)
@@ -83,8 +84,7 @@ def test_attention_of_the_elite(shape, share, softcap):
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-@pytest.mark.parametrize(("shape", "share"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "share", "softcap"), CASES, ids=str)
 def test_last_row_on_the_instruction(shape, share, softcap):
     case = Case(*shape, share)
     num, num_heads, rows = case.elite.shape

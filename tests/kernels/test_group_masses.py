@@ -7,13 +7,13 @@ from prompt_cases import DEVICE, on_device, random_prompts
 
 from vllm_kvcompress.kernels import proxy_attention, reference
 
-SHAPES = [
+CASES = [
     # prompt lengths, query heads, KV heads, D, block size, proxies, groups
-    ([1], 1, 1, 64, 16, 1, 1),
-    ([63, 40], 8, 2, 32, 16, 12, 3),
-    ([130, 33, 1], 7, 1, 80, 32, 70, 7),
-    ([1100], 4, 4, 128, 16, 32, 2),
-    ([200], 28, 4, 64, 16, 16, 1),
+    (([1], 1, 1, 64, 16, 1, 1), 5.0),
+    (([63, 40], 8, 2, 32, 16, 12, 3), 5.0),
+    (([130, 33, 1], 7, 1, 80, 32, 70, 7), 0.0),
+    (([1000, 4097], 1, 1, 128, 16, 6, 2), 0.0),
+    (([200], 28, 4, 64, 16, 16, 1), 5.0),
 ]
 
 
@@ -34,8 +34,7 @@ def naive(queries, prompts, lengths, num_groups, scale, softcap):
     return total
 
 
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "softcap"), CASES, ids=str)
 def test_against_loops(shape, softcap):
     lengths, num_q_heads, num_kv_heads, head_size, size, num_rows, num_groups = shape
     prompts = random_prompts(lengths, num_kv_heads, head_size, size)

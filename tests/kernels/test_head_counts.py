@@ -83,8 +83,10 @@ def test_equals_the_reference(length, kind, normalize):
     """Small, middling and full budgets of requests of unlike lengths."""
     scored = [length, length, length, max(1, length // 3)]
     budgets = [length // 20, length - 1, length, length // 4]
+    if length > 4096:  # more than a block of the kernels, and slow to interpret
+        scored, budgets = scored[2:], [length - 1, length // 4]
     capacity = torch.tensor(budgets).clamp_min(1)
-    base = base_scores(kind, scored, 3, length)
+    base = base_scores(kind, scored, 2 + (length < 1000), length)
     expected = reference.head_counts(base, capacity, normalize)
     found = head_budgets.head_counts(base.to(DEVICE), capacity.to(DEVICE), normalize)
     assert torch.equal(found.cpu(), expected)

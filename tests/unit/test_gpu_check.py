@@ -2,7 +2,7 @@
 """The parts of the GPU check that decide: they must pass what is right and stop what is wrong."""
 
 import csv
-import importlib.metadata
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,6 +10,7 @@ import time
 import zipfile
 from types import SimpleNamespace
 
+import kernel_bench
 import numpy as np
 import oracle
 import pytest
@@ -21,7 +22,7 @@ from gpucheck import compare, stress
 from gpucheck.compare import assert_same_kept, assert_same_tokens
 from gpucheck.forced import ForcedModel
 from gpucheck.packages import import_path, stage_plugin, unpack_wheel
-from gpucheck.steps import Run, Step
+from gpucheck.steps import NOT_RUN, Run, Step
 from gpucheck.watch import ScoredPrompt
 from operations import OPERATIONS, Shape, make_inputs
 from row_operations import ROW_OPERATIONS
@@ -66,6 +67,31 @@ class TestSteps:
         time.sleep(3)
         assert not mark.exists()
 
+    def test_cannot_run_here(self, run, tmp_path):
+        """A step that says so, and what needs it, are told apart from what passed and failed."""
+        steps = [
+            Step("build", python("print('no tools')", f"raise SystemExit({NOT_RUN})"), 30),
+            Step("uses it", python("print('ran')"), 30, needs="build"),
+            Step("broken", python("print('x.cu(1): error: bad', 'x')", "1 / 0"), 30, fatal=()),
+            Step("uses that", python("print('ran')"), 30, needs="broken"),
+            Step("good", python("print('fine')"), 30),
+            Step("uses good", python("print('fine')"), 30, needs="good"),
+        ]
+        assert run.stage("one", steps[:3], jobs=3)
+        assert run.stage("two", steps[3:])
+        with (tmp_path / "steps.csv").open() as source:
+            rows = {row["step"]: (row["outcome"], row["note"]) for row in csv.DictReader(source)}
+        assert rows == {
+            "build": ("not run", "no tools"),
+            "uses it": ("not run", "build not run: no tools"),
+            "broken": ("failed", "x.cu(1): error: bad x"),
+            "uses that": ("not run", "broken failed: x.cu(1): error: bad x"),
+            "good": ("passed", ""),
+            "uses good": ("passed", ""),
+        }
+        assert run.result("build") == "not run"
+        assert run.result("never") == ""
+
     def test_environment(self, run):
         code = python("import os", "raise SystemExit(os.environ['ANSWER'] != '42')")
         assert run.stage("one", [Step("env", code, 30, {"ANSWER": "42"})])
@@ -96,16 +122,8 @@ class TestPackages:
         with pytest.raises(ValueError, match="--packages"):
             import_path(tmp_path / "nothing", tmp_path / "site")
 
-    def test_installed_plugin_is_used(self, tmp_path):
-        assert stage_plugin(ROOT, tmp_path / "plugin") is None
-
-    def test_staged_plugin(self, tmp_path, monkeypatch):
-        """Without an installation, a copy has package, kernels and entry point."""
-
-        def nothing(name):
-            raise importlib.metadata.PackageNotFoundError(name)
-
-        monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+    def test_staged_plugin(self, tmp_path):
+        """A copy has package, kernels and entry point, and goes before what is installed."""
         site = stage_plugin(ROOT, tmp_path / "plugin")
         code = python(
             "from importlib.metadata import entry_points",
@@ -283,3 +301,25 @@ def test_no_time_for_a_wrong_result(monkeypatch, operation):
     monkeypatch.setattr(kernels, operation.kernel, wrong)
     with pytest.raises(AssertionError, match=operation.name.split()[0]):
         operation.check(inputs)
+
+
+def test_fastest_selection():
+    """Rows of the candidates: a reason where one has no time, and which of the others won."""
+    shape, cpu = Shape("tiny", 4, 2, 16, 256, 2), torch.device("cpu")
+    (operation,) = (o for o in OPERATIONS if o.name == "select_tokens")
+    timer, machine = kernel_bench.Timer(cpu, True), kernel_bench.Machine(1e9, 1e9)
+    inputs = make_inputs(shape, cpu)
+    (row,) = (
+        row
+        for row in kernel_bench.measure(operation, shape, inputs, timer, machine, cpu, False)
+        if row["implementation"] == "cuda"
+    )
+    assert (row["samples"], row["note"]) == (0, "runs on a GPU only")
+    some = dataclasses.replace(operation, candidates=("torch", "topk"))
+    *_, row = kernel_bench.measure(some, shape, inputs, timer, machine, cpu, False)
+    assert row["implementation"] == "fastest"
+    assert str(row["note"]).startswith(("torch: topk takes ", "topk: torch takes "))
+    assert kernel_bench.ranking({"row": 3.0, "cuda": 2.0, "tile": 5.0}) == (
+        "cuda: row takes 1.50 times as long, tile takes 2.50 times as long"
+    )
+    assert kernel_bench.ranking({"row": 3.0}) == "row"
