@@ -6,93 +6,52 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
-#include "attention_tiles.h"
 #include "elements.h"
-#include "prompt_keys.h"
-#include "query_rows.h"
+#include "row_attention.h"
 #include "threads.h"
 
 namespace kvcompress {
 namespace {
 
-constexpr int64_t kBlockQueries = 32;
+// Into how many strips the rows of a KV head are cut, whatever the number of threads: sums over
+// strips are added up in the same order everywhere.
+constexpr int64_t kStrips = 16;
 
-// The largest logit of every row and the inverse of its sum of exp(logit - largest), each
-// [blocks, Hkv, rows].
-struct RowStatistics {
-  explicit RowStatistics(const BlockedQueries& queries)
-      : num_heads(queries.num_kv_heads),
-        stride(queries.stride),
-        max(queries.blocks.size() * num_heads * stride),
-        inverse(max.size()) {}
-
-  int64_t at(int64_t block, int64_t head) const { return (block * num_heads + head) * stride; }
-
-  int64_t num_heads, stride;
-  std::vector<float> max, inverse;
+// Query tokens of one prompt: queries [count, Hq, D] float32 of positions first ..
+struct Chunk {
+  const float* queries;
+  int64_t count, first, num_kv_heads, group, head_size;
 };
 
-template <typename T>
-RowStatistics make_statistics(const BlockedQueries& queries, const PromptKeys<T>& keys) {
-  RowStatistics statistics(queries);
-  const TileKernels& kernels = tile_kernels();
-  const int64_t num_heads = queries.num_kv_heads, num_rows = queries.stride;
-  const int64_t num_items = static_cast<int64_t>(queries.blocks.size()) * num_heads;
-  at::parallel_for(0, num_items, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> tile(queries.head_size * kTileKeys);
-    std::vector<float> max(num_rows * kMaxLanes), sum(max.size());
+// Adds to sums [Hkv, length].
+void add_columns(const Chunk& chunk, const KeyTiles& tiles, double scale, double softcap,
+                 int64_t length, float* sums) {
+  const int64_t num_heads = chunk.num_kv_heads, group = chunk.group;
+  const int64_t num_keys = chunk.first + chunk.count;
+  const int64_t per_strip = ceil_div(chunk.count, kStrips);
+  std::vector<float> partial(num_heads * kStrips * num_keys);
+  at::parallel_for(0, num_heads * kStrips, 1, [&](int64_t begin, int64_t end) {
+    PackedRows rows(per_strip * group, chunk.head_size, scale, softcap);
+    RowAttention attention(tiles);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / num_heads, head = i % num_heads;
-      const QueryBlock& block = queries.blocks[b];
-      const QueryRows rows = queries.rows(b, head);
-      std::fill(max.begin(), max.end(), -std::numeric_limits<float>::infinity());
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int64_t start = 0; start < block.end(); start += kTileKeys) {
-        keys.read_tile(block.request, head, start, block.end(), tile.data());
-        kernels.absorb(rows, tile.data(), start, max.data(), sum.data());
-      }
-      const int64_t at = statistics.at(b, head);
-      kernels.merge(max.data(), sum.data(), 1, queries.group * block.count, &statistics.max[at],
-                    &statistics.inverse[at]);
-    }
-  });
-  return statistics;
-}
-
-// Adds to sums [N, Hkv, length]; a tile of keys belongs to one thread, whichever rows look at it.
-// Blocks [first_block[n], first_block[n + 1]) are those of request n.
-template <typename T>
-void add_columns(const BlockedQueries& queries, const std::vector<int64_t>& first_block,
-                 const PromptKeys<T>& keys, const RowStatistics& statistics, int64_t length,
-                 float* sums) {
-  const TileKernels& kernels = tile_kernels();
-  const int64_t num_heads = queries.num_kv_heads, num_tiles = ceil_div(length, kTileKeys);
-  const int64_t num_pairs = static_cast<int64_t>(first_block.size() - 1) * num_heads;
-  at::parallel_for(0, num_pairs * num_tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> tile(queries.head_size * kTileKeys);
-    std::vector<float> heads(queries.group * kTileKeys), lasts(heads.size());
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t pair = i / num_tiles, n = pair / num_heads, head = pair % num_heads;
-      const int64_t first = first_block[n], last = first_block[n + 1] - 1;
-      const int64_t start = i % num_tiles * kTileKeys;
-      if (last < first || queries.blocks[last].end() <= start) continue;
-      const int64_t stop = std::min(start + kTileKeys, queries.blocks[last].end());
-      keys.read_tile(n, head, start, stop, tile.data());
-      float* out = sums + pair * length + start;
-      for (int64_t b = first; b <= last; ++b) {
-        if (queries.blocks[b].end() <= start) continue;  // the tile lies in its future
-        const int64_t at = statistics.at(b, head);
-        kernels.sum(queries.rows(b, head), tile.data(), start, &statistics.max[at],
-                    &statistics.inverse[at], heads.data(), lasts.data());
-        for (int64_t g = 0; g < queries.group; ++g) {
-          for (int64_t j = 0; j < stop - start; ++j) {
-            out[j] += heads[g * kTileKeys + j] / static_cast<float>(queries.group);
-          }
+      const int64_t head = i / kStrips, from = i % kStrips * per_strip;
+      rows.clear();
+      for (int64_t r = from; r < std::min(from + per_strip, chunk.count); ++r) {
+        for (int64_t g = 0; g < group; ++g) {
+          rows.add(chunk.queries + ((r * num_heads + head) * group + g) * chunk.head_size,
+                   chunk.first + r + 1);
         }
       }
+      attention.run(rows, head, nullptr, 1.0f / static_cast<float>(group));
+      std::copy_n(attention.out.data(), num_keys, &partial[i * num_keys]);
+    }
+  });
+  at::parallel_for(0, num_heads, grain_of(kStrips * num_keys), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kStrips; i < end * kStrips; ++i) {
+      float* out = sums + i / kStrips * length;
+      for (int64_t j = 0; j < num_keys; ++j) out[j] += partial[i * num_keys + j];
     }
   });
 }
@@ -105,27 +64,28 @@ at::Tensor column_sums(const at::Tensor& queries, const at::Tensor& lengths,
   TORCH_CHECK(lengths.scalar_type() == at::kLong && positions.scalar_type() == at::kLong,
               "lengths and positions: expected int64");
   const auto counts = lengths.contiguous(), firsts = positions.contiguous();
+  const auto source = queries.to(at::kFloat).contiguous();
   const int64_t num = queries.size(0), width = queries.size(1), head_size = queries.size(3);
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
-  std::vector<QueryBlock> blocks;
-  std::vector<int64_t> first_block{0};
-  for (int64_t n = 0; n < num; ++n) {
-    const int64_t count = counts.const_data_ptr<int64_t>()[n];
-    const int64_t position = firsts.const_data_ptr<int64_t>()[n];
-    TORCH_CHECK(count <= width && position + count <= length, "lengths: expected at most ", width,
-                " rows that end by ", length, ", got ", count, " from position ", position);
-    for (int64_t done = 0; done < count; done += kBlockQueries) {
-      const int64_t source = (n + 1) * width - count + done;  // rows are right-aligned
-      blocks.push_back({n, source, std::min(kBlockQueries, count - done), position + done});
-    }
-    first_block.push_back(static_cast<int64_t>(blocks.size()));
-  }
-  auto sums = at::zeros({num, num_kv_heads, length}, queries.options().dtype(at::kFloat));
-  const BlockedQueries blocked(queries.flatten(0, 1), blocks, num_kv_heads, scale, softcap);
+  auto sums = at::zeros({num, num_kv_heads, length}, source.options());
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "column_sums", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
-    const RowStatistics statistics = make_statistics(blocked, keys);
-    add_columns(blocked, first_block, keys, statistics, length, sums.mutable_data_ptr<float>());
+    for (int64_t n = 0; n < num; ++n) {
+      const int64_t count = counts.const_data_ptr<int64_t>()[n];
+      const int64_t position = firsts.const_data_ptr<int64_t>()[n], seen = position + count;
+      TORCH_CHECK(count <= width && seen <= length, "lengths: expected at most ", width,
+                  " rows that end by ", length, ", got ", count, " from position ", position);
+      if (count == 0) continue;
+      std::vector<int64_t> starts;
+      for (int64_t t = 0; t < seen; t += kTileKeys) starts.push_back(t);
+      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, head_size, starts, seen);
+      // rows are right-aligned
+      const float* rows = source.const_data_ptr<float>() + ((n + 1) * width - count) * source.stride(1);
+      const Chunk chunk{rows,         count, position, num_kv_heads,
+                        queries.size(2) / num_kv_heads, head_size};
+      add_columns(chunk, tiles, scale, softcap, length,
+                  sums.mutable_data_ptr<float>() + n * sums.stride(0));
+    }
   });
   return sums;
 }

@@ -26,7 +26,7 @@ struct KeyTiles {
 
   int64_t num_keys() const { return static_cast<int64_t>(starts.size()) * kTileKeys; }
 
-  std::vector<int64_t> starts;  // position of the first key of each tile
+  std::vector<int64_t> starts;  // position of the first key of each tile, ascending
   int64_t tile_size;            // head_size * kTileKeys
   std::vector<float> values;    // [Hkv, tiles, D, kTileKeys], zeros at and after the prompt's end
 };
@@ -59,14 +59,18 @@ class RowAttention {
   // hidden: [num_keys] of the tiles, true for keys that none of the rows looks at; or nullptr.
   void run(const PackedRows& rows, int64_t head, const uint8_t* hidden, float weight) {
     const TileKernels& kernels = tile_kernels();
-    const int64_t num_keys = tiles_.num_keys();
+    const auto& starts = tiles_.starts;
     std::fill(out.begin(), out.end(), 0.0f);
-    logits_.resize(std::min(panel_rows_, ceil_div(rows.size(), kRowBlock) * kRowBlock) * num_keys);
+    logits_.resize(std::min(panel_rows_, ceil_div(rows.size(), kRowBlock) * kRowBlock) *
+                   tiles_.num_keys());
     for (int64_t first = 0; first < rows.size(); first += panel_rows_) {
       const QueryRows panel = rows.rows(first, panel_rows_);
+      const int64_t seen = *std::max_element(panel.num_keys, panel.num_keys + panel.rows_per_head);
+      const int64_t num_tiles = std::lower_bound(starts.begin(), starts.end(), seen) - starts.begin();
+      const int64_t num_keys = num_tiles * kTileKeys;
       const float* tile = tiles_.head(head);
-      for (size_t i = 0; i < tiles_.starts.size(); ++i, tile += tiles_.tile_size) {
-        kernels.logits(panel, tile, tiles_.starts[i], &logits_[i * kTileKeys], num_keys);
+      for (int64_t i = 0; i < num_tiles; ++i, tile += tiles_.tile_size) {
+        kernels.logits(panel, tile, starts[i], &logits_[i * kTileKeys], num_keys);
       }
       for (int64_t r = 0; r < panel.rows_per_head; ++r) {
         float* row = &logits_[r * num_keys];
