@@ -50,7 +50,13 @@ REHEARSED_CASES = (
     ("V2", "eager", "float32", "auto"),
     ("V1", "eager", "float32", "fp8"),
 )
-NOT_ON_A_GPU = ("test_reference", "test_native", "test_native_scores", "test_ahead_of_time")
+NOT_ON_A_GPU = (
+    "test_reference",
+    "test_native",
+    "test_native_rows",
+    "test_native_scores",
+    "test_ahead_of_time",
+)
 CUDA_TEST = "test_cuda_selection"
 PYTHON = [sys.executable, "-P"]
 

@@ -7,17 +7,16 @@ import torch
 from vllm_kvcompress.kernels import HeldPages, native, page_tables, reference_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_CPU = pytest.mark.skipif(not native.available(), reason="the C++ operations were not built")
-FUNCTIONS = pytest.mark.parametrize(
-    ("function", "device"),
-    [
-        pytest.param(page_tables.head_page_tables, DEVICE, id="triton"),
-        pytest.param(native.head_page_tables, "cpu", id="cpp", marks=ON_CPU),
-    ],
-)
 
 
-@FUNCTIONS
+@pytest.fixture(params=["triton", "cpp"])
+def function(request):
+    if request.param == "triton":
+        return page_tables.head_page_tables, DEVICE
+    request.getfixturevalue("cpp")
+    return native.head_page_tables, "cpu"
+
+
 @pytest.mark.parametrize(
     ("num_layers", "num_rows", "num_heads", "num_blocks", "block_size", "width"),
     [
@@ -30,9 +29,8 @@ FUNCTIONS = pytest.mark.parametrize(
 )
 @pytest.mark.parametrize(("layer", "layer_pages"), [(0, 0), (0, 70_000), (2, 70_000)])
 def test_equals_the_definition(
-    function, device, num_layers, num_rows, num_heads, num_blocks, block_size, width, layer,
-    layer_pages,
-):  # fmt: skip
+    function, num_layers, num_rows, num_heads, num_blocks, block_size, width, layer, layer_pages
+):
     generator = torch.Generator().manual_seed(num_rows)
 
     def draw(low, high, *shape):
@@ -55,7 +53,7 @@ def test_equals_the_definition(
     seq_lens = draw(1, num_blocks * block_size + 1, num_rows)
     seq_lens[-1] = 0  # padding
     found = []
-    for call, where in ((function, device), (reference_decode.head_page_tables, "cpu")):
+    for call, where in (function, (reference_decode.head_page_tables, "cpu")):
         table = torch.full((num_layers, num_rows * num_heads, width), -1, dtype=torch.int32)
         kv_len = torch.full(table.shape[:2], -1, dtype=torch.int32)
         state = (t.to(where) for t in (slots, full, kept, count, start))
