@@ -60,6 +60,23 @@ def transposed_layout(head_size: int) -> PageLayout:
     return PageLayout(BLOCK_SIZE, head_size, keys, places + numel)
 
 
+def plainly(operation: Callable, *args: Any, **options: Any) -> Any:
+    """A definition on keys that torch reads out of the pages first."""
+    read = (
+        reference.read_prompt(arg, "key") if isinstance(arg, PromptPages) else arg for arg in args
+    )
+    return operation(*read, **options)
+
+
+def both_ways(name: str, *args: Any, **options: Any) -> Case:
+    """An operation by its name; both are called alike but for the keys."""
+    return Case(
+        name,
+        functools.partial(getattr(native, name), *args, **options),
+        functools.partial(plainly, getattr(reference, name), *args, **options),
+    )
+
+
 def cases(model: Model, num: int, length: int, chunk: int) -> Iterator[Case]:
     """All operations on ``num`` prompts of ``length`` tokens; column sums of the last ``chunk``."""
     generator = torch.Generator().manual_seed(length)
@@ -72,54 +89,24 @@ def cases(model: Model, num: int, length: int, chunk: int) -> Iterator[Case]:
     heads = (model.num_q_heads, model.head_size)
     queries = torch.randn(num, chunk, *heads, generator=generator).bfloat16()
     windows, lens, scale = queries[:, -WINDOW:], torch.full((num,), length), model.head_size**-0.5
-
-    def plain_window() -> tuple[torch.Tensor, torch.Tensor]:
-        keys = reference.read_prompt(prompts, "key")
-        return reference.window_scores(windows, keys, lens, scale)
-
-    yield Case(
-        "window_scores", lambda: native.window_scores(windows, prompts, lens, scale), plain_window
-    )
+    yield both_ways("window_scores", windows, prompts, lens, scale)
 
     mean, last = native.window_scores(windows, prompts, lens, scale)
     scored, capacity = lens - WINDOW, torch.full((num,), CAPACITY)
     options = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5}
     options |= {"lambda_c": 0.5, "topk_frac": 2.0}
     trace = [last.roll(layer, 2) for layer in range(TRACE)]
-    inputs: tuple[Any, ...] = (mean, last, trace, scored, capacity)
-    yield Case(
-        "calibrate_scores",
-        functools.partial(native.calibrate_scores, *inputs, **options),
-        functools.partial(reference.calibrate_scores, *inputs, **options),
-    )
+    calibrate = both_ways("calibrate_scores", mean, last, trace, scored, capacity, **options)
+    yield calibrate
 
-    base, _, final = native.calibrate_scores(*inputs, **options)
-    inputs = (base, capacity, True)
-    yield Case(
-        "head_counts",
-        functools.partial(native.head_counts, *inputs),
-        functools.partial(reference.head_counts, *inputs),
-    )
+    base, _, final = calibrate.native()
+    yield both_ways("head_counts", base, capacity, True)
 
     count = torch.full((num, model.num_kv_heads), CAPACITY + WINDOW)
-    inputs = (final, count, scored, lens, CAPACITY + WINDOW)
-    yield Case(
-        "select_tokens",
-        functools.partial(native.select_tokens, *inputs),
-        functools.partial(reference.select_tokens, *inputs),
-    )
+    yield both_ways("select_tokens", final, count, scored, lens, CAPACITY + WINDOW)
 
     rows, positions = torch.full((num,), chunk), lens - chunk
-
-    def plain_columns() -> torch.Tensor:
-        keys = reference.read_prompt(prompts, "key")
-        return reference.column_sums(queries, rows, positions, keys, scale)
-
-    yield Case(
-        "column_sums",
-        lambda: native.column_sums(queries, rows, positions, prompts, scale),
-        plain_columns,
-    )
+    yield both_ways("column_sums", queries, rows, positions, prompts, scale)
     yield from row_cases(model, prompts, lens)
 
 
@@ -129,50 +116,18 @@ def row_cases(model: Model, prompts: PromptPages, lens: torch.Tensor) -> Iterato
     generator = torch.Generator().manual_seed(length)
     heads = (model.num_q_heads, model.head_size)
     proxies = torch.randn(num, PROXIES, *heads, generator=generator).bfloat16()
-
-    def plain_masses() -> torch.Tensor:
-        keys = reference.read_prompt(prompts, "key")
-        return reference.group_masses(proxies, keys, lens, GROUPS, scale)
-
-    yield Case(
-        "group_masses",
-        lambda: native.group_masses(proxies, prompts, lens, GROUPS, scale),
-        plain_masses,
-    )
-
-    inputs: tuple[Any, ...] = (native.group_masses(proxies, prompts, lens, GROUPS, scale), lens)
-    yield Case(
-        "count_votes",
-        functools.partial(native.count_votes, *inputs, TAU, "floor"),
-        functools.partial(reference.count_votes, *inputs, TAU, "floor"),
-    )
+    masses = both_ways("group_masses", proxies, prompts, lens, GROUPS, scale)
+    yield masses
+    yield both_ways("count_votes", masses.native(), lens, TAU, "floor")
 
     rows, texts = proxies[:, :TEXT_ROWS], torch.full((num,), INSTRUCTION)
-
-    def plain_logits() -> torch.Tensor:
-        keys = reference.read_prompt(prompts, "key")
-        return reference.last_row_logits(rows, keys, lens, texts, scale)
-
-    yield Case(
-        "last_row_logits",
-        lambda: native.last_row_logits(rows, prompts, lens, texts, scale),
-        plain_logits,
-    )
+    yield both_ways("last_row_logits", rows, prompts, lens, texts, scale)
 
     elite = torch.zeros(num, model.num_q_heads, TEXT_ROWS, dtype=torch.bool)
     elite[:, :, -4 * ELITE :: 4] = True
     segment = torch.zeros(num, prompts.block_table.shape[1] * BLOCK_SIZE, dtype=torch.int64)
     segment[:, length - INSTRUCTION :] = -1
-
-    def plain_elite() -> torch.Tensor:
-        keys = reference.read_prompt(prompts, "key")
-        return reference.elite_attention(rows, elite, segment, keys, lens, scale)
-
-    yield Case(
-        "elite_attention",
-        lambda: native.elite_attention(rows, elite, segment, prompts, lens, scale),
-        plain_elite,
-    )
+    yield both_ways("elite_attention", rows, elite, segment, prompts, lens, scale)
 
 
 def check(case: Case) -> None:

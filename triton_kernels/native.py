@@ -46,6 +46,12 @@ def _orders(layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
     return key_index.flatten(), value_index.flatten()
 
 
+def _keys(prompts: PromptPages) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    """What tells the operations where the keys of prompts stand; scales go with the logits."""
+    pages, block_table, num_kv_heads, layout = prompts
+    return pages, block_table, num_kv_heads, _orders(layout)[0]
+
+
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """See ``reference.read_prompt``; the result is float32."""
     pages, block_table, num_kv_heads, layout = prompts
@@ -66,15 +72,11 @@ def window_scores(
     reduction: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.window_scores``, on paged keys."""
-    pages, block_table, num_kv_heads, layout = prompts
     return torch.ops.vllm_kvcompress.window_scores(
         queries,
-        pages,
-        block_table,
-        num_kv_heads,
-        _orders(layout)[0],
+        *_keys(prompts),
         prompt_lens,
-        scale * layout.key_scale,
+        scale * prompts.layout.key_scale,
         softcap,
         reduction == "max",
     )
@@ -89,16 +91,12 @@ def column_sums(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.column_sums``, on paged keys."""
-    pages, block_table, num_kv_heads, layout = prompts
     return torch.ops.vllm_kvcompress.column_sums(
         queries,
         lengths,
         positions,
-        pages,
-        block_table,
-        num_kv_heads,
-        _orders(layout)[0],
-        scale * layout.key_scale,
+        *_keys(prompts),
+        scale * prompts.layout.key_scale,
         softcap,
     )
 
@@ -112,16 +110,12 @@ def group_masses(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.group_masses``, on paged keys."""
-    pages, block_table, num_kv_heads, layout = prompts
     return torch.ops.vllm_kvcompress.group_masses(
         queries,
-        pages,
-        block_table,
-        num_kv_heads,
-        _orders(layout)[0],
+        *_keys(prompts),
         prompt_lens,
         num_groups,
-        scale * layout.key_scale,
+        scale * prompts.layout.key_scale,
         softcap,
     )
 
@@ -140,16 +134,12 @@ def last_row_logits(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.last_row_logits``; keys before the instruction are not read."""
-    pages, block_table, num_kv_heads, layout = prompts
     return torch.ops.vllm_kvcompress.last_row_logits(
         queries,
-        pages,
-        block_table,
-        num_kv_heads,
-        _orders(layout)[0],
+        *_keys(prompts),
         prompt_lens,
         text_rows,
-        scale * layout.key_scale,
+        scale * prompts.layout.key_scale,
         softcap,
     )
 
@@ -164,17 +154,13 @@ def elite_attention(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.elite_attention``, on paged keys."""
-    pages, block_table, num_kv_heads, layout = prompts
     return torch.ops.vllm_kvcompress.elite_attention(
         queries,
         elite,
         segment,
-        pages,
-        block_table,
-        num_kv_heads,
-        _orders(layout)[0],
+        *_keys(prompts),
         prompt_lens,
-        scale * layout.key_scale,
+        scale * prompts.layout.key_scale,
         softcap,
     )
 

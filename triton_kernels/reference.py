@@ -224,10 +224,14 @@ def page_ids(
     kept = num_kept_blocks[:, None, None]
     layer = number // (kept * num_heads)
     within = number % (kept * num_heads)
-    block = num_full_blocks[:, None, None] - kept + within % kept
-    block = block.clamp(0, block_table.shape[1] - 1)
-    block = block_table.gather(1, block.flatten(1).long()).view(block.shape)
+    block = block_ids(num_full_blocks[:, None, None] - kept + within % kept, block_table)
     return layer * layer_pages + block * num_heads + within // kept
+
+
+def block_ids(index: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+    """Ids of the blocks with an index [N, ...] in a request's row; past its ends some block's."""
+    index = index.clamp(0, block_table.shape[1] - 1)
+    return block_table.gather(1, index.flatten(1).long()).view(index.shape)
 
 
 def index_tables(layout: PageLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,6 +281,7 @@ __all__ = [
     "PromptPages",
     "as_bytes",
     "as_stored",
+    "block_ids",
     "calibrate",
     "calibrate_scores",
     "column_sums",

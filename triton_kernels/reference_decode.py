@@ -62,8 +62,7 @@ def head_page_tables(
     compacted = reference.page_ids(
         start[:, :, None] + index, block_table, m, n, num_heads, layer_pages
     )
-    block = (m[:, None, None] + index - count[:, :, None]).clamp_(0, block_table.shape[1] - 1)
-    block = block_table.gather(1, block.flatten(1).long()).view(block.shape)
+    block = reference.block_ids(m[:, None, None] + index - count[:, :, None], block_table)
     run = torch.arange(num_layers * num_heads, dtype=torch.int32, device=device)[:, None]
     layer = held.layer + run // num_heads
     natural = layer * layer_pages + block * num_heads + run % num_heads

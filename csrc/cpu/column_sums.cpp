@@ -19,36 +19,14 @@ namespace {
 // strips are added up in the same order everywhere.
 constexpr int64_t kStrips = 16;
 
-// Query tokens of one prompt: queries [count, Hq, D] float32 of positions first ..
-struct Chunk {
-  const float* queries;
-  int64_t count, first, num_kv_heads, group, head_size;
-};
-
 // Adds to sums [Hkv, length].
-void add_columns(const Chunk& chunk, const KeyTiles& tiles, double scale, double softcap,
-                 int64_t length, float* sums) {
-  const int64_t num_heads = chunk.num_kv_heads, group = chunk.group;
-  const int64_t num_keys = chunk.first + chunk.count;
-  const int64_t per_strip = ceil_div(chunk.count, kStrips);
-  std::vector<float> partial(num_heads * kStrips * num_keys);
-  at::parallel_for(0, num_heads * kStrips, 1, [&](int64_t begin, int64_t end) {
-    PackedRows rows(per_strip * group, chunk.head_size, scale, softcap);
-    RowAttention attention(tiles);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / kStrips, from = i % kStrips * per_strip;
-      rows.clear();
-      for (int64_t r = from; r < std::min(from + per_strip, chunk.count); ++r) {
-        for (int64_t g = 0; g < group; ++g) {
-          rows.add(chunk.queries + ((r * num_heads + head) * group + g) * chunk.head_size,
-                   chunk.first + r + 1);
-        }
-      }
-      attention.run(rows, head, nullptr, 1.0f / static_cast<float>(group));
-      std::copy_n(attention.out.data(), num_keys, &partial[i * num_keys]);
-    }
-  });
-  at::parallel_for(0, num_heads, grain_of(kStrips * num_keys), [&](int64_t begin, int64_t end) {
+void add_columns(const QueryTokens& chunk, const KeyTiles& tiles, int64_t num_keys, int64_t length,
+                 float* sums) {
+  std::vector<float> partial(chunk.num_kv_heads * kStrips * num_keys);
+  attend_parts(chunk, tiles, ceil_div(chunk.count, kStrips), kStrips, num_keys, num_keys,
+               partial.data());
+  const int64_t grain = grain_of(kStrips * num_keys);
+  at::parallel_for(0, chunk.num_kv_heads, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kStrips; i < end * kStrips; ++i) {
       float* out = sums + i / kStrips * length;
       for (int64_t j = 0; j < num_keys; ++j) out[j] += partial[i * num_keys + j];
@@ -76,15 +54,12 @@ at::Tensor column_sums(const at::Tensor& queries, const at::Tensor& lengths,
       TORCH_CHECK(count <= width && seen <= length, "lengths: expected at most ", width,
                   " rows that end by ", length, ", got ", count, " from position ", position);
       if (count == 0) continue;
-      std::vector<int64_t> starts;
-      for (int64_t t = 0; t < seen; t += kTileKeys) starts.push_back(t);
-      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, head_size, starts, seen);
+      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, head_size, seen);
       // rows are right-aligned
-      const float* rows = source.const_data_ptr<float>() + ((n + 1) * width - count) * source.stride(1);
-      const Chunk chunk{rows,         count, position, num_kv_heads,
-                        queries.size(2) / num_kv_heads, head_size};
-      add_columns(chunk, tiles, scale, softcap, length,
-                  sums.mutable_data_ptr<float>() + n * sums.stride(0));
+      const QueryTokens chunk{
+          source.const_data_ptr<float>() + ((n + 1) * width - count) * source.stride(1), count,
+          num_kv_heads, queries.size(2) / num_kv_heads, head_size, position + 1, 1, scale, softcap};
+      add_columns(chunk, tiles, seen, length, sums.mutable_data_ptr<float>() + n * sums.stride(0));
     }
   });
   return sums;

@@ -46,6 +46,15 @@ KeyTiles read_tiles(const PromptKeys<T>& keys, int64_t request, int64_t num_kv_h
   return tiles;
 }
 
+// The same of all keys before the prompt's end.
+template <typename T>
+KeyTiles read_tiles(const PromptKeys<T>& keys, int64_t request, int64_t num_kv_heads,
+                    int64_t head_size, int64_t prompt_len) {
+  std::vector<int64_t> starts;
+  for (int64_t t = 0; t < prompt_len; t += kTileKeys) starts.push_back(t);
+  return read_tiles(keys, request, num_kv_heads, head_size, std::move(starts), prompt_len);
+}
+
 // Sums of attention of rows on the keys of some tiles; one thread's.
 class RowAttention {
  public:
@@ -92,5 +101,34 @@ class RowAttention {
   int64_t panel_rows_;
   std::vector<float> logits_;  // [panel_rows, num_keys]
 };
+
+// Query tokens of one prompt: queries [count, Hq, D] float32. Token r sees seen + r * more keys.
+struct QueryTokens {
+  const float* queries;
+  int64_t count, num_kv_heads, group, head_size, seen, more;
+  double scale, softcap;
+};
+
+// Attention of each of num_parts runs of per_part tokens, summed over them, mean over query heads.
+// out [Hkv, num_parts, stride], of which the first num_keys columns are written.
+inline void attend_parts(const QueryTokens& x, const KeyTiles& tiles, int64_t per_part,
+                         int64_t num_parts, int64_t num_keys, int64_t stride, float* out) {
+  at::parallel_for(0, x.num_kv_heads * num_parts, 1, [&](int64_t begin, int64_t end) {
+    PackedRows rows(per_part * x.group, x.head_size, x.scale, x.softcap);
+    RowAttention attention(tiles);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / num_parts, first = i % num_parts * per_part;
+      rows.clear();
+      for (int64_t r = first; r < std::min(first + per_part, x.count); ++r) {
+        for (int64_t g = 0; g < x.group; ++g) {
+          rows.add(x.queries + ((r * x.num_kv_heads + head) * x.group + g) * x.head_size,
+                   x.seen + r * x.more);
+        }
+      }
+      attention.run(rows, head, nullptr, 1.0f / static_cast<float>(x.group));
+      std::copy_n(attention.out.data(), num_keys, out + i * stride);
+    }
+  });
+}
 
 }  // namespace kvcompress

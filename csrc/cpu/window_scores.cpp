@@ -38,13 +38,42 @@ void reduce_heads(const float* heads, int64_t num_heads, float factor, bool take
   for (int64_t j = 0; j < count; ++j) out[j] *= share;
 }
 
-// queries: one block per request, its window. mean, last: [N, Hkv, length], zeros at first.
+// The windows of N prompts, scaled: those of all query heads of a KV head together.
+struct Windows {
+  // queries: [N, W, Hq, D] float32; lens: [N]
+  Windows(const at::Tensor& queries, const int64_t* lens, int64_t num_kv_heads, double scale,
+          double softcap)
+      : size(queries.size(1)),
+        num_heads(num_kv_heads),
+        group(queries.size(2) / num_kv_heads),
+        head_size(queries.size(3)),
+        prompt_lens(lens, lens + queries.size(0)) {
+    const float* from = queries.const_data_ptr<float>();
+    for (int64_t pair = 0; pair < queries.size(0) * num_heads; ++pair) {
+      const int64_t n = pair / num_heads, head = pair % num_heads;
+      PackedRows& window = rows.emplace_back(group * size, head_size, scale, softcap);
+      for (int64_t g = 0; g < group; ++g) {
+        for (int64_t w = 0; w < size; ++w) {
+          const int64_t row = ((n * size + w) * num_heads + head) * group + g;
+          window.add(from + row * head_size, prompt_lens[n] - size + w + 1);
+        }
+      }
+    }
+  }
+
+  int64_t size, num_heads, group, head_size;  // W, Hkv, G, D
+  std::vector<int64_t> prompt_lens;
+  std::vector<PackedRows> rows;  // [N, Hkv]
+};
+
+// mean, last: [N, Hkv, length], zeros at first.
 template <typename T>
-void score(const BlockedQueries& queries, const PromptKeys<T>& keys, int64_t length, bool take_max,
+void score(const Windows& queries, const PromptKeys<T>& keys, int64_t length, bool take_max,
            float* mean, float* last) {
   const TileKernels& kernels = tile_kernels();
-  const int64_t num_heads = queries.num_kv_heads, num_rows = queries.stride;
-  const int64_t num_pairs = static_cast<int64_t>(queries.blocks.size()) * num_heads;
+  const int64_t num_heads = queries.num_heads;
+  const int64_t num_rows = ceil_div(queries.group * queries.size, kRowBlock) * kRowBlock;
+  const int64_t num_pairs = static_cast<int64_t>(queries.rows.size());
   const int64_t max_chunks = ceil_div(length, kChunkKeys), stride = num_rows * kMaxLanes;
   const int64_t num_items = num_pairs * max_chunks;
   std::vector<float> max(num_items * stride, -std::numeric_limits<float>::infinity());
@@ -53,10 +82,10 @@ void score(const BlockedQueries& queries, const PromptKeys<T>& keys, int64_t len
   at::parallel_for(0, num_items, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> tile(queries.head_size * kTileKeys);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / max_chunks % num_heads, n = i / max_chunks / num_heads;
-      const QueryRows rows = queries.rows(n, head);
+      const int64_t pair = i / max_chunks, head = pair % num_heads, n = pair / num_heads;
+      const QueryRows rows = queries.rows[pair].heads(queries.group);
       const int64_t first = i % max_chunks * kChunkKeys;
-      const int64_t stop = std::min(first + kChunkKeys, queries.blocks[n].end());
+      const int64_t stop = std::min(first + kChunkKeys, queries.prompt_lens[n]);
       for (int64_t start = first; start < stop; start += kTileKeys) {
         keys.read_tile(n, head, start, stop, tile.data());
         kernels.absorb(rows, tile.data(), start, &max[i * stride], &sum[i * stride]);
@@ -77,10 +106,10 @@ void score(const BlockedQueries& queries, const PromptKeys<T>& keys, int64_t len
     std::vector<float> sums(queries.group * kTileKeys), lasts(sums.size());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t pair = i / max_chunks, head = pair % num_heads, n = pair / num_heads;
-      const QueryRows rows = queries.rows(n, head);
+      const QueryRows rows = queries.rows[pair].heads(queries.group);
       const float per_row = 1.0f / static_cast<float>(rows.rows_per_head);
       const int64_t first = i % max_chunks * kChunkKeys;
-      const int64_t stop = std::min(first + kChunkKeys, queries.blocks[n].position);
+      const int64_t stop = std::min(first + kChunkKeys, queries.prompt_lens[n] - queries.size);
       for (int64_t start = first; start < stop; start += kTileKeys) {
         keys.read_tile(n, head, start, stop, tile.data());
         kernels.sum(rows, tile.data(), start, &row_max[pair * num_rows],
@@ -103,19 +132,18 @@ std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, cons
   const at::Tensor lens = prompt_lens.contiguous();
   const int64_t num = queries.size(0), window = queries.size(1), head_size = queries.size(3);
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
-  std::vector<QueryBlock> windows;
+  const int64_t* prompt_len = lens.const_data_ptr<int64_t>();
   for (int64_t n = 0; n < num; ++n) {
-    const int64_t prompt_len = lens.const_data_ptr<int64_t>()[n];
-    TORCH_CHECK(window <= prompt_len && prompt_len <= length, "prompt_lens: expected ", window,
-                " to ", length, ", got ", prompt_len);
-    windows.push_back({n, n * window, window, prompt_len - window});
+    TORCH_CHECK(window <= prompt_len[n] && prompt_len[n] <= length, "prompt_lens: expected ",
+                window, " to ", length, ", got ", prompt_len[n]);
   }
   auto mean = at::zeros({num, num_kv_heads, length}, queries.options().dtype(at::kFloat));
   auto last = at::zeros(mean.sizes(), mean.options());
-  const BlockedQueries blocked(queries.flatten(0, 1), windows, num_kv_heads, scale, softcap);
+  const Windows windows(queries.to(at::kFloat).contiguous(), prompt_len, num_kv_heads, scale,
+                        softcap);
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "window_scores", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
-    score(blocked, keys, length, take_max, mean.mutable_data_ptr<float>(),
+    score(windows, keys, length, take_max, mean.mutable_data_ptr<float>(),
           last.mutable_data_ptr<float>());
   });
   return {mean, last};

@@ -30,7 +30,10 @@ from tiny_models import TOKENIZER
 
 from vllm_kvcompress.adapter import runner as adapter_runner
 from vllm_kvcompress.adapter.kv_cache import manager_of
+from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.merging import MERGES
+from vllm_kvcompress.scoring import SCORERS
 
 BLOCK_SIZE = 32  # vLLM's CPU attention has no smaller ones
 WINDOW = 8
@@ -46,6 +49,30 @@ Raw = dict[str, Any]
 def checkpoint() -> str:
     cache = Path(__file__).resolve().parents[2] / ".cache" / "models"
     return str(tiny_families.make("qwen2-vl", cache, layers=LAYERS))
+
+
+# methods
+
+BUDGET, VISUAL_BUDGET = 80, 40
+PARTNERS = {
+    "aircache": "aircache",
+    "prefixkv": "prefixkv",
+    "vlcache": "postvision",
+    "elastic": "elastic",
+}
+"""Scorers for allocators and merges that do not go with snapkv, or were published with another."""
+METHODS = (
+    *SCORERS,
+    *(f"{PARTNERS.get(name, 'snapkv')}+{name}" for name in ALLOCATORS if name != "uniform"),
+    *(f"{PARTNERS.get(name, 'snapkv')}+uniform+{name}" for name in MERGES),
+)
+"""Every scorer, allocator and merge."""
+
+
+def settings(method: str, **options) -> Raw:
+    """Settings for a method "scorer+allocator+merge"; sparsemm wants its file as well."""
+    budget = VISUAL_BUDGET if SCORERS[method.split("+")[0]].visual_only else BUDGET
+    return {"method": method, "budget": budget, "window": WINDOW, **options}
 
 
 def write_head_scores(folder: Path) -> str:

@@ -18,42 +18,18 @@ from engine import (
     scheduling,
 )
 from every_method import (
+    METHODS,
     OUTPUT_TOKENS,
     WINDOW,
     checkpoint,
     mixed_requests,
     reconfigure,
+    settings,
     write_head_scores,
 )
 from expectations import LOGPROB_TOLERANCE, Reference
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
 
-BUDGETS = {"aircache": 40, "aircache+aircache": 40, "das": 40, "das+uniform+recycle": 60}
-"""Where they are not 80; these are of visual tokens."""
-METHODS = (
-    "snapkv",
-    "bacon",
-    "mixkv",
-    "aircache",
-    "shiftkv",
-    "das",
-    "h2o",
-    "expected",
-    "keydiff",
-    "streaming",
-    "elastic",
-    "prefixkv",
-    "postvision",
-    "snapkv+pyramid",
-    "snapkv+adakv",
-    "snapkv+sparsemm",
-    "aircache+aircache",
-    "prefixkv+prefixkv",
-    "postvision+vlcache",
-    "snapkv+uniform+lookm",
-    "elastic+uniform+elastic",
-    "das+uniform+recycle",
-)
 by_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -88,7 +64,7 @@ def head_scores(tmp_path_factory) -> str:
 @pytest.fixture
 def wanted(llm, reference, head_scores, method: str) -> list[Answer]:
     """The oracle's answers; the engine uses the method from now on."""
-    raw = {"method": method, "budget": BUDGETS.get(method, 80), "window": WINDOW}
+    raw = settings(method)
     if "sparsemm" in method:
         raw["head_scores"] = head_scores
     reconfigure(llm, raw)

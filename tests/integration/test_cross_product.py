@@ -15,12 +15,15 @@ import pytest
 from engine import assert_clean, assert_same, free_blocks
 from every_method import (
     BLOCK_SIZE,
+    BUDGET,
+    VISUAL_BUDGET,
     WINDOW,
     long_request,
     mixed_requests,
     open_engine,
     reconfigure,
     serve,
+    settings,
     write_head_scores,
 )
 from expectations import LOGPROB_TOLERANCE, Reference, oracle_config
@@ -33,15 +36,8 @@ from vllm_kvcompress.page_state import HeadPageState
 from vllm_kvcompress.presets import PRESETS
 from vllm_kvcompress.scoring import SCORERS
 
-BUDGET, VISUAL_BUDGET = 80, 40
 CHUNKS = {"whole": 2048, "chunked": 77}
 """Most tokens of a step; chunked, the longest prompt ends with fewer tokens than the window."""
-
-
-def settings(method: str, **options) -> dict:
-    """Settings of the test for a method "scorer+allocator+merge"."""
-    budget = VISUAL_BUDGET if SCORERS[method.split("+")[0]].visual_only else BUDGET
-    return {"method": method, "budget": budget, "window": WINDOW, **options}
 
 
 @pytest.fixture(scope="module")

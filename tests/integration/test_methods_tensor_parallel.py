@@ -14,7 +14,15 @@ from typing import Any
 import oracle.plan
 import pytest
 from engine import Answer, Method, assert_same, engine, generate, greedy, scheduler_of
-from every_method import OUTPUT_TOKENS, WINDOW, checkpoint, mixed_requests, write_head_scores
+from every_method import (
+    METHODS,
+    OUTPUT_TOKENS,
+    WINDOW,
+    checkpoint,
+    mixed_requests,
+    settings,
+    write_head_scores,
+)
 from expectations import LOGPROB_TOLERANCE, Reference
 from subprocesses import result_of, run_python
 
@@ -23,29 +31,8 @@ from vllm_kvcompress.adapter.kv_cache import manager_of
 from vllm_kvcompress.config import KVCompressionConfig
 
 RANKS = 2
-METHODS = {
-    "snapkv": {},
-    "bacon": {},
-    "mixkv": {},
-    "aircache": {"budget": 40, "elite_scope": "layer"},
-    "shiftkv": {},
-    "das": {"budget": 40},
-    "h2o": {},
-    "expected": {},
-    "keydiff": {},
-    "streaming": {},
-    "elastic": {},
-    "prefixkv": {},
-    "postvision": {},
-    "snapkv+pyramid": {},
-    "snapkv+sparsemm": {},
-    "aircache+aircache": {"budget": 40},
-    "prefixkv+prefixkv": {},
-    "postvision+vlcache": {},
-    "snapkv+uniform+lookm": {},
-    "elastic+uniform+elastic": {},
-    "das+uniform+recycle": {"budget": 60},
-}
+TESTED = [method for method in METHODS if "adakv" not in method]
+"""Head budgets of adakv follow from the heads of a rank: test_tensor_parallel.py."""
 CODE = """
 import json
 from test_methods_tensor_parallel import answers_of_two_ranks
@@ -95,16 +82,16 @@ def reconfigure_scheduler(llm, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    common = {"budget": 80, "window": WINDOW}
-    found = {method: {"method": method} | common | own for method, own in METHODS.items()}
+def raws(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    found = {method: settings(method) for method in TESTED}
+    found["aircache"]["elite_scope"] = "layer"
     found["snapkv+sparsemm"]["head_scores"] = write_head_scores(tmp_path_factory.mktemp("scores"))
     return found
 
 
 @pytest.fixture(scope="module")
-def results(settings) -> dict[str, list[list[Answer]]]:
-    done = run_python(CODE.format(settings=json.dumps(settings)), timeout=300)
+def results(raws) -> dict[str, list[list[Answer]]]:
+    done = run_python(CODE.format(settings=json.dumps(raws)), timeout=300)
     return {
         method: [[Answer(*answer) for answer in wave] for wave in waves]
         for method, waves in result_of(done).items()
@@ -120,15 +107,15 @@ def expected(reference: Reference, raw: dict[str, Any]) -> list[Answer]:
     return [one.answer for one in reference.expected(raw, mixed_requests())]
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if "sparsemm" not in method])
-def test_equals_one_rank(results, settings, reference, method):
+@pytest.mark.parametrize("method", [method for method in TESTED if "sparsemm" not in method])
+def test_equals_one_rank(results, raws, reference, method):
     for wave in results[method]:
-        assert_same(wave, expected(reference, settings[method]), LOGPROB_TOLERANCE)
+        assert_same(wave, expected(reference, raws[method]), LOGPROB_TOLERANCE)
 
 
-def test_pages_per_head_are_rounded_on_each_rank(results, settings, reference, monkeypatch):
+def test_pages_per_head_are_rounded_on_each_rank(results, raws, reference, monkeypatch):
     """Head budgets are those of the whole model; a rank shares out n pages per head of its own."""
-    raw = settings["snapkv+sparsemm"]
+    raw = raws["snapkv+sparsemm"]
     one_rank = expected(reference, raw)
     original = oracle.plan.head_pages
 
