@@ -19,6 +19,7 @@ from operations import (
     Operation,
     Shape,
     require,
+    table_maker,
 )
 from rivals import Calls, FlashAttention, Rival, flash_infer
 
@@ -53,20 +54,6 @@ def head_pages(shape: Shape, skewed: bool) -> list[int]:
     return [first, *(each + (i < more) for i in range(heads - 1))]
 
 
-def table_maker(
-    blocks: torch.Tensor, seq_lens: torch.Tensor, held: HeldPages
-) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Makes tables and lengths of one layer's virtual sequences, always in the same buffers."""
-    num_seqs = len(blocks) * held.page_count.shape[2]
-    table, kv_len = blocks.new_zeros(1, num_seqs, blocks.shape[1]), blocks.new_zeros(1, num_seqs)
-
-    def call() -> tuple[torch.Tensor, torch.Tensor]:
-        kernels.head_page_tables(table, kv_len, blocks, seq_lens, held, BLOCK_SIZE)
-        return table[0], kv_len[0]
-
-    return call
-
-
 def decode_inputs(x: Inputs, skewed: bool) -> DecodeInputs:
     shape, device = x.shape, x.queries.device
     num, num_full = shape.num, shape.length // BLOCK_SIZE - 1
@@ -81,7 +68,7 @@ def decode_inputs(x: Inputs, skewed: bool) -> DecodeInputs:
     blocks = x.prompts.block_table.int()
     slots = torch.arange(num, device=device)
     held = HeldPages(slots, full, kept, count[None], start[None])
-    tables = table_maker(blocks, seq_lens, held)()
+    tables = table_maker(kernels.head_page_tables, blocks, seq_lens, held)()
     queries = x.queries[:, -1].contiguous()
     scale = shape.head_size**-0.5
     args = (queries, x.prompts.pages, x.prompts.layout, blocks, seq_lens, held, scale)
@@ -126,7 +113,7 @@ def decode_calls(x: Inputs, skewed: bool, jit: bool) -> Calls:
 
     def built():
         flash = FlashAttention(rows, pages, x.shape.length)
-        tables = table_maker(blocks, seq_lens, held)
+        tables = table_maker(kernels.head_page_tables, blocks, seq_lens, held)
         return lambda: flash(*tables())
 
     def planned():

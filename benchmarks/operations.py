@@ -327,26 +327,28 @@ def tables_cost(shape: Shape) -> Cost:
     return Cost(4 * 2 * pages, 0, 16 * table)
 
 
+def table_maker(
+    fill: Callable[..., None], blocks: torch.Tensor, seq_lens: torch.Tensor, held: HeldPages
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Makes tables and lengths of one layer's virtual sequences, always in the same buffers."""
+    num_seqs = len(blocks) * held.page_count.shape[2]
+    table, kv_len = blocks.new_zeros(1, num_seqs, blocks.shape[1]), blocks.new_zeros(1, num_seqs)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        fill(table, kv_len, blocks, seq_lens, held, BLOCK_SIZE)
+        return table[0], kv_len[0]
+
+    return call
+
+
 def tables_calls(x: Inputs) -> Calls:
     tensors = (x.num_full, x.num_kept, x.count[None], x.start[None])
     slots = torch.arange(x.shape.num, device=x.count.device)
     held = HeldPages(slots, *(t.int().contiguous() for t in tensors))
     blocks, seq_lens = x.prompts.block_table.int(), x.prompt_lens.int()
-    num_seqs = x.shape.num * x.shape.num_kv_heads
-
-    def into_buffers(fill: Callable[..., None]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        table = blocks.new_zeros(1, num_seqs, x.shape.length // BLOCK_SIZE)
-        kv_len = blocks.new_zeros(1, num_seqs)
-
-        def call() -> tuple[torch.Tensor, torch.Tensor]:
-            fill(table, kv_len, blocks, seq_lens, held, BLOCK_SIZE)
-            return table, kv_len
-
-        return call
-
     return {
-        "ours": into_buffers(kernels.head_page_tables),
-        "torch": into_buffers(reference_decode.head_page_tables),
+        "ours": table_maker(kernels.head_page_tables, blocks, seq_lens, held),
+        "torch": table_maker(reference_decode.head_page_tables, blocks, seq_lens, held),
     }
 
 

@@ -26,19 +26,6 @@ _TILE_BYTES = 16384
 
 
 @triton.jit
-def _length(
-    slots_ptr, seq_lens_ptr, num_full_ptr, count_ptr, i_row, i_head, num_heads,
-    PAGE_TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Slot of a request, m, its compacted pages, and kv_len of one of its KV heads."""
-    slot = tl.load(slots_ptr + i_row).to(tl.int64)
-    num_full = tl.load(num_full_ptr + slot)
-    count = tl.load(count_ptr + slot * num_heads + i_head)
-    kv_len = tl.load(seq_lens_ptr + i_row) + (count - num_full) * PAGE_TOKENS
-    return slot, num_full, count, tl.maximum(kv_len, 0)
-
-
-@triton.jit
 def _split_tokens(kv_len, num_splits, min_tokens, BLOCK_T: tl.constexpr):
     """Tokens of every split of a head but its last, whole tiles."""
     share = tl.cdiv(kv_len, num_splits)
@@ -82,7 +69,7 @@ def _decode_splits_kernel(
     i_split = tl.program_id(1)
     num_splits = tl.num_programs(1)
     i_row, i_head = i_seq // num_heads, (i_seq % num_heads).to(tl.int32)
-    slot, num_full, count, kv_len = _length(
+    slot, num_full, count, kv_len = page_tables.held_length(
         slots_ptr, seq_lens_ptr, num_full_ptr, count_ptr, i_row, i_head, num_heads, PAGE_TOKENS
     )
     tokens = _split_tokens(kv_len, num_splits, min_tokens, BLOCK_T)
@@ -154,7 +141,7 @@ def _join_splits_kernel(
     i_seq = tl.program_id(0).to(tl.int64)
     i_group = tl.program_id(1)
     i_row, i_head = i_seq // num_heads, (i_seq % num_heads).to(tl.int32)
-    _, _, _, kv_len = _length(
+    _, _, _, kv_len = page_tables.held_length(
         slots_ptr, seq_lens_ptr, num_full_ptr, count_ptr, i_row, i_head, num_heads, PAGE_TOKENS
     )
     used = tl.cdiv(kv_len, _split_tokens(kv_len, num_splits, min_tokens, BLOCK_T))

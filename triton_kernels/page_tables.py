@@ -9,6 +9,19 @@ from vllm_kvcompress.kernels.reference_decode import HeldPages
 
 
 @triton.jit
+def held_length(
+    slots_ptr, seq_lens_ptr, num_full_ptr, count_ptr, i_row, i_head, num_heads,
+    PAGE_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Slot of a request, m, its compacted pages, and kv_len of one of its KV heads in a layer."""
+    slot = tl.load(slots_ptr + i_row).to(tl.int64)
+    num_full = tl.load(num_full_ptr + slot)
+    count = tl.load(count_ptr + slot * num_heads + i_head)
+    kv_len = tl.load(seq_lens_ptr + i_row) + (count - num_full) * PAGE_TOKENS
+    return slot, num_full, count, tl.maximum(kv_len, 0)
+
+
+@triton.jit
 def page_ids(
     block_row_ptr,
     o_page,
@@ -69,12 +82,13 @@ def _head_page_tables_kernel(
     i_seq = tl.program_id(0)
     i_layer = tl.program_id(1)
     i_row, i_head = i_seq // num_heads, i_seq % num_heads
-    slot = tl.load(slots_ptr + i_row)
-    o_state = (i_layer * num_slots + slot) * num_heads + i_head
-    num_full, num_kept = tl.load(num_full_ptr + slot), tl.load(num_kept_ptr + slot)
-    count, start = tl.load(count_ptr + o_state), tl.load(start_ptr + o_state)
-    kv_len = tl.load(seq_lens_ptr + i_row) + (count - num_full) * PAGE_TOKENS
-    kv_len = tl.maximum(kv_len, 0)
+    o_layer = i_layer * num_slots * num_heads
+    slot, num_full, count, kv_len = held_length(
+        slots_ptr, seq_lens_ptr, num_full_ptr, count_ptr + o_layer, i_row, i_head, num_heads,
+        PAGE_TOKENS,
+    )  # fmt: skip
+    num_kept = tl.load(num_kept_ptr + slot)
+    start = tl.load(start_ptr + o_layer + slot * num_heads + i_head)
 
     i_run = i_layer.to(tl.int64) * tl.num_programs(0) + i_seq
     tl.store(kv_len_ptr + i_run, kv_len)
