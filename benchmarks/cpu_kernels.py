@@ -96,7 +96,7 @@ def cases(model: Model, num: int, length: int, chunk: int) -> Iterator[Case]:
     options = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5}
     options |= {"lambda_c": 0.5, "topk_frac": 2.0}
     trace = [last.roll(layer, 2) for layer in range(TRACE)]
-    calibrate = both_ways("calibrate_scores", mean, last, trace, scored, capacity, **options)
+    calibrate = both_ways("bacon_calibrate", mean, last, trace, scored, capacity, **options)
     yield calibrate
 
     base, _, final = calibrate.native()
@@ -106,7 +106,7 @@ def cases(model: Model, num: int, length: int, chunk: int) -> Iterator[Case]:
     yield both_ways("select_tokens", final, count, scored, lens, CAPACITY + WINDOW)
 
     rows, positions = torch.full((num,), chunk), lens - chunk
-    yield both_ways("column_sums", queries, rows, positions, prompts, scale)
+    yield both_ways("key_attention_sum", queries, rows, positions, prompts, scale)
     yield from row_cases(model, prompts, lens)
 
 
@@ -116,9 +116,9 @@ def row_cases(model: Model, prompts: PromptPages, lens: torch.Tensor) -> Iterato
     generator = torch.Generator().manual_seed(length)
     heads = (model.num_q_heads, model.head_size)
     proxies = torch.randn(num, PROXIES, *heads, generator=generator).bfloat16()
-    masses = both_ways("group_masses", proxies, prompts, lens, GROUPS, scale)
+    masses = both_ways("group_attention_sum", proxies, prompts, lens, GROUPS, scale)
     yield masses
-    yield both_ways("count_votes", masses.native(), lens, TAU, "floor")
+    yield both_ways("cover_votes", masses.native(), lens, TAU, "floor")
 
     rows, texts = proxies[:, :TEXT_ROWS], torch.full((num,), INSTRUCTION)
     yield both_ways("last_row_logits", rows, prompts, lens, texts, scale)
@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--lengths", nargs="+", type=int, default=[1000, 4000, 16000])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--chunk", type=int, default=256, help="query rows of column_sums")
+    parser.add_argument("--chunk", type=int, default=256, help="query rows of key_attention_sum")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--tokens", type=int, default=32000, help="largest batch * length")

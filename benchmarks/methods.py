@@ -9,7 +9,7 @@ in turns with the engine of each method. Half of a prompt are visual tokens, of 
 methods for those have something to do; both engines have encoded the images before, which keeps the
 vision tower out of both times.
 
-    compression_ms      captures, scoring, allocation, merging and compaction of one prompt
+    compression_ms      prefill_stats, scoring, allocation, merging and compaction of one prompt
     stock prefill_ms    the step that prefills it without compression
     blocks_held         of the pool, once the prompt is compressed and its first tokens are decoded
     blocks_ideal        the same if the tokens that the method was asked to keep filled every head
@@ -98,7 +98,7 @@ class VisualEngine(Engine):
         size, owners = planner.block_size, planner.num_layers * planner.num_kv_heads
         scored = plan.capacity * owners
         if isinstance(planner.config.allocation, StaticAllocator):
-            scored = sum(map(sum, planner.scored_tokens(plan)))
+            scored = sum(map(sum, planner.head_budgets(plan)))
         in_pages = scored + (plan.pinned - plan.tail) * owners
         behind = entry.num_computed_tokens - plan.num_full_blocks * size
         return {

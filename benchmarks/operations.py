@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
     base: torch.Tensor
     evidence: torch.Tensor
     trace: list[torch.Tensor]
-    num_scored: torch.Tensor
+    num_candidates: torch.Tensor
     capacity: torch.Tensor
     kept: torch.Tensor
     count: torch.Tensor
@@ -220,14 +220,14 @@ def scores_check(x: Inputs) -> None:
         require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-9), "window_scores")
 
 
-# calibrate_scores
+# bacon_calibrate
 
 
 def calibrate_calls(x: Inputs) -> Calls:
-    args = (x.base, x.base + x.evidence, x.trace, x.num_scored, x.capacity)
+    args = (x.base, x.base + x.evidence, x.trace, x.num_candidates, x.capacity)
     return {
-        "ours": lambda: kernels.calibrate_scores(*args, **BACON),
-        "torch": lambda: reference.calibrate_scores(*args, **BACON),
+        "ours": lambda: kernels.bacon_calibrate(*args, **BACON),
+        "torch": lambda: reference.bacon_calibrate(*args, **BACON),
     }
 
 
@@ -235,7 +235,7 @@ def calibrate_check(x: Inputs) -> None:
     calls, scored = calibrate_calls(x), x.shape.length - WINDOW
     for ours, plain in zip(calls["ours"](), calls["torch"](), strict=True):
         ours, plain = ours[:, :, :scored], plain[:, :, :scored]
-        require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "calibrate_scores")
+        require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "bacon_calibrate")
 
 
 # select_tokens
@@ -243,7 +243,7 @@ def calibrate_check(x: Inputs) -> None:
 
 def select_calls(x: Inputs) -> Calls:
     num_kept = x.shape.num_kept
-    args = (x.base, x.count * BLOCK_SIZE, x.num_scored, x.prompt_lens, num_kept)
+    args = (x.base, x.count * BLOCK_SIZE, x.num_candidates, x.prompt_lens, num_kept)
     copy = torch.empty_like(x.base)
 
     def cuda() -> Callable[[], torch.Tensor]:
@@ -361,11 +361,11 @@ def tables_check(x: Inputs) -> None:
 OPERATIONS = (
     Operation("window_scores", scores_cost, scores_calls, scores_check, "window_scores"),
     Operation(
-        "calibrate_scores",
+        "bacon_calibrate",
         lambda s: Cost(4 * entries(s) * (TRACE_LAYERS + 3), 0, 100 * entries(s)),
         calibrate_calls,
         calibrate_check,
-        "calibrate_scores",
+        "bacon_calibrate",
     ),
     Operation(
         "select_tokens",

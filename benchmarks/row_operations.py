@@ -14,7 +14,7 @@ PROXIES, GROUPS, TAU, COVER = 512, 32, 0.95, "floor"
 ROWS, ELITE = 256, 4  # rows that are captured of the instruction, and elite ones of every head
 
 
-# group_masses
+# group_attention_sum
 
 
 def masses_cost(shape: Shape) -> Cost:
@@ -30,18 +30,23 @@ def masses_calls(x: Inputs) -> Calls:
     numbers = (x.prompt_lens, GROUPS, x.shape.head_size**-0.5)
 
     def plain():
-        return reference.group_masses(proxies, reference.read_prompt(x.prompts, "key"), *numbers)
+        return reference.group_attention_sum(
+            proxies, reference.read_prompt(x.prompts, "key"), *numbers
+        )
 
-    return {"ours": lambda: kernels.group_masses(proxies, x.prompts, *numbers), "torch": plain}
+    return {
+        "ours": lambda: kernels.group_attention_sum(proxies, x.prompts, *numbers),
+        "torch": plain,
+    }
 
 
 def masses_check(x: Inputs) -> None:
     calls = masses_calls(x)
     close = torch.allclose(calls["ours"](), calls["torch"](), rtol=1e-3, atol=1e-8)
-    require(close, "group_masses")
+    require(close, "group_attention_sum")
 
 
-# count_votes
+# cover_votes
 
 
 def votes_cost(shape: Shape) -> Cost:
@@ -53,14 +58,14 @@ def votes_calls(x: Inputs) -> Calls:
     spread = _normal(x, x.shape.num, x.shape.num_kv_heads, GROUPS, x.shape.length)
     args = (spread.mul_(4).exp_(), x.prompt_lens - 1, TAU, COVER)
     return {
-        "ours": lambda: kernels.count_votes(*args),
-        "torch": lambda: reference.count_votes(*args),
+        "ours": lambda: kernels.cover_votes(*args),
+        "torch": lambda: reference.cover_votes(*args),
     }
 
 
 def votes_check(x: Inputs) -> None:
     calls = votes_calls(x)
-    require(torch.equal(calls["ours"](), calls["torch"]()), "count_votes")
+    require(torch.equal(calls["ours"](), calls["torch"]()), "cover_votes")
 
 
 # elite_attention, of prompts that are one image and an instruction
@@ -116,7 +121,9 @@ def _normal(x: Inputs, *size: int) -> torch.Tensor:
 
 
 ROW_OPERATIONS = (
-    Operation("group_masses", masses_cost, masses_calls, masses_check, "group_masses"),
-    Operation("count_votes", votes_cost, votes_calls, votes_check, "count_votes"),
+    Operation(
+        "group_attention_sum", masses_cost, masses_calls, masses_check, "group_attention_sum"
+    ),
+    Operation("cover_votes", votes_cost, votes_calls, votes_check, "cover_votes"),
     Operation("elite_attention", elite_cost, elite_calls, elite_check, "elite_attention"),
 )

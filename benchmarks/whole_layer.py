@@ -49,9 +49,13 @@ def select(operations: ModuleType, x: Inputs) -> torch.Tensor:
         mean, last = reference.window_scores(x.queries, keys, x.prompt_lens, scale)
     else:
         mean, last = kernels.window_scores(x.queries, x.prompts, x.prompt_lens, scale)
-    final = operations.calibrate_scores(mean, last, x.trace, x.num_scored, x.capacity, **BACON)[2]
+    final = operations.bacon_calibrate(mean, last, x.trace, x.num_candidates, x.capacity, **BACON)[
+        2
+    ]
     tokens = x.count * BLOCK_SIZE
-    return operations.select_tokens(final, tokens, x.num_scored, x.prompt_lens, x.shape.num_kept)
+    return operations.select_tokens(
+        final, tokens, x.num_candidates, x.prompt_lens, x.shape.num_kept
+    )
 
 
 def compress(operations: ModuleType, x: Inputs) -> None:

@@ -19,13 +19,13 @@ from vllm_kvcompress.kernels.reference_decode import HeldPages
 window_scores = Operation(
     reference_paged.window_scores, triton="window_attention", cpp=native.window_scores
 )
-column_sums = Operation(
-    reference_paged.column_sums, triton="column_attention", cpp=native.column_sums
+key_attention_sum = Operation(
+    reference_paged.key_attention_sum, triton="column_attention", cpp=native.key_attention_sum
 )
-group_masses = Operation(
-    reference_paged.group_masses, triton="proxy_attention", cpp=native.group_masses
+group_attention_sum = Operation(
+    reference_paged.group_attention_sum, triton="proxy_attention", cpp=native.group_attention_sum
 )
-count_votes = Operation(reference.count_votes, triton="votes", cpp=native.count_votes)
+cover_votes = Operation(reference.cover_votes, triton="votes", cpp=native.cover_votes)
 last_row_logits = Operation(
     reference_paged.last_row_logits, triton="elite_rows", cpp=native.last_row_logits
 )
@@ -33,8 +33,8 @@ elite_attention = Operation(
     reference_paged.elite_attention, triton="elite_rows", cpp=native.elite_attention
 )
 pool_prefix = Operation(reference.pool_prefix, triton="calibration", cpp=native.pool_prefix)
-calibrate_scores = Operation(
-    reference.calibrate_scores, triton="calibration", cpp=native.calibrate_scores
+bacon_calibrate = Operation(
+    reference.bacon_calibrate, triton="calibration", cpp=native.bacon_calibrate
 )
 head_counts = Operation(reference.head_counts, triton="head_budgets", cpp=native.head_counts)
 select_tokens = Operation(reference.select_tokens, triton="selection", cpp=native.select_tokens)
@@ -53,14 +53,14 @@ __all__ = [
     "PromptPages",
     "as_bytes",
     "as_stored",
-    "calibrate_scores",
-    "column_sums",
-    "count_votes",
+    "bacon_calibrate",
+    "cover_votes",
     "describe",
     "elite_attention",
-    "group_masses",
+    "group_attention_sum",
     "head_counts",
     "head_page_tables",
+    "key_attention_sum",
     "last_row_logits",
     "paged_decode",
     "pool_prefix",

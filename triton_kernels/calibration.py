@@ -16,12 +16,12 @@ _TRACE_STEP = 4
 
 
 @triton.jit
-def _pooled(p_row, o_t, num_scored, KERNEL: tl.constexpr, TAKE_MAX: tl.constexpr):
-    """Pooled scores at positions ``o_t``, 0 outside [0, num_scored)."""
+def _pooled(p_row, o_t, num_candidates, KERNEL: tl.constexpr, TAKE_MAX: tl.constexpr):
+    """Pooled scores at positions ``o_t``, 0 outside [0, num_candidates)."""
     b_pool = tl.full(o_t.shape, float("-inf") if TAKE_MAX else 0.0, tl.float32)
     for tap in range(KERNEL):
         o_near = o_t + (tap - KERNEL // 2)
-        m_near = (o_near >= 0) & (o_near < num_scored)
+        m_near = (o_near >= 0) & (o_near < num_candidates)
         if TAKE_MAX:
             b_x = tl.load(p_row + o_near, mask=m_near, other=float("-inf"))
             b_pool = tl.maximum(b_pool, b_x)
@@ -29,13 +29,13 @@ def _pooled(p_row, o_t, num_scored, KERNEL: tl.constexpr, TAKE_MAX: tl.constexpr
             b_pool += tl.load(p_row + o_near, mask=m_near, other=0.0)
     if not TAKE_MAX:
         b_pool = b_pool / KERNEL
-    return tl.where((o_t >= 0) & (o_t < num_scored), b_pool, 0.0)
+    return tl.where((o_t >= 0) & (o_t < num_candidates), b_pool, 0.0)
 
 
 @triton.jit
 def _pool_kernel(
     scores_ptr,  # [N * H, T] float32
-    num_scored_ptr,  # [N] int64
+    num_candidates_ptr,  # [N] int64
     pooled_ptr,  # [N * H, T] float32
     num_heads,
     length,  # T
@@ -45,8 +45,8 @@ def _pool_kernel(
 ):
     i_seq = tl.program_id(0).to(tl.int64)
     o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    num_scored = tl.load(num_scored_ptr + i_seq // num_heads).to(tl.int32)
-    b_pool = _pooled(scores_ptr + i_seq * length, o_t, num_scored, KERNEL, TAKE_MAX)
+    num_candidates = tl.load(num_candidates_ptr + i_seq // num_heads).to(tl.int32)
+    b_pool = _pooled(scores_ptr + i_seq * length, o_t, num_candidates, KERNEL, TAKE_MAX)
     tl.store(pooled_ptr + i_seq * length + o_t, b_pool, mask=o_t < length)
 
 
@@ -55,7 +55,7 @@ def _value_kernel(
     mean_ptr,  # [N * H, T] float32
     last_ptr,  # [N * H, T] float32
     trace_ptrs,  # tuple of [N * H, T] float32, the first num_traced of them count
-    num_scored_ptr,  # [N] int64
+    num_candidates_ptr,  # [N] int64
     base_ptr,  # [N * H, T] float32
     evidence_ptr,  # [N * H, T] float32
     value_ptr,  # [N * H, T] float32
@@ -72,12 +72,12 @@ def _value_kernel(
     """Base score B, evidence E and what is added to it, V, of one tile of tokens."""
     i_seq = tl.program_id(0).to(tl.int64)
     o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    num_scored = tl.load(num_scored_ptr + i_seq // num_heads).to(tl.int32)
+    num_candidates = tl.load(num_candidates_ptr + i_seq // num_heads).to(tl.int32)
     p_mean, p_last = mean_ptr + i_seq * length, last_ptr + i_seq * length
-    m_t = o_t < num_scored
+    m_t = o_t < num_candidates
 
-    b_base = _pooled(p_mean, o_t, num_scored, KERNEL, TAKE_MAX)
-    b_evidence = tl.maximum(_pooled(p_last, o_t, num_scored, KERNEL, TAKE_MAX) - b_base, 0.0)
+    b_base = _pooled(p_mean, o_t, num_candidates, KERNEL, TAKE_MAX)
+    b_evidence = tl.maximum(_pooled(p_last, o_t, num_candidates, KERNEL, TAKE_MAX) - b_base, 0.0)
     b_value = b_evidence
     if MODE != "e":
         # neighbours are pooled again rather than waited for: they belong to other programs
@@ -85,8 +85,8 @@ def _value_kernel(
         b_nearby = tl.zeros((BLOCK_T,), tl.float32)
         for tap in range(LOCAL_K):
             o_near = o_t + (tap - LOCAL_K // 2)
-            b_near = _pooled(p_mean, o_near, num_scored, KERNEL, TAKE_MAX)
-            b_late = _pooled(p_last, o_near, num_scored, KERNEL, TAKE_MAX)
+            b_near = _pooled(p_mean, o_near, num_candidates, KERNEL, TAKE_MAX)
+            b_late = _pooled(p_last, o_near, num_candidates, KERNEL, TAKE_MAX)
             b_coherence += tl.maximum(b_late - b_near, 0.0)
             b_nearby += b_near
         b_coherence = b_coherence / LOCAL_K
@@ -117,14 +117,14 @@ def _value_kernel(
 
 
 @triton.jit
-def _top_statistics(p_row, num_scored, top, BLOCK: tl.constexpr):
-    """Mean and population deviation of the ``top`` largest of row[0:num_scored)."""
-    last_key, rest = radix.threshold(p_row, num_scored, top, BLOCK)
+def _top_statistics(p_row, num_candidates, top, BLOCK: tl.constexpr):
+    """Mean and population deviation of the ``top`` largest of row[0:num_candidates)."""
+    last_key, rest = radix.threshold(p_row, num_candidates, top, BLOCK)
     o_block = tl.arange(0, BLOCK)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     b_tie = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, num_scored, BLOCK):
-        m_t = start + o_block < num_scored
+    for start in range(0, num_candidates, BLOCK):
+        m_t = start + o_block < num_candidates
         b_x = tl.load(p_row + start + o_block, mask=m_t, other=0.0)
         key = radix.order_keys(b_x)
         b_sum += tl.where(m_t & (key > last_key), b_x, 0.0)
@@ -132,8 +132,8 @@ def _top_statistics(p_row, num_scored, top, BLOCK: tl.constexpr):
     tie = tl.max(b_tie, 0)  # the smallest of the top; so often as is left to take
     mean = (tl.sum(b_sum, 0) + rest * tie) / top
     b_square = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, num_scored, BLOCK):
-        m_t = start + o_block < num_scored
+    for start in range(0, num_candidates, BLOCK):
+        m_t = start + o_block < num_candidates
         b_x = tl.load(p_row + start + o_block, mask=m_t, other=0.0)
         m_t = m_t & (radix.order_keys(b_x) > last_key)
         b_square += tl.where(m_t, (b_x - mean) * (b_x - mean), 0.0)
@@ -142,11 +142,11 @@ def _top_statistics(p_row, num_scored, top, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _limits(num_scored_ptr, capacity_ptr, i_row, TOPK_FRAC: tl.constexpr):
+def _limits(num_candidates_ptr, capacity_ptr, i_row, TOPK_FRAC: tl.constexpr):
     """Scored tokens of a request, and how many of them its statistics are taken of: int32."""
-    num_scored = tl.load(num_scored_ptr + i_row).to(tl.int32)
+    num_candidates = tl.load(num_candidates_ptr + i_row).to(tl.int32)
     wanted = (tl.load(capacity_ptr + i_row).to(tl.float64) * TOPK_FRAC).to(tl.int64)
-    return num_scored, tl.minimum(tl.maximum(wanted, 1), num_scored).to(tl.int32)
+    return num_candidates, tl.minimum(tl.maximum(wanted, 1), num_candidates).to(tl.int32)
 
 
 @triton.jit
@@ -160,9 +160,9 @@ def _strength(
 
 
 @triton.jit
-def _add_values(p_base, p_value, o_t, num_scored, length, strength):
+def _add_values(p_base, p_value, o_t, num_candidates, length, strength):
     """S instead of V at positions ``o_t``."""
-    m_t = o_t < num_scored
+    m_t = o_t < num_candidates
     b_base = tl.load(p_base + o_t, mask=m_t, other=0.0)
     b_value = tl.load(p_value + o_t, mask=m_t, other=0.0)
     b_final = tl.where(m_t, b_base + strength * b_value, float("-inf"))
@@ -173,7 +173,7 @@ def _add_values(p_base, p_value, o_t, num_scored, length, strength):
 def _calibrate_kernel(
     base_ptr,  # [N * H, T] float32
     value_ptr,  # [N * H, T] float32; V goes in, S comes out
-    num_scored_ptr,  # [N] int64
+    num_candidates_ptr,  # [N] int64
     capacity_ptr,  # [N] int64
     num_heads,
     length,  # T
@@ -185,19 +185,19 @@ def _calibrate_kernel(
 ):
     """S = B + lambda * V of one head, lambda from the statistics of its largest B and V."""
     i_seq = tl.program_id(0).to(tl.int64)
-    num_scored, top = _limits(num_scored_ptr, capacity_ptr, i_seq // num_heads, TOPK_FRAC)
+    num_candidates, top = _limits(num_candidates_ptr, capacity_ptr, i_seq // num_heads, TOPK_FRAC)
     p_base, p_value = base_ptr + i_seq * length, value_ptr + i_seq * length
-    base_mean, base_std = _top_statistics(p_base, num_scored, top, BLOCK)
-    value_mean, value_std = _top_statistics(p_value, num_scored, top, BLOCK)
+    base_mean, base_std = _top_statistics(p_base, num_candidates, top, BLOCK)
+    value_mean, value_std = _top_statistics(p_value, num_candidates, top, BLOCK)
     strength = _strength(base_mean, base_std, value_mean, value_std, lambda_c, GATED, EPS)
     for start in range(0, length, BLOCK):
         o_t = start + tl.arange(0, BLOCK)
-        _add_values(p_base, p_value, o_t, num_scored, length, strength)
+        _add_values(p_base, p_value, o_t, num_candidates, length, strength)
 
 
 @triton.jit
 def _begin_statistics_kernel(
-    num_scored_ptr,  # [N] int64
+    num_candidates_ptr,  # [N] int64
     capacity_ptr,  # [N] int64
     scratch_ptr,  # of 2 * N * H rows: B of all heads, then V
     num_heads,
@@ -206,14 +206,14 @@ def _begin_statistics_kernel(
 ):
     i_part = tl.program_id(0).to(tl.int64)
     i_row = i_part % num_seqs // num_heads
-    num_scored, top = _limits(num_scored_ptr, capacity_ptr, i_row, TOPK_FRAC)
-    tiled_radix.begin(tiled_radix.scratch_row(scratch_ptr, i_part), num_scored, top)
+    num_candidates, top = _limits(num_candidates_ptr, capacity_ptr, i_row, TOPK_FRAC)
+    tiled_radix.begin(tiled_radix.scratch_row(scratch_ptr, i_part), num_candidates, top)
 
 
 @triton.jit
 def _moments_kernel(
     values_ptr,  # [2 * N * H, T] float32, B and V
-    num_scored_ptr,  # [N] int64
+    num_candidates_ptr,  # [N] int64
     scratch_ptr,  # of 2 * N * H rows
     moments_ptr,  # [2 * N * H, tiles, 3] float32
     num_heads,
@@ -225,10 +225,10 @@ def _moments_kernel(
     """Entries of one tile above the threshold: number, sum, squared distances to their mean."""
     i_part = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
-    num_scored = tl.load(num_scored_ptr + i_part % num_seqs // num_heads).to(tl.int32)
+    num_candidates = tl.load(num_candidates_ptr + i_part % num_seqs // num_heads).to(tl.int32)
     last_key, _ = tiled_radix.threshold(tiled_radix.scratch_row(scratch_ptr, i_part))
     o_t = i_tile * BLOCK + tl.arange(0, BLOCK)
-    m_t = o_t < num_scored
+    m_t = o_t < num_candidates
     b_x = tl.load(values_ptr + i_part * length + o_t, mask=m_t, other=0.0)
     m_t = m_t & (radix.order_keys(b_x) > last_key)
     number = tl.sum(m_t.to(tl.float32), 0)
@@ -267,7 +267,7 @@ def _merged_statistics(moments_ptr, scratch_ptr, i_part, num_tiles, top):
 def _add_values_kernel(
     base_ptr,  # [N * H, T] float32
     value_ptr,  # [N * H, T] float32; V goes in, S comes out
-    num_scored_ptr,  # [N] int64
+    num_candidates_ptr,  # [N] int64
     capacity_ptr,  # [N] int64
     scratch_ptr,  # of 2 * N * H rows
     moments_ptr,  # [2 * N * H, tiles, 3] float32
@@ -283,7 +283,7 @@ def _add_values_kernel(
 ):
     """One tile of what ``_calibrate_kernel`` does; the strength is the same in all of a head."""
     i_seq = tl.program_id(0).to(tl.int64)
-    num_scored, top = _limits(num_scored_ptr, capacity_ptr, i_seq // num_heads, TOPK_FRAC)
+    num_candidates, top = _limits(num_candidates_ptr, capacity_ptr, i_seq // num_heads, TOPK_FRAC)
     base_mean, base_std = _merged_statistics(moments_ptr, scratch_ptr, i_seq, num_tiles, top)
     value_mean, value_std = _merged_statistics(
         moments_ptr, scratch_ptr, num_seqs + i_seq, num_tiles, top
@@ -291,11 +291,11 @@ def _add_values_kernel(
     strength = _strength(base_mean, base_std, value_mean, value_std, lambda_c, GATED, EPS)
     o_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     p_base, p_value = base_ptr + i_seq * length, value_ptr + i_seq * length
-    _add_values(p_base, p_value, o_t, num_scored, length, strength)
+    _add_values(p_base, p_value, o_t, num_candidates, length, strength)
 
 
 def pool_prefix(
-    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
+    scores: torch.Tensor, num_candidates: torch.Tensor, kernel: int, kind: str = "avg"
 ) -> torch.Tensor:
     """See ``reference.pool_prefix``."""
     if kernel == 1:
@@ -304,7 +304,7 @@ def pool_prefix(
     pooled = torch.empty_like(scores, memory_format=torch.contiguous_format)
     _pool_kernel[(num * num_heads, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
         scores.contiguous(),
-        num_scored.contiguous(),
+        num_candidates.contiguous(),
         pooled,
         num_heads,
         length,
@@ -315,11 +315,11 @@ def pool_prefix(
     return pooled
 
 
-def calibrate_scores(
+def bacon_calibrate(
     mean: torch.Tensor,
     last: torch.Tensor,
     trace: list[torch.Tensor],
-    num_scored: torch.Tensor,
+    num_candidates: torch.Tensor,
     capacity: torch.Tensor,
     *,
     kernel: int,
@@ -329,7 +329,7 @@ def calibrate_scores(
     lambda_c: float,
     topk_frac: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``reference.calibrate_scores``.
+    """See ``reference.bacon_calibrate``.
 
     After the values, B and V are read seven times each, from L2 where they fit: in one launch, or
     in seven where heads are long.
@@ -338,7 +338,7 @@ def calibrate_scores(
     rows = num * num_heads
     results = torch.empty((3, num, num_heads, length), dtype=torch.float32, device=mean.device)
     base, final, evidence = results
-    mean, last, num_scored = mean.contiguous(), last.contiguous(), num_scored.contiguous()
+    mean, last, num_candidates = mean.contiguous(), last.contiguous(), num_candidates.contiguous()
     traced = [old.contiguous() for old in trace]
     # in steps, so that the first layers do not each compile a kernel of their own
     traced += [mean] * (-len(trace) % _TRACE_STEP if trace else _TRACE_STEP)
@@ -346,7 +346,7 @@ def calibrate_scores(
         mean,
         last,
         tuple(traced),
-        num_scored,
+        num_candidates,
         base,
         evidence,
         final,
@@ -360,7 +360,7 @@ def calibrate_scores(
         EPS=EPS,
         BLOCK_T=_TOKENS_PER_PROGRAM,
     )
-    limits = (num_scored, capacity.contiguous())
+    limits = (num_candidates, capacity.contiguous())
     rule = {"TOPK_FRAC": topk_frac, "GATED": mode == "elt", "EPS": EPS}
     if length <= tiled_radix.LONG:
         _calibrate_kernel[(rows,)](
@@ -376,7 +376,7 @@ def calibrate_scores(
     _begin_statistics_kernel[(2 * rows,)](*limits, scratch, num_heads, rows, TOPK_FRAC=topk_frac)
     tiled_radix.find_thresholds(both, scratch)
     _moments_kernel[(2 * rows, tiles)](
-        both, num_scored, scratch, moments, num_heads, rows, length, tiles, **sizes
+        both, num_candidates, scratch, moments, num_heads, rows, length, tiles, **sizes
     )
     _add_values_kernel[(rows, tiles)](
         base, final, *limits, scratch, moments, num_heads, rows, length, tiles, lambda_c,

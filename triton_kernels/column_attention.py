@@ -66,7 +66,7 @@ def _row_lse_kernel(
 
 
 @triton.jit
-def _column_sums_kernel(
+def _key_attention_sum_kernel(
     q_ptr,  # [M, C, Hq, D]
     lengths_ptr,  # [M] int64
     positions_ptr,  # [M] int64
@@ -121,7 +121,7 @@ def _column_sums_kernel(
     tl.store(total_ptr + offset, b_sum / group, mask=o_key < length_out)
 
 
-def column_sums(
+def key_attention_sum(
     queries: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
@@ -130,7 +130,7 @@ def column_sums(
     softcap: float = 0.0,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See ``reference.column_sums``; keys are read through the block table.
+    """See ``reference.key_attention_sum``; keys are read through the block table.
 
     Args:
         queries: [M, C, Hq, D], right-aligned.
@@ -172,5 +172,5 @@ def column_sums(
     length = num_blocks * layout.block_size
     total = queries.new_empty((num, num_kv_heads, length), dtype=torch.float32)
     grid = (num * num_kv_heads, triton.cdiv(length, _KEYS_PER_TILE))
-    _column_sums_kernel[grid](*inputs, lse, total, *numbers, **sizes)
+    _key_attention_sum_kernel[grid](*inputs, lse, total, *numbers, **sizes)
     return total

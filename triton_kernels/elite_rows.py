@@ -22,7 +22,7 @@ def _last_logits_kernel(
     pages_ptr,  # [num_pages, block_size * 2 * D]
     table_ptr,  # [N, B] int64
     prompt_lens_ptr,  # [N] int64
-    text_rows_ptr,  # [N] int64
+    instruction_len_ptr,  # [N] int64
     logits_ptr,  # [N, Hq, Q] float32
     scale,
     softcap,
@@ -43,8 +43,8 @@ def _last_logits_kernel(
     i_group = tl.program_id(0) % num_q_heads
     i_head = i_group // (num_q_heads // num_kv_heads)
     o_i = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    text_rows = tl.load(text_rows_ptr + i_row).to(tl.int32)
-    m_key = (o_i >= num_rows - text_rows) & (o_i < num_rows)
+    instruction_len = tl.load(instruction_len_ptr + i_row).to(tl.int32)
+    m_key = (o_i >= num_rows - instruction_len) & (o_i < num_rows)
     o_key = tl.load(prompt_lens_ptr + i_row).to(tl.int32) - num_rows + o_i
     b_k = paged_keys.load_keys(
         pages_ptr, table_ptr, i_row, i_head, o_key, m_key, num_kv_heads, num_blocks, HEAD_SIZE,
@@ -206,7 +206,7 @@ def last_row_logits(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    text_rows: torch.Tensor,
+    instruction_len: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
@@ -223,7 +223,7 @@ def last_row_logits(
     inputs, numbers, sizes = _arguments(queries, prompts, prompt_lens, scale, softcap)
     logits = queries.new_empty((num, num_q_heads, num_rows), dtype=torch.float32)
     _last_logits_kernel[(num * num_q_heads, triton.cdiv(num_rows, _TILE["BLOCK_T"]))](
-        *inputs, text_rows.contiguous(), logits, *numbers, **sizes
+        *inputs, instruction_len.contiguous(), logits, *numbers, **sizes
     )
     return logits
 

@@ -82,7 +82,7 @@ def window_scores(
     )
 
 
-def column_sums(
+def key_attention_sum(
     queries: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
@@ -90,8 +90,8 @@ def column_sums(
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """See ``reference.column_sums``, on paged keys."""
-    return torch.ops.vllm_kvcompress.column_sums(
+    """See ``reference.key_attention_sum``, on paged keys."""
+    return torch.ops.vllm_kvcompress.key_attention_sum(
         queries,
         lengths,
         positions,
@@ -101,7 +101,7 @@ def column_sums(
     )
 
 
-def group_masses(
+def group_attention_sum(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
@@ -109,8 +109,8 @@ def group_masses(
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """See ``reference.group_masses``, on paged keys."""
-    return torch.ops.vllm_kvcompress.group_masses(
+    """See ``reference.group_attention_sum``, on paged keys."""
+    return torch.ops.vllm_kvcompress.group_attention_sum(
         queries,
         *_keys(prompts),
         prompt_lens,
@@ -120,16 +120,16 @@ def group_masses(
     )
 
 
-def count_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
-    """See ``reference.count_votes``."""
-    return torch.ops.vllm_kvcompress.count_votes(masses, end, share_of(tau), cover == "floor")
+def cover_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
+    """See ``reference.cover_votes``."""
+    return torch.ops.vllm_kvcompress.cover_votes(masses, end, share_of(tau), cover == "floor")
 
 
 def last_row_logits(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    text_rows: torch.Tensor,
+    instruction_len: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
@@ -138,7 +138,7 @@ def last_row_logits(
         queries,
         *_keys(prompts),
         prompt_lens,
-        text_rows,
+        instruction_len,
         scale * prompts.layout.key_scale,
         softcap,
     )
@@ -166,19 +166,19 @@ def elite_attention(
 
 
 def pool_prefix(
-    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
+    scores: torch.Tensor, num_candidates: torch.Tensor, kernel: int, kind: str = "avg"
 ) -> torch.Tensor:
     """See ``reference.pool_prefix``."""
     if kernel == 1:
         return scores
-    return torch.ops.vllm_kvcompress.pool_prefix(scores, num_scored, kernel, kind == "max")
+    return torch.ops.vllm_kvcompress.pool_prefix(scores, num_candidates, kernel, kind == "max")
 
 
-def calibrate_scores(
+def bacon_calibrate(
     mean: torch.Tensor,
     last: torch.Tensor,
     trace: list[torch.Tensor],
-    num_scored: torch.Tensor,
+    num_candidates: torch.Tensor,
     capacity: torch.Tensor,
     *,
     kernel: int,
@@ -188,12 +188,12 @@ def calibrate_scores(
     lambda_c: float,
     topk_frac: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``reference.calibrate_scores``."""
-    return torch.ops.vllm_kvcompress.calibrate_scores(
+    """See ``reference.bacon_calibrate``."""
+    return torch.ops.vllm_kvcompress.bacon_calibrate(
         mean,
         last,
         trace,
-        num_scored,
+        num_candidates,
         capacity,
         kernel,
         pool == "max",
@@ -212,13 +212,13 @@ def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> 
 def select_tokens(
     scores: torch.Tensor,
     count: torch.Tensor,
-    num_candidates: torch.Tensor,
+    candidate_end: torch.Tensor,
     pinned_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
     """See ``reference.select_tokens``."""
     return torch.ops.vllm_kvcompress.select_tokens(
-        scores, count, num_candidates, pinned_end, max_count
+        scores, count, candidate_end, pinned_end, max_count
     )
 
 

@@ -72,7 +72,7 @@ def _proxy_sums_kernel(
 
 
 @triton.jit
-def _group_masses_kernel(
+def _group_attention_sum_kernel(
     q_ptr,  # [N, M, Hq, D]
     pages_ptr,  # [num_pages, block_size * 2 * D]
     table_ptr,  # [N, B] int64
@@ -128,7 +128,7 @@ def _group_masses_kernel(
         tl.store(p_mass, tl.where(m_key, b_mass / heads, 0.0), mask=o_key < length)
 
 
-def group_masses(
+def group_attention_sum(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
@@ -136,7 +136,7 @@ def group_masses(
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """See ``reference.group_masses``; keys are read through the block table.
+    """See ``reference.group_attention_sum``; keys are read through the block table.
 
     Args:
         queries: [N, M, Hq, D]; in the model's type, not in float32, tensor cores multiply them.
@@ -176,7 +176,7 @@ def group_masses(
     # wide tiles, because every tile of keys reads all proxies
     width = 32 if exact else 128
     keys, groups = triton.cdiv(length, width), triton.cdiv(num_groups, _GROUPS_PER_PROGRAM)
-    _group_masses_kernel[(num * num_kv_heads, keys, groups)](
+    _group_attention_sum_kernel[(num * num_kv_heads, keys, groups)](
         *inputs, lse, masses, *numbers, num_groups,
         BLOCK_R=_tile(rows // num_groups, most), BLOCK_T=width,
         GROUPS_PER_PROGRAM=_GROUPS_PER_PROGRAM, num_warps=8, **sizes,

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 
 from vllm_kvcompress.kernels.reference_rows import (
-    count_votes,
+    cover_votes,
     elite_attention,
-    group_masses,
+    group_attention_sum,
     last_row_logits,
     row_logits,
 )
 from vllm_kvcompress.kernels.reference_scores import (
+    bacon_calibrate,
     calibrate,
-    calibrate_scores,
     head_counts,
     pool_prefix,
     select_tokens,
@@ -243,7 +243,7 @@ def index_tables(layout: PageLayout, device: torch.device) -> tuple[torch.Tensor
     return index[:, 0], index[:, 1]
 
 
-def column_sums(
+def key_attention_sum(
     queries: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
@@ -281,16 +281,16 @@ __all__ = [
     "PromptPages",
     "as_bytes",
     "as_stored",
+    "bacon_calibrate",
     "block_ids",
     "calibrate",
-    "calibrate_scores",
-    "column_sums",
-    "count_votes",
+    "cover_votes",
     "elite_attention",
-    "group_masses",
+    "group_attention_sum",
     "head_counts",
     "index_tables",
     "is_float8",
+    "key_attention_sum",
     "last_row_logits",
     "page_ids",
     "pool_prefix",

@@ -27,7 +27,7 @@ def window_scores(
     return reference.window_scores(queries, keys, prompt_lens, scale, softcap, reduction)
 
 
-def column_sums(
+def key_attention_sum(
     queries: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
@@ -35,12 +35,12 @@ def column_sums(
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """See ``reference.column_sums``."""
+    """See ``reference.key_attention_sum``."""
     keys = read_prompt(prompts, "key")
-    return reference.column_sums(queries, lengths, positions, keys, scale, softcap)
+    return reference.key_attention_sum(queries, lengths, positions, keys, scale, softcap)
 
 
-def group_masses(
+def group_attention_sum(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
@@ -48,22 +48,22 @@ def group_masses(
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """See ``reference.group_masses``."""
+    """See ``reference.group_attention_sum``."""
     keys = read_prompt(prompts, "key")
-    return reference.group_masses(queries, keys, prompt_lens, num_groups, scale, softcap)
+    return reference.group_attention_sum(queries, keys, prompt_lens, num_groups, scale, softcap)
 
 
 def last_row_logits(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    text_rows: torch.Tensor,
+    instruction_len: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.last_row_logits``."""
     keys = read_prompt(prompts, "key")
-    return reference.last_row_logits(queries, keys, prompt_lens, text_rows, scale, softcap)
+    return reference.last_row_logits(queries, keys, prompt_lens, instruction_len, scale, softcap)
 
 
 def elite_attention(

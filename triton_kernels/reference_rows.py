@@ -43,7 +43,7 @@ def row_logits(
     return logits.masked_fill_(hidden[:, None, None], float("-inf"))
 
 
-def group_masses(
+def group_attention_sum(
     queries: torch.Tensor,
     keys: torch.Tensor,
     prompt_lens: torch.Tensor,
@@ -73,7 +73,7 @@ def group_masses(
     return torch.stack(masses, dim=2)
 
 
-def count_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
+def cover_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
     """Number of groups whose cover holds a token, [N, Hkv, T] float32.
 
     A group's cover is a prefix of the tokens in order of decreasing mass, ties by position. Sums
@@ -123,7 +123,7 @@ def last_row_logits(
     queries: torch.Tensor,
     keys: torch.Tensor,
     prompt_lens: torch.Tensor,
-    text_rows: torch.Tensor,
+    instruction_len: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
@@ -133,7 +133,7 @@ def last_row_logits(
         queries: [N, Q, Hq, D] of positions P-Q .. P-1; only the last is looked at.
         keys: [N, Hkv, T, D]; anything at t >= P.
         prompt_lens: [N] int64, P.
-        text_rows: [N] int64, I; at most Q and P.
+        instruction_len: [N] int64, I; at most Q and P.
 
     Returns:
         [N, Hq, Q] float32 for positions P-Q .. P-1, -inf before the instruction.
@@ -146,7 +146,7 @@ def last_row_logits(
     logits = torch.matmul(last, text.float().transpose(2, 3))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    before = row < -text_rows[:, None]
+    before = row < -instruction_len[:, None]
     return logits.view(-1, num_q_heads, num_rows).masked_fill(before[:, None], float("-inf"))
 
 

@@ -8,7 +8,7 @@ EPS = 1e-8
 
 
 def pool_prefix(
-    scores: torch.Tensor, num_scored: torch.Tensor, kernel: int, kind: str = "avg"
+    scores: torch.Tensor, num_candidates: torch.Tensor, kernel: int, kind: str = "avg"
 ) -> torch.Tensor:
     """Pooling over the scored prefix, stride 1, same length.
 
@@ -17,11 +17,13 @@ def pool_prefix(
 
     Args:
         scores: [N, Hkv, T] float32.
-        num_scored: [N] int64, n.
+        num_candidates: [N] int64, n.
     """
     if kernel == 1:
         return scores
-    outside = (torch.arange(scores.shape[2], device=scores.device) >= num_scored[:, None])[:, None]
+    outside = (torch.arange(scores.shape[2], device=scores.device) >= num_candidates[:, None])[
+        :, None
+    ]
     if kind == "avg":
         x = scores.masked_fill(outside, 0.0)
         pooled = F.avg_pool1d(x, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
@@ -35,7 +37,7 @@ def calibrate(
     base: torch.Tensor,
     evidence: torch.Tensor,
     trace: list[torch.Tensor],
-    num_scored: torch.Tensor,
+    num_candidates: torch.Tensor,
     capacity: torch.Tensor,
     *,
     mode: str,
@@ -49,7 +51,7 @@ def calibrate(
         base: B [N, Hkv, T] float32, 0 at t >= n.
         evidence: E = max(Q - B, 0), same shape.
         trace: evidence of previous layers, same shape each; may be empty.
-        num_scored: [N] int64, n.
+        num_candidates: [N] int64, n.
         capacity: [N] int64, nominal scored tokens per head.
         mode: "e", "el", "elt" or "rel".
 
@@ -58,9 +60,9 @@ def calibrate(
     """
     value = evidence
     if mode != "e":
-        coherence = pool_prefix(evidence, num_scored, local_k)
+        coherence = pool_prefix(evidence, num_candidates, local_k)
         if mode == "rel":
-            neighbours = pool_prefix(base, num_scored, local_k)
+            neighbours = pool_prefix(base, num_candidates, local_k)
             coherence = coherence * neighbours / (neighbours + base + EPS)
         value = value + coherence
     if mode in ("elt", "rel") and trace:
@@ -69,20 +71,20 @@ def calibrate(
         if mode == "rel":
             persistence = (persistence - layers.std(0, correction=0)).clamp_min(0)
         value = value + persistence
-    top = (topk_frac * capacity.double()).long().clamp_min(1).minimum(num_scored)
-    base_mean, base_std = _top_statistics(base, num_scored, top)
-    value_mean, value_std = _top_statistics(value, num_scored, top)
+    top = (topk_frac * capacity.double()).long().clamp_min(1).minimum(num_candidates)
+    base_mean, base_std = _top_statistics(base, num_candidates, top)
+    value_mean, value_std = _top_statistics(value, num_candidates, top)
     strength = lambda_c * base_std / (value_std + EPS)
     if mode == "elt":
         strength = strength * (value_mean / (base_mean + EPS)).clamp(0, 1)
     return base + strength[:, :, None] * value
 
 
-def calibrate_scores(
+def bacon_calibrate(
     mean: torch.Tensor,
     last: torch.Tensor,
     trace: list[torch.Tensor],
-    num_scored: torch.Tensor,
+    num_candidates: torch.Tensor,
     capacity: torch.Tensor,
     *,
     kernel: int,
@@ -101,26 +103,26 @@ def calibrate_scores(
     Returns:
         B, E and S, each [N, Hkv, T] float32; at t >= n, B and S are -inf and E is 0.
     """
-    base = pool_prefix(mean, num_scored, kernel, pool)
-    evidence = (pool_prefix(last, num_scored, kernel, pool) - base).clamp_min(0)
+    base = pool_prefix(mean, num_candidates, kernel, pool)
+    evidence = (pool_prefix(last, num_candidates, kernel, pool) - base).clamp_min(0)
     final = calibrate(
         base,
         evidence,
         trace,
-        num_scored,
+        num_candidates,
         capacity,
         mode=mode,
         local_k=local_k,
         lambda_c=lambda_c,
         topk_frac=topk_frac,
     )
-    outside = (torch.arange(mean.shape[2], device=mean.device) >= num_scored[:, None])[:, None]
+    outside = (torch.arange(mean.shape[2], device=mean.device) >= num_candidates[:, None])[:, None]
     lowest = float("-inf")
     return base.masked_fill(outside, lowest), evidence, final.masked_fill(outside, lowest)
 
 
 def _top_statistics(
-    scores: torch.Tensor, num_scored: torch.Tensor, top: torch.Tensor
+    scores: torch.Tensor, num_candidates: torch.Tensor, top: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and population deviation of the ``top`` [N] largest of each head's prefix.
 
@@ -128,7 +130,7 @@ def _top_statistics(
         [N, Hkv] each.
     """
     position = torch.arange(scores.shape[2], device=scores.device)
-    ranked = scores.masked_fill((position >= num_scored[:, None])[:, None], float("-inf"))
+    ranked = scores.masked_fill((position >= num_candidates[:, None])[:, None], float("-inf"))
     ranked = ranked.sort(dim=2, descending=True).values
     count = top[:, None, None]
     outside = position >= count
@@ -140,19 +142,19 @@ def _top_statistics(
 def select_tokens(
     scores: torch.Tensor,
     count: torch.Tensor,
-    num_candidates: torch.Tensor,
+    candidate_end: torch.Tensor,
     pinned_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
     """Exact top-k of every head, in ascending position.
 
-    Candidates are positions [0, num_candidates); [num_candidates, pinned_end) is always kept and
+    Candidates are positions [0, candidate_end); [candidate_end, pinned_end) is always kept and
     counts. Larger scores first, ties by lower position; NaN ranks below -inf.
 
     Args:
         scores: [N, Hkv, T] float32.
         count: [N, Hkv] int64, positions to keep, pinned ones included.
-        num_candidates, pinned_end: [N] int64.
+        candidate_end, pinned_end: [N] int64.
         max_count: at least ``count.max()``, known to the host.
 
     Returns:
@@ -163,7 +165,7 @@ def select_tokens(
     bits = (scores + 0.0).view(torch.int32)  # +0.0: both zeros rank alike
     key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # order-preserving
     key = key.masked_fill(scores.isnan(), -(1 << 31))
-    candidate = position < num_candidates[:, None]
+    candidate = position < candidate_end[:, None]
     pinned = ~candidate & (position < pinned_end[:, None])
     key = key.masked_fill(pinned[:, None], 1 << 31)
     key = key.masked_fill(~(candidate | pinned)[:, None], -(1 << 32))

@@ -127,19 +127,19 @@ def _place_kernel(
 def select_tokens(
     scores: torch.Tensor,
     count: torch.Tensor,
-    num_candidates: torch.Tensor,
+    candidate_end: torch.Tensor,
     pinned_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
     """See ``reference.select_tokens``; many programs per head where heads are long."""
     select = select_by_tile if scores.shape[2] > tiled_radix.LONG else select_by_row
-    return select(scores, count, num_candidates, pinned_end, max_count)
+    return select(scores, count, candidate_end, pinned_end, max_count)
 
 
 def select_by_row(
     scores: torch.Tensor,
     count: torch.Tensor,
-    num_candidates: torch.Tensor,
+    candidate_end: torch.Tensor,
     pinned_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
@@ -150,7 +150,7 @@ def select_by_row(
     _select_kernel[(num * num_heads,)](
         scores.contiguous(),
         count.contiguous(),
-        num_candidates.contiguous(),
+        candidate_end.contiguous(),
         pinned_end.contiguous(),
         kept,
         num_heads,
@@ -165,7 +165,7 @@ def select_by_row(
 def select_by_tile(
     scores: torch.Tensor,
     count: torch.Tensor,
-    num_candidates: torch.Tensor,
+    candidate_end: torch.Tensor,
     pinned_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
@@ -174,7 +174,7 @@ def select_by_tile(
     rows, device = num * num_heads, scores.device
     width, tiles = min(max_count, length), tiled_radix.num_tiles(length)
     scores = scores.contiguous()
-    limits = (count.contiguous(), num_candidates.contiguous(), pinned_end.contiguous())
+    limits = (count.contiguous(), candidate_end.contiguous(), pinned_end.contiguous())
     kept = torch.empty((num, num_heads, width), dtype=torch.int64, device=device)
     scratch = tiled_radix.new_scratch(rows, device)
     tails = tiled_radix.new_tails(rows, length, device)

@@ -131,8 +131,8 @@ def _votes_kernel(
     tl.store(p_votes, tl.where(o_t < end, b_votes, 0.0), mask=o_t < length)
 
 
-def count_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
-    """See ``reference.count_votes``.
+def cover_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
+    """See ``reference.cover_votes``.
 
     One program per group of a head, which reads its masses 19 times, most of them from the L2
     cache; then one per tile of a head's tokens.

@@ -15,7 +15,7 @@ from typing import Any
 from vllm_kvcompress.allocation import ALLOCATORS, Allocator, LayerAllocator, Scope
 from vllm_kvcompress.merging import MERGES, Merge
 from vllm_kvcompress.presets import PRESETS
-from vllm_kvcompress.prompt import MAX_TEXT_ROWS
+from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
 from vllm_kvcompress.scoring import SCORERS, Need, Scorer
 
 CONFIG_KEY = "kv_compression"
@@ -235,7 +235,9 @@ class KVCompressionConfig:
     @property
     def max_rows(self) -> int:
         """Most last rows of a prompt whose queries are looked at."""
-        return max(self.window, MAX_TEXT_ROWS if Need.TEXT_QUERIES in self.needs else 1)
+        return max(
+            self.window, MAX_INSTRUCTION_LEN if Need.INSTRUCTION_QUERIES in self.needs else 1
+        )
 
     def _options_of(self, method: "type[Method]") -> dict[str, Any]:
         return {name: self.options[name] for name in _option_names(method) if name in self.options}

@@ -25,8 +25,8 @@ from vllm_kvcompress.scoring import (
     HiddenMoments,
     LayerContext,
     LayerTrace,
-    QueryMaker,
     QueryMoments,
+    QueryProjector,
     Scorer,
     Scores,
 )
@@ -43,7 +43,7 @@ class LayerInputs(NamedTuple):
         pages: [num_pages, block_size * 2 * D] head pages of the layer.
         scale, softcap: the layer's.
         key_scale, value_scale: see ``PageLayout``.
-        column_sums, hidden, moments, maker: see ``LayerContext``.
+        key_attention_sum, hidden, moments, projector: see ``LayerContext``.
     """
 
     layer: int
@@ -54,10 +54,10 @@ class LayerInputs(NamedTuple):
     softcap: float = 0.0
     key_scale: float = 1.0
     value_scale: float = 1.0
-    column_sums: torch.Tensor | None = None
+    key_attention_sum: torch.Tensor | None = None
     hidden: HiddenMoments | None = None
     moments: QueryMoments | None = None
-    maker: QueryMaker | None = None
+    projector: QueryProjector | None = None
 
 
 class Demands(NamedTuple):
@@ -69,11 +69,11 @@ class Demands(NamedTuple):
     num_kept_blocks: torch.Tensor
     tail: torch.Tensor
     capacity: torch.Tensor
-    num_scored: torch.Tensor
+    num_candidates: torch.Tensor
     pinned: torch.Tensor
     fixed: torch.Tensor
     recent: torch.Tensor
-    text_rows: torch.Tensor
+    instruction_len: torch.Tensor
 
 
 class _Waiting(NamedTuple):
@@ -184,7 +184,7 @@ class CompressionPipeline:
         prompts = ctx.prompts
         if not self.spans_layers:
             if isinstance(allocator, LayerAllocator):
-                tokens = allocator.scored_tokens(base, demands.num_scored, demands.capacity)
+                tokens = allocator.head_budgets(base, demands.num_candidates, demands.capacity)
                 kept = tokens + demands.pinned[:, None]
                 count = self._pages(batch, kept)
                 self.state.set_pages(inputs.row, demands.slots, count, page_starts(count))
@@ -203,7 +203,7 @@ class CompressionPipeline:
             if not last:
                 return None
             demand = Demand(
-                demands.prompt_lens, demands.num_scored, demands.capacity, demands.pinned
+                demands.prompt_lens, demands.num_candidates, demands.capacity, demands.pinned
             )
             kept = allocator.kept_tokens([w.observed for w in batch._waiting], demand)
             kept = kept[:, :, None].expand(-1, -1, self.num_kv_heads)
@@ -245,15 +245,15 @@ class CompressionPipeline:
             scale=inputs.scale,
             softcap=inputs.softcap,
             recent=demands.recent,
-            text_rows=demands.text_rows,
+            instruction_len=demands.instruction_len,
             segment=batch.segment,
             num_segments=batch.num_segments,
             first_head=self.first_head,
             trace=batch.trace,
-            column_sums=inputs.column_sums,
+            key_attention_sum=inputs.key_attention_sum,
             hidden=inputs.hidden,
             moments=inputs.moments,
-            maker=inputs.maker,
+            projector=inputs.projector,
             mean_over_heads=self.mean_over_heads,
         )
 

@@ -33,13 +33,13 @@ class PromptPlan:
         num_kept_blocks: n, the last n of the m blocks, which hold the kept tokens.
         tail: tokens in the partial last block; always kept.
         capacity: nominal competing tokens that a head keeps.
-        num_scored: competing tokens as allocators count them.
+        num_candidates: competing tokens as allocators count them.
         pinned: tokens that every head keeps anyway; capacity + pinned is the nominal total.
         fixed: tokens in full blocks that every head keeps anyway.
         recent: R, last tokens that are always kept.
         num_rows: last prompt rows whose queries are looked at.
-        text_rows: how many of them belong to the instruction.
-        capture_from: first position whose row counts in any sum over the prompt.
+        instruction_len: how many of them belong to the instruction.
+        stats_from: first position whose row counts in any sum over the prompt.
         moments_from: first position that counts in moments.
         max_hit: most tokens that may be taken from the prefix cache: rows that are looked at and
             the kept blocks must be recomputed, because compaction writes into the latter.
@@ -50,13 +50,13 @@ class PromptPlan:
     num_kept_blocks: int
     tail: int
     capacity: int
-    num_scored: int
+    num_candidates: int
     pinned: int
     fixed: int
     recent: int
     num_rows: int
-    text_rows: int
-    capture_from: int
+    instruction_len: int
+    stats_from: int
     moments_from: int
     max_hit: int
     facts: PromptFacts
@@ -98,9 +98,9 @@ class BlockPlanner:
     def plan(self, facts: PromptFacts) -> PromptPlan:
         return _plan(self, facts)
 
-    def scored_tokens(self, plan: PromptPlan) -> list[list[int]]:
+    def head_budgets(self, plan: PromptPlan) -> list[list[int]]:
         """C[l][g] of a static allocator, over all layers and KV heads of the model."""
-        return _scored_tokens(self, plan.capacity, plan.num_scored)
+        return _head_budgets(self, plan.capacity, plan.num_candidates)
 
 
 @functools.lru_cache(maxsize=64)
@@ -109,10 +109,12 @@ def _config(settings: str) -> KVCompressionConfig:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _scored_tokens(planner: BlockPlanner, capacity: int, num_scored: int) -> list[list[int]]:
+def _head_budgets(planner: BlockPlanner, capacity: int, num_candidates: int) -> list[list[int]]:
     allocator = planner.config.allocation
     assert isinstance(allocator, StaticAllocator)
-    return allocator.scored_tokens(capacity, num_scored, planner.num_layers, planner.num_kv_heads)
+    return allocator.head_budgets(
+        capacity, num_candidates, planner.num_layers, planner.num_kv_heads
+    )
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -120,38 +122,38 @@ def _plan(planner: BlockPlanner, facts: PromptFacts) -> PromptPlan:
     config, block_size, length = planner.config, planner.block_size, facts.length
     num_full = length // block_size
     tail = length - num_full * block_size
-    capacity, num_scored, recent = _competition(config, block_size, facts)
-    pinned = length - num_scored if config.candidates is not Candidates.ALL else config.window
+    capacity, num_candidates, recent = _competition(config, block_size, facts)
+    pinned = length - num_candidates if config.candidates is not Candidates.ALL else config.window
     in_pages = num_full * block_size
     if config.candidates is Candidates.ALL:
         fixed = max(0, recent - tail)
     else:
         fixed = in_pages - facts.num_visual(min(in_pages, length - recent))
-    num_rows, text_rows = _rows(config, facts)
-    capture_from, moments_from = _sums(config, length)
+    num_rows, instruction_len = _rows(config, facts)
+    stats_from, moments_from = _sums(config, length)
 
     num_kept = num_full
-    if 0 <= capacity < num_scored:
+    if 0 <= capacity < num_candidates:
         mean = Fraction(capacity)
         if isinstance(config.allocation, StaticAllocator):
-            tokens = _scored_tokens(planner, capacity, num_scored)
+            tokens = _head_budgets(planner, capacity, num_candidates)
             mean = Fraction(sum(map(sum, tokens)), sum(map(len, tokens)))
         pages = math.ceil((mean + pinned - tail) / block_size)
         num_kept = min(num_full, max(1, pages, -(-fixed // block_size)))
-    first_row = min(length - num_rows, capture_from)
+    first_row = min(length - num_rows, stats_from)
     compresses = num_kept < num_full
     return PromptPlan(
         num_full_blocks=num_full,
         num_kept_blocks=num_kept,
         tail=tail,
         capacity=capacity,
-        num_scored=num_scored,
+        num_candidates=num_candidates,
         pinned=pinned,
         fixed=fixed,
         recent=recent,
         num_rows=num_rows,
-        text_rows=text_rows,
-        capture_from=capture_from,
+        instruction_len=instruction_len,
+        stats_from=stats_from,
         moments_from=moments_from,
         max_hit=min(num_full - num_kept, first_row // block_size) * block_size
         if compresses
@@ -184,20 +186,20 @@ def _competition(
 def _rows(config: KVCompressionConfig, facts: PromptFacts) -> tuple[int, int]:
     """Rows whose queries are looked at, and those of the instruction."""
     needs, length = config.needs, facts.length
-    text_rows = facts.num_text_rows(config.window)
+    instruction_len = facts.num_instruction_tokens(config.window)
     num_rows = 0
     if Need.WINDOW_QUERIES in needs:
         num_rows = config.window
-    if Need.TEXT_QUERIES in needs:
-        num_rows = max(num_rows, text_rows)
+    if Need.INSTRUCTION_QUERIES in needs:
+        num_rows = max(num_rows, instruction_len)
     if Need.LAST_QUERY in needs:
         num_rows = max(num_rows, 1)
-    return min(num_rows, length), text_rows
+    return min(num_rows, length), instruction_len
 
 
 def _sums(config: KVCompressionConfig, length: int) -> tuple[int, int]:
     """First rows that count in any sum over the prompt, and in moments."""
     moments_from = length
     if config.needs & (Need.HIDDEN_MOMENTS | Need.QUERY_MOMENTS):
-        moments_from = config.scoring.capture_from(length)
-    return 0 if Need.COLUMN_SUMS in config.needs else moments_from, moments_from
+        moments_from = config.scoring.stats_from(length)
+    return 0 if Need.KEY_ATTENTION_SUMS in config.needs else moments_from, moments_from

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_TEXT_ROWS = 256
+MAX_INSTRUCTION_LEN = 256
 """Most instruction rows that are looked at: bounds what must be kept over prefill chunks."""
 
 
@@ -41,14 +41,15 @@ class PromptFacts:
         """Visual tokens at positions below ``end``."""
         return sum(max(0, min(stop, end) - start) for start, stop in self.visual)
 
-    def num_text_rows(self, window: int) -> int:
-        """Rows of the instruction: the text after the last visual token, MAX_TEXT_ROWS at most.
+    def num_instruction_tokens(self, window: int) -> int:
+        """Tokens of the instruction: the text after the last visual token.
 
-        Without visual tokens the window; the last token when the prompt ends with an image.
+        At most MAX_INSTRUCTION_LEN. Without visual tokens the window; the last token when the
+        prompt ends with an image.
         """
         if not self.visual:
             return min(window, self.length)
-        return min(max(1, self.length - self.visual[-1][1]), MAX_TEXT_ROWS)
+        return min(max(1, self.length - self.visual[-1][1]), MAX_INSTRUCTION_LEN)
 
     def segments(self, size: int) -> np.ndarray:
         """[size] int64: image or temporal patch at each position, -1 on text."""

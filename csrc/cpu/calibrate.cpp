@@ -52,12 +52,12 @@ void pool_row(const float* x, int64_t count, int64_t length, int64_t width, bool
   std::fill(out + count, out + length, outside);
 }
 
-at::Tensor pool_prefix(const at::Tensor& scores, const at::Tensor& num_scored, int64_t kernel,
+at::Tensor pool_prefix(const at::Tensor& scores, const at::Tensor& num_candidates, int64_t kernel,
                        bool take_max) {
   TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat,
               "scores: expected float32 [N, Hkv, T]");
-  TORCH_CHECK(num_scored.scalar_type() == at::kLong, "num_scored: expected int64");
-  const auto x = scores.contiguous(), scored = num_scored.contiguous();
+  TORCH_CHECK(num_candidates.scalar_type() == at::kLong, "num_candidates: expected int64");
+  const auto x = scores.contiguous(), scored = num_candidates.contiguous();
   const int64_t num_heads = x.size(1), length = x.size(2);
   auto pooled = at::empty(x.sizes(), x.options());
   const float* from = x.const_data_ptr<float>();
@@ -184,9 +184,9 @@ void score_head(const float* mean, const float* last, const std::vector<const fl
   for (int64_t t = 0; t < count; ++t) final[t] += strength * scratch.value[t];
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> calibrate_scores(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bacon_calibrate(
     const at::Tensor& mean, const at::Tensor& last, at::TensorList trace,
-    const at::Tensor& num_scored, const at::Tensor& capacity, int64_t kernel, bool take_max,
+    const at::Tensor& num_candidates, const at::Tensor& capacity, int64_t kernel, bool take_max,
     std::string mode, int64_t local_k, double lambda_c, double topk_frac) {
   const Options options{kernel, take_max, parse_mode(mode), local_k, lambda_c, topk_frac};
   std::vector<at::Tensor> inputs{mean.contiguous(), last.contiguous()};
@@ -198,9 +198,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> calibrate_scores(
                 "mean, last and trace: expected float32 [N, Hkv, T]");
     data.push_back(input.const_data_ptr<float>());
   }
-  const auto scored = num_scored.contiguous(), capacities = capacity.contiguous();
+  const auto scored = num_candidates.contiguous(), capacities = capacity.contiguous();
   TORCH_CHECK(scored.scalar_type() == at::kLong && capacities.scalar_type() == at::kLong,
-              "num_scored and capacity: expected int64");
+              "num_candidates and capacity: expected int64");
   const int64_t* counts = scored.const_data_ptr<int64_t>();
   const int64_t* nominal = capacities.const_data_ptr<int64_t>();
   const int64_t num_heads = mean.size(1), length = mean.size(2);
@@ -227,9 +227,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> calibrate_scores(
 }  // namespace kvcompress
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
-  m.def("pool_prefix(Tensor scores, Tensor num_scored, int kernel, bool take_max) -> Tensor",
+  m.def("pool_prefix(Tensor scores, Tensor num_candidates, int kernel, bool take_max) -> Tensor",
         &kvcompress::pool_prefix);
-  m.def("calibrate_scores(Tensor mean, Tensor last, Tensor[] trace, Tensor num_scored, "
+  m.def("bacon_calibrate(Tensor mean, Tensor last, Tensor[] trace, Tensor num_candidates, "
         "Tensor capacity, int kernel, bool take_max, str mode, int local_k, float lambda_c, "
-        "float topk_frac) -> (Tensor, Tensor, Tensor)", &kvcompress::calibrate_scores);
+        "float topk_frac) -> (Tensor, Tensor, Tensor)", &kvcompress::bacon_calibrate);
 }

@@ -18,15 +18,15 @@ namespace {
 at::Tensor last_row_logits(const at::Tensor& queries, const at::Tensor& pages,
                            const at::Tensor& block_table, int64_t num_kv_heads,
                            const at::Tensor& key_index, const at::Tensor& prompt_lens,
-                           const at::Tensor& text_rows, double scale, double softcap) {
+                           const at::Tensor& instruction_len, double scale, double softcap) {
   TORCH_CHECK(queries.dim() == 4, "queries: expected [N, Q, Hq, D]");
-  TORCH_CHECK(prompt_lens.scalar_type() == at::kLong && text_rows.scalar_type() == at::kLong,
-              "prompt_lens and text_rows: expected int64");
+  TORCH_CHECK(prompt_lens.scalar_type() == at::kLong && instruction_len.scalar_type() == at::kLong,
+              "prompt_lens and instruction_len: expected int64");
   const int64_t num = queries.size(0), num_rows = queries.size(1), head_size = queries.size(3);
   const int64_t group = queries.size(2) / num_kv_heads;
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
   const at::Tensor source = queries.select(1, num_rows - 1).to(at::kFloat).contiguous();
-  const at::Tensor lens = prompt_lens.contiguous(), texts = text_rows.contiguous();
+  const at::Tensor lens = prompt_lens.contiguous(), texts = instruction_len.contiguous();
   auto result = at::full({num, queries.size(2), num_rows}, -std::numeric_limits<float>::infinity(),
                          source.options());
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "last_row_logits", [&] {
@@ -42,7 +42,7 @@ at::Tensor last_row_logits(const at::Tensor& queries, const at::Tensor& pages,
         TORCH_CHECK(prompt_len <= length, "prompt_lens: expected at most ", length, ", got ",
                     prompt_len);
         TORCH_CHECK(0 <= text && text <= std::min(num_rows, prompt_len),
-                    "text_rows: expected at most ", std::min(num_rows, prompt_len), ", got ", text);
+                    "instruction_len: expected at most ", std::min(num_rows, prompt_len), ", got ", text);
         rows.clear();
         for (int64_t g = 0; g < group; ++g) {
           rows.add(source.const_data_ptr<float>() + (i * group + g) * head_size, prompt_len);
@@ -168,7 +168,7 @@ at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
   m.def("last_row_logits(Tensor queries, Tensor pages, Tensor block_table, int num_kv_heads, "
-        "Tensor key_index, Tensor prompt_lens, Tensor text_rows, float scale, float softcap) "
+        "Tensor key_index, Tensor prompt_lens, Tensor instruction_len, float scale, float softcap) "
         "-> Tensor", &kvcompress::last_row_logits);
   m.def("elite_attention(Tensor queries, Tensor elite, Tensor segment, Tensor pages, "
         "Tensor block_table, int num_kv_heads, Tensor key_index, Tensor prompt_lens, float scale, "

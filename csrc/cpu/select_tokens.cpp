@@ -15,18 +15,18 @@ namespace kvcompress {
 namespace {
 
 // Kept positions of one head, ascending; entries beyond `count` become `length`.
-void select_head(const float* scores, int64_t length, int64_t count, int64_t num_candidates,
+void select_head(const float* scores, int64_t length, int64_t count, int64_t candidate_end,
                  int64_t pinned_end, int64_t max_count, std::vector<uint32_t>& keys, int64_t* out) {
   count = std::min(count, max_count);
-  pinned_end = std::max(pinned_end, num_candidates);
-  const int64_t num_pinned = std::min(pinned_end - num_candidates, count);
-  const int64_t num_best = std::min(count - num_pinned, num_candidates);
+  pinned_end = std::max(pinned_end, candidate_end);
+  const int64_t num_pinned = std::min(pinned_end - candidate_end, count);
+  const int64_t num_best = std::min(count - num_pinned, candidate_end);
   int64_t kept = 0;
-  if (num_best == num_candidates) {
+  if (num_best == candidate_end) {
     while (kept < num_best) out[kept] = kept, ++kept;
   } else if (num_best > 0) {
-    for (int64_t t = 0; t < num_candidates; ++t) keys[t] = order_key(scores[t]);
-    const Threshold threshold = find_threshold(keys.data(), num_candidates, num_best);
+    for (int64_t t = 0; t < candidate_end; ++t) keys[t] = order_key(scores[t]);
+    const Threshold threshold = find_threshold(keys.data(), candidate_end, num_best);
     int64_t ties = threshold.ties;
     for (int64_t t = 0; kept < num_best; ++t) {
       const bool tie = keys[t] == threshold.key && ties > 0;
@@ -35,18 +35,18 @@ void select_head(const float* scores, int64_t length, int64_t count, int64_t num
       kept += tie || keys[t] > threshold.key;
     }
   }
-  for (int64_t t = num_candidates; t < num_candidates + num_pinned; ++t) out[kept++] = t;
+  for (int64_t t = candidate_end; t < candidate_end + num_pinned; ++t) out[kept++] = t;
   for (int64_t t = pinned_end; kept < count; ++t) out[kept++] = t;  // more than there are
   std::fill(out + kept, out + max_count, length);
 }
 
 at::Tensor select_tokens(const at::Tensor& scores, const at::Tensor& count,
-                         const at::Tensor& num_candidates, const at::Tensor& pinned_end,
+                         const at::Tensor& candidate_end, const at::Tensor& pinned_end,
                          int64_t max_count) {
   TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat,
               "scores: expected float32 [N, Hkv, T]");
   const auto x = scores.contiguous(), counts = count.contiguous();
-  const auto candidates = num_candidates.contiguous(), ends = pinned_end.contiguous();
+  const auto candidates = candidate_end.contiguous(), ends = pinned_end.contiguous();
   for (const auto& t : {counts, candidates, ends}) {
     TORCH_CHECK(t.scalar_type() == at::kLong, "counts and positions: expected int64");
   }
@@ -135,7 +135,7 @@ at::Tensor head_counts(const at::Tensor& base, const at::Tensor& capacity, bool 
 }  // namespace kvcompress
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
-  m.def("select_tokens(Tensor scores, Tensor count, Tensor num_candidates, Tensor pinned_end, "
+  m.def("select_tokens(Tensor scores, Tensor count, Tensor candidate_end, Tensor pinned_end, "
         "int max_count) -> Tensor", &kvcompress::select_tokens);
   m.def("head_counts(Tensor base, Tensor capacity, bool normalize) -> Tensor",
         &kvcompress::head_counts);

@@ -21,8 +21,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 struct Selection {
   const float* scores;            // [rows, length]
   const int64_t* count;           // [rows], positions to keep, pinned ones included
-  const int64_t* num_candidates;  // [rows / num_heads], positions [0, num_candidates) compete
-  const int64_t* pinned_end;      // [rows / num_heads], [num_candidates, pinned_end) always stay
+  const int64_t* candidate_end;  // [rows / num_heads], positions [0, candidate_end) compete
+  const int64_t* pinned_end;      // [rows / num_heads], [candidate_end, pinned_end) always stay
   int64_t* kept;                  // [rows, width], ascending; length where there are no more
   int num_heads, length, width;
   int chunk;                      // positions per block
@@ -85,12 +85,12 @@ __global__ void __launch_bounds__(kThreads) select_rows(const Selection s) {
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int64_t row = blockIdx.x / num_blocks;
   const int count = min(static_cast<int>(s.count[row]), s.width);
-  const int num_candidates = s.num_candidates[row / s.num_heads];
-  const int pinned_end = max(static_cast<int>(s.pinned_end[row / s.num_heads]), num_candidates);
-  const int num_best = min(max(count - (pinned_end - num_candidates), 0), num_candidates);
-  const int num_pinned = min(count - num_best, pinned_end - num_candidates);
+  const int candidate_end = s.candidate_end[row / s.num_heads];
+  const int pinned_end = max(static_cast<int>(s.pinned_end[row / s.num_heads]), candidate_end);
+  const int num_best = min(max(count - (pinned_end - candidate_end), 0), candidate_end);
+  const int num_pinned = min(count - num_best, pinned_end - candidate_end);
   const int first = rank * s.chunk;
-  const int size = min(max(num_candidates - first, 0), s.chunk);
+  const int size = min(max(candidate_end - first, 0), s.chunk);
 
   for (int i = thread; i < kPasses * kBins; i += kThreads) (&state.counts[0][0])[i] = 0;
   if (thread == 0) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) select_rows(const Selection s) {
     tied += __popc(all_tied);
   }
   const int stride = num_blocks * kThreads, offset = rank * kThreads + thread;
-  for (int i = offset; i < num_pinned; i += stride) kept[num_best + i] = num_candidates + i;
+  for (int i = offset; i < num_pinned; i += stride) kept[num_best + i] = candidate_end + i;
   for (int i = num_best + num_pinned + offset; i < s.width; i += stride) kept[i] = s.length;
 }
 

@@ -90,7 +90,7 @@ DECODE_CONSTANTS = {
 }
 TILED = {"BLOCK": 2048}
 CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
-    dict.fromkeys(("num_scored_ptr", "capacity_ptr"), "*i64")
+    dict.fromkeys(("num_candidates_ptr", "capacity_ptr"), "*i64")
     | dict.fromkeys(("mean_ptr", "last_ptr", "base_ptr", "evidence_ptr", "value_ptr"), "*fp32")
     | dict.fromkeys(("scores_ptr", "pooled_ptr", "values_ptr", "moments_ptr"), "*fp32")
 )
@@ -105,7 +105,7 @@ PROXY_CONSTANTS = {"BLOCK_R": 64} | {
 ELITE_TYPES = (
     SCORE_TYPES
     | {"elite_ptr": "*u8", "logits_ptr": "*fp32"}
-    | (dict.fromkeys(("text_rows_ptr", "segment_ptr"), "*i64"))
+    | (dict.fromkeys(("instruction_len_ptr", "segment_ptr"), "*i64"))
 )
 ELITE_CONSTANTS = PROXY_CONSTANTS | {"BLOCK_R": 16}
 VOTE_TYPES = {"masses_ptr": "*fp32", "votes_ptr": "*fp32"} | (
@@ -139,7 +139,7 @@ KERNELS = {  # by name, followed by what is special about a variant
         "window_attention", SCORE_TYPES, SCORE_CONSTANTS | {"TAKE_MAX": False}
     ),
     "_row_lse_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
-    "_column_sums_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
+    "_key_attention_sum_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
     "_select_kernel": Kernel("selection", SELECT_TYPES, {"BLOCK": 4096}, num_warps=16),
     "_begin_selection_kernel": Kernel("selection", SELECT_TYPES, {}),
     "_digit_kernel": Kernel("tiled_radix", {"values_ptr": "*fp32"}, TILED, num_warps=8),
@@ -171,7 +171,7 @@ KERNELS = {  # by name, followed by what is special about a variant
     "_proxy_sums_kernel": Kernel(
         "proxy_attention", PROXY_TYPES, PROXY_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
     ),
-    "_group_masses_kernel": Kernel(
+    "_group_attention_sum_kernel": Kernel(
         "proxy_attention",
         PROXY_TYPES,
         PROXY_CONSTANTS | {"GROUPS_PER_PROGRAM": 4, "BLOCK_T": 128},
@@ -197,7 +197,12 @@ KERNELS |= {
     f"{name} e4m3": KERNELS[name]._replace(
         types=KERNELS[name].types | {"pages_ptr": "*fp8e4nv"}, capabilities=(90,)
     )
-    for name in ("_row_sums_kernel", "_scores_kernel", "_row_lse_kernel", "_column_sums_kernel")
+    for name in (
+        "_row_sums_kernel",
+        "_scores_kernel",
+        "_row_lse_kernel",
+        "_key_attention_sum_kernel",
+    )
 }
 for name in ("_row_sums_kernel e4m3", "_scores_kernel e4m3"):
     KERNELS[name] = KERNELS[name]._replace(num_warps=8)
@@ -216,9 +221,9 @@ KERNELS |= dict(
         in_float32("_row_sums_kernel", 16, BLOCK_T=32),
         in_float32("_scores_kernel", 16),
         in_float32("_row_lse_kernel", 8, BLOCK_C=16),
-        in_float32("_column_sums_kernel", 8, BLOCK_C=16),
+        in_float32("_key_attention_sum_kernel", 8, BLOCK_C=16),
         in_float32("_proxy_sums_kernel", 8, BLOCK_R=32, BLOCK_T=32),
-        in_float32("_group_masses_kernel", 8, BLOCK_R=32, BLOCK_T=32),
+        in_float32("_group_attention_sum_kernel", 8, BLOCK_R=32, BLOCK_T=32),
         in_float32("_last_logits_kernel", 8),
         in_float32("_elite_sums_kernel", 8),
         in_float32("_elite_attention_kernel", 8),

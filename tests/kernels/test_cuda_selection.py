@@ -39,11 +39,11 @@ def emulated(tmp_path_factory):
     )
     library = ctypes.CDLL(str(built))
 
-    def select_tokens(scores, count, num_candidates, pinned_end, max_count, num_blocks):
+    def select_tokens(scores, count, candidate_end, pinned_end, max_count, num_blocks):
         num, heads, length = scores.shape
         width = min(max_count, length)
         kept = torch.full((num, heads, width), -1)
-        tensors = (scores, count, num_candidates, pinned_end, kept)
+        tensors = (scores, count, candidate_end, pinned_end, kept)
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
         library.select_rows(*pointers, num * heads, heads, length, width, num_blocks)
         return kept

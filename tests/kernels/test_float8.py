@@ -111,17 +111,17 @@ def test_window_scores(prompts, precision, softcap):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
-def test_column_sums(prompts, precision):
+def test_key_attention_sum(prompts, precision):
     queries, ends = rows_of(33, precision), torch.tensor(SHAPE[0])
     lengths = torch.tensor([1, 33, 20])
     arguments = (queries, lengths, ends - lengths)
     keys = reference.read_prompt(as_numbers(prompts), "key").nan_to_num(0.0)
-    expected = reference.column_sums(*arguments, keys, 0.2)
+    expected = reference.key_attention_sum(*arguments, keys, 0.2)
     if prompts.layout.key_index is None:
         on = (tensor.to(DEVICE) for tensor in arguments)
-        found = column_attention.column_sums(*on, on_device(prompts), 0.2)
+        found = column_attention.key_attention_sum(*on, on_device(prompts), 0.2)
     else:
-        found = native.column_sums(*arguments, prompts, 0.2)
+        found = native.key_attention_sum(*arguments, prompts, 0.2)
     torch.testing.assert_close(found.cpu(), expected, rtol=2e-5, atol=1e-6)
 
 
@@ -129,14 +129,14 @@ def test_proxies_and_elite(dtype):
     prompts, lens = make_prompts(dtype, strewn=False), torch.tensor(SHAPE[0])
     keys = reference.read_prompt(as_numbers(prompts), "key")
     queries, on = rows_of(4), on_device(prompts)
-    expected = reference.group_masses(queries, keys, lens, 2, 0.2)
-    found = proxy_attention.group_masses(queries.to(DEVICE), on, lens.to(DEVICE), 2, 0.2)
+    expected = reference.group_attention_sum(queries, keys, lens, 2, 0.2)
+    found = proxy_attention.group_attention_sum(queries.to(DEVICE), on, lens.to(DEVICE), 2, 0.2)
     torch.testing.assert_close(found.cpu(), expected, rtol=2e-5, atol=1e-6)
 
-    text_rows = torch.tensor([1, 3, 4])
-    expected = reference.last_row_logits(queries, keys, lens, text_rows, 0.2)
+    instruction_len = torch.tensor([1, 3, 4])
+    expected = reference.last_row_logits(queries, keys, lens, instruction_len, 0.2)
     found = elite_rows.last_row_logits(
-        queries.to(DEVICE), on, lens.to(DEVICE), text_rows.to(DEVICE), 0.2
+        queries.to(DEVICE), on, lens.to(DEVICE), instruction_len.to(DEVICE), 0.2
     )
     torch.testing.assert_close(found.cpu(), expected, rtol=2e-5, atol=1e-6)
 

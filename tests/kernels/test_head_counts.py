@@ -11,9 +11,9 @@ from vllm_kvcompress.kernels import head_budgets, reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def base_scores(kind: str, num_scored: list[int], heads: int, length: int) -> torch.Tensor:
+def base_scores(kind: str, num_candidates: list[int], heads: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(length)
-    shape = (len(num_scored), heads, length)
+    shape = (len(num_candidates), heads, length)
     scores = (2 * torch.randn(shape, generator=generator)).exp()
     scores = scores * (1 + torch.arange(heads))[:, None]  # heads of unlike mass
     if kind == "ties":
@@ -24,7 +24,7 @@ def base_scores(kind: str, num_scored: list[int], heads: int, length: int) -> to
         pool = torch.tensor([0.0, -0.0, 1.0, 2.0, -1.0, math.nan, -math.inf])
         scores = pool[torch.randint(0, len(pool), shape, generator=generator)]
         scores[:, 0] = math.nan
-    for row, end in enumerate(num_scored):
+    for row, end in enumerate(num_candidates):
         scores[row, :, end:] = -math.inf
     return scores
 

@@ -40,8 +40,8 @@ class TestGroupMasses:
         queries = random_queries(len(lengths), rows, num_q_heads, head_size, factor=factor)
         lens, numbers = torch.tensor(lengths), (groups, head_size**-0.5, softcap)
         keys = reference.read_prompt(prompts, "key")
-        expected = reference.group_masses(queries, keys, lens, *numbers)
-        found = native.group_masses(queries, prompts, lens, *numbers)
+        expected = reference.group_attention_sum(queries, keys, lens, *numbers)
+        found = native.group_attention_sum(queries, prompts, lens, *numbers)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
         assert found.dtype == torch.float32
         past = torch.arange(found.shape[3]) >= lens[:, None, None, None]
@@ -80,10 +80,10 @@ class TestGroupMasses:
         keys = prompts.layout.key_index.view(16, 4)
         prompts.pages[prompts.block_table[0, :36, None], keys[:, 0]] = -INF
         queries, lens = random_queries(1, 8, 2, 4).abs(), torch.tensor([640])
-        expected = reference.group_masses(
+        expected = reference.group_attention_sum(
             queries, reference.read_prompt(prompts, "key"), lens, 2, 0.5
         )
-        found = native.group_masses(queries, prompts, lens, 2, 0.5)
+        found = native.group_attention_sum(queries, prompts, lens, 2, 0.5)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-9)
 
     def test_a_nan_spoils_what_it_spoils_in_the_definition(self):
@@ -91,8 +91,8 @@ class TestGroupMasses:
         queries, lens = random_queries(1, 4, 4, 16), torch.tensor([100])
         queries[0, 2, 1, 5] = NAN
         keys = reference.read_prompt(prompts, "key")
-        expected = reference.group_masses(queries, keys, lens, 2, 0.25)[..., :100]
-        found = native.group_masses(queries, prompts, lens, 2, 0.25)[..., :100]
+        expected = reference.group_attention_sum(queries, keys, lens, 2, 0.25)[..., :100]
+        found = native.group_attention_sum(queries, prompts, lens, 2, 0.25)[..., :100]
         assert found.isnan().any()
         assert not found.isnan().all()
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-9, equal_nan=True)
@@ -102,9 +102,9 @@ class TestGroupMasses:
         queries = torch.zeros(1, 6, 1, 8)
         for length in (0, 65):
             with pytest.raises(RuntimeError, match="prompt_lens: expected 1 to 64"):
-                native.group_masses(queries, prompts, torch.tensor([length]), 1, 1.0)
+                native.group_attention_sum(queries, prompts, torch.tensor([length]), 1, 1.0)
         with pytest.raises(RuntimeError, match="num_groups: expected a divisor of 6, got 4"):
-            native.group_masses(queries, prompts, torch.tensor([64]), 4, 1.0)
+            native.group_attention_sum(queries, prompts, torch.tensor([64]), 4, 1.0)
 
 
 class TestElite:
@@ -203,7 +203,7 @@ class TestElite:
         expected = reference.elite_attention(queries, elite, segment, keys, lens, 0.25)
         found = native.elite_attention(queries, elite, segment, prompts, lens, 0.25)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
-        with pytest.raises(RuntimeError, match="text_rows: expected at most 30, got 31"):
+        with pytest.raises(RuntimeError, match="instruction_len: expected at most 30, got 31"):
             native.last_row_logits(queries, prompts, lens, torch.tensor([64, 31]), 0.25)
 
 
@@ -224,8 +224,8 @@ class TestCountVotes:
     def check(self, masses, end, tau, cover):
         outside = torch.arange(masses.shape[3]) >= end[:, None]
         masses = masses.masked_fill(outside[:, None, None], NAN)
-        expected = reference.count_votes(masses, end, tau, cover)
-        found = native.count_votes(masses, end, tau, cover)
+        expected = reference.cover_votes(masses, end, tau, cover)
+        found = native.cover_votes(masses, end, tau, cover)
         assert found.dtype == torch.float32
         assert found.equal(expected)
 
@@ -278,15 +278,15 @@ class TestCountVotes:
         end = torch.full((6,), 300)
         same = torch.ones(6, 2, dtype=torch.bool)
         same[1, 1] = same[2, 0] = False
-        found = native.count_votes(spoilt, end, 0.9, cover)[same]
-        assert found.equal(native.count_votes(masses, end, 0.9, cover)[same])
+        found = native.cover_votes(spoilt, end, 0.9, cover)[same]
+        assert found.equal(native.cover_votes(masses, end, 0.9, cover)[same])
 
     def test_what_does_not_fit_is_refused(self):
         masses = torch.zeros(1, 1, 1, 2**20 + 1)
         with pytest.raises(RuntimeError, match=r"at most 2\^20 tokens, got 1048577"):
-            native.count_votes(masses, torch.tensor([5]), 0.5, "min")
+            native.cover_votes(masses, torch.tensor([5]), 0.5, "min")
         with pytest.raises(RuntimeError, match="tau: expected 0 to 1"):
-            native.count_votes(masses[..., :9], torch.tensor([5]), 1.1, "min")
+            native.cover_votes(masses[..., :9], torch.tensor([5]), 1.1, "min")
 
 
 def results() -> list[torch.Tensor]:
@@ -295,10 +295,10 @@ def results() -> list[torch.Tensor]:
     queries, chosen, segment, prompts, lens, texts = elite.case(*elite.CASES[3])
     scale = 32**-0.5
     proxies = random_queries(2, 16, 4, 32)
-    masses = native.group_masses(proxies, prompts, lens, 4, scale)
+    masses = native.group_attention_sum(proxies, prompts, lens, 4, scale)
     return [
         masses,
-        native.count_votes(masses, lens, 0.9, "floor"),
+        native.cover_votes(masses, lens, 0.9, "floor"),
         native.last_row_logits(queries, prompts, lens, texts, scale),
         native.elite_attention(queries, chosen, segment, prompts, lens, scale),
     ]

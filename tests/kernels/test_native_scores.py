@@ -101,8 +101,8 @@ class TestColumnSums:
         rows, positions = torch.tensor(lengths), torch.tensor(ends) - torch.tensor(lengths)
         arguments = (queries, rows, positions)
         keys = reference.read_prompt(prompts, "key").nan_to_num(0.0)
-        expected = reference.column_sums(*arguments, keys, 0.2, softcap)
-        found = native.column_sums(*arguments, prompts, 0.2, softcap)
+        expected = reference.key_attention_sum(*arguments, keys, 0.2, softcap)
+        found = native.key_attention_sum(*arguments, prompts, 0.2, softcap)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
         total = rows[:, None].float().expand(-1, num_kv_heads)
         torch.testing.assert_close(found.sum(2), total, rtol=1e-4, atol=0)
@@ -111,7 +111,7 @@ class TestColumnSums:
         prompts = prompts_of([64], 1, 8, 16, torch.float32, torch.Generator().manual_seed(4))
         queries, rows = torch.zeros(1, 5, 1, 8), torch.tensor([5])
         with pytest.raises(RuntimeError, match="lengths: expected at most 5 rows that end by 64"):
-            native.column_sums(queries, rows, torch.tensor([60]), prompts, 1.0)
+            native.key_attention_sum(queries, rows, torch.tensor([60]), prompts, 1.0)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -125,10 +125,12 @@ def test_smaller_instruction_sets(capability):
 
 def batch(length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged scores [3, 2, length] as windows give them, 0 past n [3]; head 1 is full of ties."""
-    num_scored = torch.tensor([length, max(1, length // 3), max(1, length - 7)])
+    num_candidates = torch.tensor([length, max(1, length // 3), max(1, length - 7)])
     scores = torch.rand(3, 2, length, generator=generator).pow(6)
     scores[:, 1] = (scores[:, 1] * 8).round() / 8
-    return scores.masked_fill(torch.arange(length) >= num_scored[:, None, None], 0.0), num_scored
+    return scores.masked_fill(
+        torch.arange(length) >= num_candidates[:, None, None], 0.0
+    ), num_candidates
 
 
 LENGTHS = [1, 63, 1000, 4097]
@@ -138,14 +140,14 @@ LENGTHS = [1, 63, 1000, 4097]
 @pytest.mark.parametrize("kernel", [1, 3, 5, 31])
 @pytest.mark.parametrize("kind", ["avg", "max"])
 def test_pool_prefix(length, kernel, kind):
-    scores, num_scored = batch(length, torch.Generator().manual_seed(length))
+    scores, num_candidates = batch(length, torch.Generator().manual_seed(length))
     scores = scores - 0.25
     if length > 60:
         scores[1, 0, 10] = NAN
     if kernel > 1:
-        scores.masked_fill_(torch.arange(length) >= num_scored[:, None, None], NAN)
-    expected = reference.pool_prefix(scores, num_scored, kernel, kind)
-    found = native.pool_prefix(scores, num_scored, kernel, kind)
+        scores.masked_fill_(torch.arange(length) >= num_candidates[:, None, None], NAN)
+    expected = reference.pool_prefix(scores, num_candidates, kernel, kind)
+    found = native.pool_prefix(scores, num_candidates, kernel, kind)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
@@ -155,9 +157,9 @@ def test_pool_prefix(length, kernel, kind):
 @pytest.mark.parametrize(
     ("topk_frac", "lambda_c", "pool"), [(2.0, 0.5, "avg"), (1e-3, 3.0, "max"), (1e6, 1.0, "avg")]
 )
-def test_calibrate_scores(length, mode, num_traced, topk_frac, lambda_c, pool):
+def test_bacon_calibrate(length, mode, num_traced, topk_frac, lambda_c, pool):
     generator = torch.Generator().manual_seed(length)
-    (mean, num_scored), (last, _) = batch(length, generator), batch(length, generator)
+    (mean, num_candidates), (last, _) = batch(length, generator), batch(length, generator)
     trace = [batch(length, generator)[0] for _ in range(num_traced)]
     options = {
         "kernel": 5,
@@ -167,18 +169,18 @@ def test_calibrate_scores(length, mode, num_traced, topk_frac, lambda_c, pool):
         "lambda_c": lambda_c,
         "topk_frac": topk_frac,
     }
-    inputs = (mean, last, trace, num_scored, torch.tensor([32, 4, 96]))
-    expected = reference.calibrate_scores(*inputs, **options)
-    found = native.calibrate_scores(*inputs, **options)
+    inputs = (mean, last, trace, num_candidates, torch.tensor([32, 4, 96]))
+    expected = reference.bacon_calibrate(*inputs, **options)
+    found = native.bacon_calibrate(*inputs, **options)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-7)
 
 
 def test_no_evidence_leaves_the_score_as_it_is():
-    mean, num_scored = batch(63, torch.Generator().manual_seed(0))
+    mean, num_candidates = batch(63, torch.Generator().manual_seed(0))
     options = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5}
-    base, evidence, final = native.calibrate_scores(
-        mean, mean / 2, [], num_scored, num_scored, lambda_c=0.5, topk_frac=2.0, **options
+    base, evidence, final = native.bacon_calibrate(
+        mean, mean / 2, [], num_candidates, num_candidates, lambda_c=0.5, topk_frac=2.0, **options
     )
     assert not evidence.any()
     assert final.equal(base)
@@ -200,11 +202,11 @@ def test_select_tokens(length, share):
     generator = torch.Generator().manual_seed(length)
     scores = selection(length, generator)
     pinned_end = torch.tensor([length, length - 1, length // 2 + 1, length])
-    num_candidates = torch.tensor([length, max(length - 32, 0), length // 2, length // 3])
-    pinned = pinned_end - num_candidates
+    candidate_end = torch.tensor([length, max(length - 32, 0), length // 2, length // 3])
+    pinned = pinned_end - candidate_end
     skew = torch.tensor([1.0, 0.5, 0.9])
-    count = pinned[:, None] + (share * skew * num_candidates[:, None]).long()
-    arguments = (scores, count, num_candidates, pinned_end)
+    count = pinned[:, None] + (share * skew * candidate_end[:, None]).long()
+    arguments = (scores, count, candidate_end, pinned_end)
     for slack in (0, 5):
         max_count = min(int(count.max()) + slack, length)
         expected = reference.select_tokens(*arguments, max_count)
@@ -215,19 +217,19 @@ def test_select_tokens_when_counts_do_not_fit():
     """Fewer than what is pinned, and more than there are candidates: by position."""
     scores = torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(0))
     count = torch.tensor([[3, 0], [35, 40]])
-    num_candidates, pinned_end = torch.tensor([20, 10]), torch.tensor([30, 16])
-    expected = reference.select_tokens(scores, count, num_candidates, pinned_end, 40)
-    assert native.select_tokens(scores, count, num_candidates, pinned_end, 40).equal(expected)
+    candidate_end, pinned_end = torch.tensor([20, 10]), torch.tensor([30, 16])
+    expected = reference.select_tokens(scores, count, candidate_end, pinned_end, 40)
+    assert native.select_tokens(scores, count, candidate_end, pinned_end, 40).equal(expected)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_head_counts(length, normalize):
     """Ragged rows, ties within and across heads, NaN, a head without mass, a budget beyond n."""
-    base, num_scored = batch(length, torch.Generator().manual_seed(length))
+    base, num_candidates = batch(length, torch.Generator().manual_seed(length))
     base = torch.cat([base, base[:, 1:], torch.zeros_like(base[:, :1])], dim=1)
     base[2, 0, 0] = NAN
-    base = base.masked_fill(torch.arange(length) >= num_scored[:, None, None], -INF)
+    base = base.masked_fill(torch.arange(length) >= num_candidates[:, None, None], -INF)
     for capacity in ([1, 1, 1], [max(1, length // 9)] * 3, [length] * 3):
         expected = reference.head_counts(base, torch.tensor(capacity), normalize)
         assert native.head_counts(base, torch.tensor(capacity), normalize).equal(expected)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_kvcompress.kernels.reference import (
     calibrate,
-    column_sums,
+    key_attention_sum,
     pool_prefix,
     select_tokens,
     window_scores,
@@ -129,7 +129,7 @@ class TestColumnSums:
         for m, (length, position) in enumerate(zip(lengths, positions, strict=True)):
             keys[m, :, position + length :] = np.nan  # stale pages
             queries[m, : width - length] = np.nan  # other requests' tokens
-        got = column_sums(
+        got = key_attention_sum(
             torch.from_numpy(queries).float(),
             torch.tensor(lengths),
             torch.tensor(positions),
@@ -149,7 +149,7 @@ class TestColumnSums:
 
         def sums(start, end):
             size, first = torch.tensor([end - start]), torch.tensor([start])
-            return column_sums(queries[:, start:end], size, first, keys, self.SCALE)
+            return key_attention_sum(queries[:, start:end], size, first, keys, self.SCALE)
 
         edges = [0, *itertools.accumulate(chunks)]
         added = sum(sums(a, b) for a, b in itertools.pairwise(edges))
@@ -258,14 +258,14 @@ class TestCalibrate:
                 np.testing.assert_allclose(got[n, h, :count], expected, rtol=1e-4)
 
 
-def naive_select(scores, count, num_candidates, pinned_end):
+def naive_select(scores, count, candidate_end, pinned_end):
     """Kept positions of one head."""
 
     def rank(t):
         return (0, 0.0) if math.isnan(scores[t]) else (1, scores[t])
 
-    pinned = list(range(num_candidates, pinned_end))
-    free = sorted(range(num_candidates), key=lambda t: (*(-x for x in rank(t)), t))
+    pinned = list(range(candidate_end, pinned_end))
+    free = sorted(range(candidate_end), key=lambda t: (*(-x for x in rank(t)), t))
     return sorted([*pinned, *free[: count - len(pinned)]])
 
 

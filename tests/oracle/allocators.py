@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.attention import column_sums, descending, logits_of, softmax
+from oracle.attention import descending, key_attention_sum, logits_of, softmax
 from oracle.config import Budget, OracleConfig
 from oracle.elite import elite_importance
 from oracle.prompt import Prompt
@@ -180,7 +180,9 @@ def prefix_sizes(priority: np.ndarray, total: int) -> tuple[list[int], float]:
 def prefixkv(prompt: Prompt, total: int) -> list[int]:
     """K per layer, by the attention that tokens get from all queries."""
     layers = range(prompt.num_layers)
-    return prefix_sizes(np.stack([column_sums(prompt, i).mean(axis=0) for i in layers]), total)[0]
+    return prefix_sizes(
+        np.stack([key_attention_sum(prompt, i).mean(axis=0) for i in layers]), total
+    )[0]
 
 
 def sparsity(prompt: Prompt, layer: int, rows: np.ndarray, threshold: float) -> float:
@@ -212,14 +214,14 @@ def vlcache(prompt: Prompt, kept: int, cfg: OracleConfig) -> list[int]:
 def layer_capacities(layers: int, budget: Budget, cfg: OracleConfig) -> list[int]:
     """C_l as bacon sees it: of the layer under pyramid, else the same in all layers."""
     if cfg.allocator == "pyramid":
-        return pyramid(layers, budget.capacity, budget.num_scored, cfg)
+        return pyramid(layers, budget.capacity, budget.num_candidates, cfg)
     return [budget.capacity] * layers
 
 
 def static_tokens(layers: int, num_kv: int, budget: Budget, cfg: OracleConfig) -> HeadTokens:
     """K of an allocator that never looks at scores."""
     if cfg.allocator == "sparsemm":
-        scored = sparsemm(layers, num_kv, budget.capacity, budget.num_scored, cfg)
+        scored = sparsemm(layers, num_kv, budget.capacity, budget.num_candidates, cfg)
     else:
         scored = [[c] * num_kv for c in layer_capacities(layers, budget, cfg)]
     return [[count + budget.pinned for count in heads] for heads in scored]
@@ -230,7 +232,7 @@ def head_tokens(
 ) -> HeadTokens:
     """K[l, g] for one prompt."""
     layers, num_kv = prompt.num_layers, prompt.num_kv
-    share, limit = budget.capacity, budget.num_scored
+    share, limit = budget.capacity, budget.num_candidates
     if cfg.allocator in STATIC:
         return static_tokens(layers, num_kv, budget, cfg)
     if cfg.allocator == "adakv":

@@ -30,7 +30,7 @@ def row_means(prompt: Prompt, layer: int, rows: np.ndarray) -> np.ndarray:
     return np.stack([softmax(logits_of(prompt, layer, h, rows)).mean(axis=0) for h in heads])
 
 
-def column_sums(prompt: Prompt, layer: int) -> np.ndarray:
+def key_attention_sum(prompt: Prompt, layer: int) -> np.ndarray:
     """Attention that each key gets from all queries of each query head. [Hq, P]"""
     return row_means(prompt, layer, np.arange(prompt.length)) * prompt.length
 

@@ -181,7 +181,7 @@ class Budget(NamedTuple):
     kept: int  # K: everything included, before whole pages
     pinned: int  # what allocators leave out: the window, or all that is not a candidate
     capacity: int  # b, what allocators share out: kept = pinned + capacity
-    num_scored: int  # most that one head can get of it
+    num_candidates: int  # most that one head can get of it
     recent: int  # R, last tokens that are always kept
     candidates: np.ndarray  # [P] bool, tokens that compete (postvision: before its own R)
 

@@ -17,7 +17,7 @@ def elite_importance(
     Both softmaxes are over subsets of the keys: the text behind the last visual token, and the
     visual tokens together with the elite rows.
     """
-    text = prompt.text_rows()
+    text = prompt.instruction_len()
     if text is None:
         text = np.array([prompt.length - 1])
     heads = range(prompt.num_q)

@@ -71,7 +71,7 @@ class Prompt:
         """RoPE position of the last token, the largest of its components."""
         return self.length - 1 if self.positions is None else int(self.positions[:, -1].max())
 
-    def text_rows(self) -> np.ndarray | None:
+    def instruction_len(self) -> np.ndarray | None:
         """Text behind the last visual token, at most `MAX_ROWS`; None without visual tokens.
 
         Ends the prompt with a visual token, its last row stands in.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oracle.attention import by_group, column_sums, descending, pool1d, row_means
+from oracle.attention import by_group, descending, key_attention_sum, pool1d, row_means
 from oracle.config import OracleConfig, recent_tokens
 from oracle.elite import elite_importance
 from oracle.prompt import Prompt
@@ -209,7 +209,7 @@ def das(prompt: Prompt, layer: int, cfg: OracleConfig, state: State) -> Scored:
 
 
 def h2o(prompt: Prompt, layer: int, cfg: OracleConfig, state: State) -> Scored:
-    score = by_group(column_sums(prompt, layer), prompt.num_kv)
+    score = by_group(key_attention_sum(prompt, layer), prompt.num_kv)
     if cfg.variant == "observed":
         score = score / (prompt.length - np.arange(prompt.length))
     if cfg.text_hard_cap:
@@ -239,14 +239,14 @@ def streaming(prompt: Prompt, layer: int, cfg: OracleConfig, state: State) -> Sc
 
 
 def elastic(prompt: Prompt, layer: int, cfg: OracleConfig, state: State) -> Scored:
-    score = column_sums(prompt, layer).mean(axis=0)[: prompt.length - 1]
+    score = key_attention_sum(prompt, layer).mean(axis=0)[: prompt.length - 1]
     score[: cfg.num_sinks] = np.inf
     return Scored(np.tile(score, (prompt.num_kv, 1)), None)
 
 
 def post_vision_rows(prompt: Prompt, cfg: OracleConfig) -> np.ndarray:
     """Rows that postvision and vlcache look at."""
-    rows = prompt.text_rows()
+    rows = prompt.instruction_len()
     return np.arange(max(0, prompt.length - cfg.window), prompt.length) if rows is None else rows
 
 

@@ -44,16 +44,16 @@ class Prompt:
 def batch_of(prompts: list[Prompt], garbage=float("nan"), **changes) -> LayerContext:
     """Pages, rows that are not text and segments past a prompt's end hold garbage."""
     longest = max(prompt.length for prompt in prompts)
-    text_rows = [prompt.facts.num_text_rows(WINDOW) for prompt in prompts]
-    num_rows = max(WINDOW, *text_rows)
+    instruction_len = [prompt.facts.num_instruction_tokens(WINDOW) for prompt in prompts]
+    num_rows = max(WINDOW, *instruction_len)
     num_kv, _, head_size = prompts[0].k.shape
     keys = torch.full((len(prompts), num_kv, longest, head_size), garbage)
     queries = torch.full((len(prompts), num_rows, prompts[0].q.shape[0], head_size), garbage)
     segment = torch.full((len(prompts), longest), 0)
     for i, prompt in enumerate(prompts):
         keys[i, :, : prompt.length] = torch.from_numpy(prompt.k)
-        rows = torch.from_numpy(prompt.q[:, -text_rows[i] :]).transpose(0, 1)
-        queries[i, num_rows - text_rows[i] :] = rows
+        rows = torch.from_numpy(prompt.q[:, -instruction_len[i] :]).transpose(0, 1)
+        queries[i, num_rows - instruction_len[i] :] = rows
         segment[i, : prompt.length] = torch.from_numpy(prompt.segment)
     settings = {
         "layer": 0,
@@ -63,7 +63,7 @@ def batch_of(prompts: list[Prompt], garbage=float("nan"), **changes) -> LayerCon
         "queries": queries,
         "prompts": lcg.dense_prompts(keys, keys),
         "scale": head_size**-0.5,
-        "text_rows": torch.tensor(text_rows),
+        "instruction_len": torch.tensor(instruction_len),
         "segment": segment,
         "num_segments": max(len(prompt.images) for prompt in prompts),
     }

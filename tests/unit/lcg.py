@@ -60,7 +60,7 @@ def layer_context(layer: int, capacity: int, trace: LayerTrace, **facts: Any) ->
     q, k, v = (torch.from_numpy(x[layer]).float() for x in queries_keys_values())
     facts = {
         "recent": torch.tensor([WINDOW]),
-        "text_rows": torch.tensor([TEXT_ROWS]),
+        "instruction_len": torch.tensor([TEXT_ROWS]),
         "segment": torch.tensor([SEGMENT]),
         "num_segments": 2,
         **facts,

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from scorer_inputs import (
     Prompt,
-    column_sums,
     hidden_moments,
+    key_attention_sum,
     maker_of,
     query_moments,
     random_prompt,
@@ -173,7 +173,7 @@ def ending_prompts(
     if config.candidates is not Candidates.ALL:
         batch.visual = torch.from_numpy(segments >= 0)
     if isinstance(config.allocation, StaticAllocator):
-        batch.static_tokens = torch.tensor([planner.scored_tokens(plan) for plan in plans])
+        batch.static_tokens = torch.tensor([planner.head_budgets(plan) for plan in plans])
     return batch
 
 
@@ -191,11 +191,11 @@ def layer_inputs(
         first = prompt.length - plan.num_rows
         rows = torch.from_numpy(prompt.q[layer][:, first:]).transpose(0, 1)
         queries[i, num_rows - plan.num_rows :] = rows
-        collected = column_sums(prompt.q[layer], prompt.k[layer], SCALE)
+        collected = key_attention_sum(prompt.q[layer], prompt.k[layer], SCALE)
         sums[i, :, : prompt.length] = torch.from_numpy(collected)
     needs, scorer = config.needs, config.scoring
     facts = {
-        Need.COLUMN_SUMS: ("column_sums", lambda: sums),
+        Need.KEY_ATTENTION_SUMS: ("key_attention_sum", lambda: sums),
         Need.HIDDEN_MOMENTS: (
             "hidden",
             lambda: stack([hidden_moments(p.hidden[layer], scorer) for p in prompts]),
@@ -211,6 +211,6 @@ def layer_inputs(
         queries=queries,
         pages=cache.pages(layer),
         scale=SCALE,
-        maker=maker_of(prompts),
+        projector=maker_of(prompts),
         **{name: make() for need, (name, make) in facts.items() if need in needs},
     )

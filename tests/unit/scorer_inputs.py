@@ -49,7 +49,7 @@ def group_mean(values: np.ndarray, num_kv_heads: int) -> np.ndarray:
     return values.reshape(num_kv_heads, -1, *values.shape[1:]).mean(1)
 
 
-def column_sums(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
+def key_attention_sum(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
     """[Hkv, T]."""
     return group_mean(attention(q, k, scale).sum(1), len(k))
 
@@ -107,7 +107,7 @@ class Prompt:
         return self.k.shape[2]
 
     @property
-    def text_rows(self) -> int:
+    def instruction_len(self) -> int:
         """Rows of the instruction."""
         visual = np.flatnonzero(self.segment >= 0)
         return max(1, self.length - 1 - visual[-1]) if len(visual) else 8
@@ -155,7 +155,7 @@ def context(
     """One layer of several requests, with ``garbage`` wherever a scorer must not look."""
     num, longest = len(prompts), max(p.length for p in prompts)
     num_q, num_kv, size = prompts[0].q.shape[1], *prompts[0].k.shape[1::2]
-    num_rows = max(window, *(p.text_rows for p in prompts))
+    num_rows = max(window, *(p.instruction_len for p in prompts))
     keys, values = torch.full((2, num, num_kv, longest, size), garbage)
     sums = torch.full((num, num_kv, longest), garbage)
     queries = torch.full((num, num_rows, num_q, size), garbage)
@@ -163,9 +163,9 @@ def context(
     for i, p in enumerate(prompts):
         keys[i, :, : p.length] = torch.from_numpy(p.k[layer])
         values[i, :, : p.length] = torch.from_numpy(p.v[layer])
-        collected = column_sums(p.q[layer], p.k[layer], size**-0.5)
+        collected = key_attention_sum(p.q[layer], p.k[layer], size**-0.5)
         sums[i, :, : p.length] = torch.from_numpy(collected)
-        rows = max(window, p.text_rows)
+        rows = max(window, p.instruction_len)
         queries[i, -rows:] = torch.from_numpy(p.q[layer][:, -rows:]).transpose(0, 1)
         segment[i, : p.length] = torch.from_numpy(p.segment)
     return LayerContext(
@@ -177,14 +177,14 @@ def context(
         prompts=lcg.dense_prompts(keys, values),
         scale=size**-0.5,
         recent=torch.full((num,), max(1, scorer.num_recent(window, 12))),
-        text_rows=torch.tensor([p.text_rows for p in prompts]),
+        instruction_len=torch.tensor([p.instruction_len for p in prompts]),
         segment=segment,
         num_segments=max(int(p.segment.max()) + 1 for p in prompts),
         trace=trace,
-        column_sums=sums,
+        key_attention_sum=sums,
         hidden=stack([hidden_moments(p.hidden[layer], scorer) for p in prompts]),
         moments=stack([query_moments(p.raw[layer], scorer) for p in prompts]),
-        maker=maker_of(prompts),
+        projector=maker_of(prompts),
     )
 
 
@@ -197,13 +197,13 @@ def maker_of(prompts: list[Prompt]) -> Maker:
 
 def hidden_moments(hidden: np.ndarray, scorer: Scorer) -> HiddenMoments:
     """Of [P, d], without the dimension N."""
-    x = torch.from_numpy(hidden[scorer.capture_from(len(hidden)) :])
+    x = torch.from_numpy(hidden[scorer.stats_from(len(hidden)) :])
     return HiddenMoments(torch.tensor(len(x)), x.sum(0), x.square().sum(0), x[-1])
 
 
 def query_moments(queries: np.ndarray, scorer: Scorer) -> QueryMoments:
     """Of [Hq, P, D], without the dimension N."""
-    q = torch.from_numpy(queries[:, scorer.capture_from(queries.shape[1]) :]).float()
+    q = torch.from_numpy(queries[:, scorer.stats_from(queries.shape[1]) :]).float()
     return QueryMoments(torch.tensor(q.shape[1]), q.sum(1), q.mT @ q)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from images import WINDOW, Prompt, batch_of
 
-from vllm_kvcompress.prompt import MAX_TEXT_ROWS
+from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
 from vllm_kvcompress.scoring import LayerContext, LayerTrace
 from vllm_kvcompress.scoring.aircache import AirCache, visual_attention
 
@@ -30,7 +30,7 @@ def expected(prompt: Prompt, elite=0.9, scope="head", softcap=0.0) -> np.ndarray
     if softcap:
         logits = softcap * np.tanh(logits / softcap)
     visual = np.flatnonzero(prompt.segment >= 0)
-    text = np.arange(length - prompt.facts.num_text_rows(WINDOW), length)
+    text = np.arange(length - prompt.facts.num_instruction_tokens(WINDOW), length)
     a = np.stack([softmax(logits[h, -1, text]) for h in range(num_q)])
     if scope == "layer":
         a[:] = a.mean(0)
@@ -125,8 +125,8 @@ class TestAgainstLoops:
         assert not np.allclose(want, expected(RAGGED[0]), rtol=1e-2)
 
     def test_long_instructions_are_cut(self):
-        prompt = Prompt.random(4, MAX_TEXT_ROWS + 40, [(2, 9)])
-        assert prompt.facts.num_text_rows(WINDOW) == MAX_TEXT_ROWS
+        prompt = Prompt.random(4, MAX_INSTRUCTION_LEN + 40, [(2, 9)])
+        assert prompt.facts.num_instruction_tokens(WINDOW) == MAX_INSTRUCTION_LEN
         got = visual_attention(batch_of([prompt]), 0.2, "head")[0]
         np.testing.assert_allclose(got, expected(prompt, 0.2), rtol=2e-5, atol=1e-9)
 

@@ -39,16 +39,16 @@ def apportion_row(shares, total, low, high) -> list[int]:
 def allocate_row(allocator, base, capacity) -> list[int]:
     """Allocation of one request from its base scores [Hkv][n]."""
     base = torch.as_tensor(np.asarray(base, dtype=np.float32))[None]
-    num_scored = torch.tensor([base.shape[2]])
-    return allocator.scored_tokens(base, num_scored, torch.tensor([capacity]))[0].tolist()
+    num_candidates = torch.tensor([base.shape[2]])
+    return allocator.head_budgets(base, num_candidates, torch.tensor([capacity]))[0].tolist()
 
 
-def linear_schedule(num_layers, budget, beta, num_scored) -> list[Fraction]:
+def linear_schedule(num_layers, budget, beta, num_candidates) -> list[Fraction]:
     """Real-valued pyramid budgets: a line from high to low with the given mean."""
     low = Fraction(budget, beta)
     high = 2 * budget - low
-    if high >= num_scored:
-        high = Fraction(num_scored)
+    if high >= num_candidates:
+        high = Fraction(num_candidates)
         low = 2 * budget - high
     return [high - (high - low) * layer / (num_layers - 1) for layer in range(num_layers)]
 
@@ -161,10 +161,10 @@ class TestAdaKVExamples:
         base = bacon.base
         assert base[..., : lcg.NUM_SCORED].equal(window.base[..., : lcg.NUM_SCORED])
         assert base[..., lcg.NUM_SCORED :].isneginf().all()
-        num_scored, capacity = torch.tensor([lcg.NUM_SCORED]), torch.tensor([4])
+        num_candidates, capacity = torch.tensor([lcg.NUM_SCORED]), torch.tensor([4])
         allocator = AdaKV(alpha=0.5)
         assert allocator.counts(base, capacity).tolist() == [[3, 5]]
-        assert allocator.scored_tokens(base, num_scored, capacity).tolist() == [[4, 4]]
+        assert allocator.head_budgets(base, num_candidates, capacity).tolist() == [[4, 4]]
 
 
 @st.composite
@@ -216,7 +216,7 @@ class TestAdaKVProperties:
         for i, (base, _) in enumerate(rows):
             padded[i, :, : len(base[0])] = torch.tensor(base)
         allocator = AdaKV(normalize=normalize)
-        result = allocator.scored_tokens(
+        result = allocator.head_budgets(
             padded,
             torch.tensor([len(base[0]) for base, _ in rows]),
             torch.tensor([capacity for _, capacity in rows]),

@@ -27,8 +27,8 @@ NUM_LAYERS = 3
 ALL = [AirCacheLayers(), AirCacheLayers(statistic="skewness"), VLCache(), PrefixKV()]
 
 
-def demand_of(lengths, num_scored, capacity, pinned) -> Demand:
-    return Demand(*(torch.tensor(column) for column in (lengths, num_scored, capacity, pinned)))
+def demand_of(lengths, num_candidates, capacity, pinned) -> Demand:
+    return Demand(*(torch.tensor(column) for column in (lengths, num_candidates, capacity, pinned)))
 
 
 def causal_attention(q, k, scale) -> np.ndarray:
@@ -50,7 +50,7 @@ def context(group: list[Prompt], **changes):
         probs = causal_attention(prompt.q, prompt.k, ctx.scale)
         by_group = probs.sum(1).reshape(num_kv, -1, prompt.length).mean(1)
         sums[i, :, : prompt.length] = torch.from_numpy(by_group)
-    ctx.column_sums = sums
+    ctx.key_attention_sum = sums
     return ctx
 
 
@@ -74,7 +74,7 @@ def worked_example() -> list:
     for ctx in contexts:
         q, k = (x[ctx.layer] for x in lcg.queries_keys_values()[:2])
         sums = causal_attention(q, k, lcg.SCALE).sum(1)
-        ctx.column_sums = torch.from_numpy(sums.reshape(2, 2, -1).mean(1)).float()[None]
+        ctx.key_attention_sum = torch.from_numpy(sums.reshape(2, 2, -1).mean(1)).float()[None]
     return contexts
 
 
@@ -194,7 +194,7 @@ class TestVLCache:
         got = VLCache(threshold=threshold).observe(context(group), UNREAD)
         for i, prompt in enumerate(group):
             probs = causal_attention(prompt.q, prompt.k, 8**-0.5)
-            rows = range(prompt.length - prompt.facts.num_text_rows(WINDOW), prompt.length)
+            rows = range(prompt.length - prompt.facts.num_instruction_tokens(WINDOW), prompt.length)
             zeros = sum(
                 float(probs[h, r, t] < threshold * probs[h, r].max())
                 for h in range(4)
@@ -341,10 +341,10 @@ def demands(draw):
     length = draw(st.integers(12, 70))
     start = draw(st.integers(0, length - 2))
     end = draw(st.integers(start + 1, length))
-    num_scored = draw(st.integers(1, length - 1))
-    capacity = draw(st.integers(1, num_scored))
+    num_candidates = draw(st.integers(1, length - 1))
+    capacity = draw(st.integers(1, num_candidates))
     model = model_of(draw(st.integers(0, 20)), length, [(start, end)])
-    return model, (length, num_scored, capacity, length - num_scored)
+    return model, (length, num_candidates, capacity, length - num_candidates)
 
 
 class TestProperties:

@@ -19,25 +19,25 @@ SIGMA = [[0, 0.1, 0.3, 0.2], [0.05, 0.05, 0.1, 0.2]]
 """Head scores of the worked example: 2 layers x 4 query heads, in groups of 2."""
 
 
-def layers(allocator, capacity, num_scored, num_layers) -> list[int]:
+def layers(allocator, capacity, num_candidates, num_layers) -> list[int]:
     """Scored tokens per layer; every head of a layer has them."""
-    rows = allocator.scored_tokens(capacity, num_scored, num_layers, 3)
+    rows = allocator.head_budgets(capacity, num_candidates, num_layers, 3)
     assert all(row == [row[0]] * 3 for row in rows)
     return [row[0] for row in rows]
 
 
 class TestPyramid:
     @pytest.mark.parametrize(
-        ("beta", "num_scored", "official", "exact"),
+        ("beta", "num_candidates", "official", "exact"),
         [
             (20, 96, [16, 11, 6, 1], [16, 11, 5, 0]),
             (4, 96, [14, 10, 6, 2], [14, 10, 6, 2]),
             (4, 12, [12, 10, 8, 6], [12, 9, 7, 4]),
         ],
     )
-    def test_published_schedules(self, beta, num_scored, official, exact):
-        assert layers(Pyramid(beta=beta), 8, num_scored, 4) == exact
-        assert layers(Pyramid(beta=beta, rounding="official"), 8, num_scored, 4) == official
+    def test_published_schedules(self, beta, num_candidates, official, exact):
+        assert layers(Pyramid(beta=beta), 8, num_candidates, 4) == exact
+        assert layers(Pyramid(beta=beta, rounding="official"), 8, num_candidates, 4) == official
 
     def test_published_model(self):
         exact = layers(Pyramid(), 32, ENDLESS, 28)
@@ -67,14 +67,14 @@ class TestPyramid:
 
     @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 50), st.integers(1, 40))
     def test_total_bounds_and_order(self, capacity, more, num_layers, beta):
-        num_scored = capacity + more
+        num_candidates = capacity + more
         for rounding in ("exact", "official"):
             allocator = Pyramid(beta=beta, rounding=rounding)
-            result = layers(allocator, capacity, num_scored, num_layers)
+            result = layers(allocator, capacity, num_candidates, num_layers)
             assert len(result) == num_layers
-            assert all(0 <= count <= num_scored for count in result)
+            assert all(0 <= count <= num_candidates for count in result)
             assert result == sorted(result, reverse=True)
-            assert result == layers(allocator, capacity, num_scored, num_layers)
+            assert result == layers(allocator, capacity, num_candidates, num_layers)
             if rounding == "exact":
                 assert sum(result) == capacity * num_layers
             else:
@@ -107,10 +107,10 @@ class TestSparseMM:
     def test_published_budgets(self, write):
         path = write(as_file(SIGMA))
         exact, official = SparseMM(path), SparseMM(path, rounding="official")
-        assert exact.scored_tokens(10, 100, 2, 2) == [[5, 19], [4, 12]]
-        assert official.scored_tokens(10, 100, 2, 2) == [[5, 19], [5, 12]]
-        assert exact.scored_tokens(10, 12, 2, 2) == [[8, 12], [8, 12]]
-        assert sum(map(sum, official.scored_tokens(10, 12, 2, 2))) == 34
+        assert exact.head_budgets(10, 100, 2, 2) == [[5, 19], [4, 12]]
+        assert official.head_budgets(10, 100, 2, 2) == [[5, 19], [5, 12]]
+        assert exact.head_budgets(10, 12, 2, 2) == [[8, 12], [8, 12]]
+        assert sum(map(sum, official.head_budgets(10, 12, 2, 2))) == 34
 
     @pytest.mark.parametrize(
         ("budget", "even", "rest"), [(64, 3, 3248), (128, 9, 9744), (256, 22, 22624)]
@@ -119,13 +119,13 @@ class TestSparseMM:
         """28 layers, 28 query and 4 KV heads, with one head that has all the score."""
         sigma = [[0.0] * 28 for _ in range(28)]
         sigma[5][13] = 0.25
-        tokens = SparseMM(write(as_file(sigma))).scored_tokens(budget - 32, 10**6, 28, 4)
+        tokens = SparseMM(write(as_file(sigma))).head_budgets(budget - 32, 10**6, 28, 4)
         assert tokens[5].pop(1) == even + rest
         assert {count for layer in tokens for count in layer} == {even}
 
     def test_one_query_head_per_kv_head(self, write):
         """No groups: each score is a head's own."""
-        tokens = SparseMM(write(as_file([[1, 3]])), rho=0.0).scored_tokens(4, 100, 1, 2)
+        tokens = SparseMM(write(as_file([[1, 3]])), rho=0.0).head_budgets(4, 100, 1, 2)
         assert tokens == [[2, 6]]
 
     def test_the_mean_of_a_list_counts(self, write):
@@ -153,15 +153,15 @@ class TestSparseMM:
         path = tmp_path_factory.mktemp("heads") / "scores.json"
         path.write_text(json.dumps(as_file(sigma)))
         capacity = data.draw(st.integers(1, 60))
-        num_scored = capacity + data.draw(st.integers(1, 200))
+        num_candidates = capacity + data.draw(st.integers(1, 200))
         rho = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
         allocator = SparseMM(str(path), rho=rho)
-        result = allocator.scored_tokens(capacity, num_scored, num_layers, num_heads)
+        result = allocator.head_budgets(capacity, num_candidates, num_layers, num_heads)
         flat = [count for layer in result for count in layer]
         assert [len(layer) for layer in result] == [num_heads] * num_layers
         assert sum(flat) == capacity * num_layers * num_heads
-        assert all(0 <= count <= num_scored for count in flat)
-        assert result == allocator.scored_tokens(capacity, num_scored, num_layers, num_heads)
+        assert all(0 <= count <= num_candidates for count in flat)
+        assert result == allocator.head_budgets(capacity, num_candidates, num_layers, num_heads)
 
     def test_a_missing_path_says_how_to_make_the_file(self):
         with pytest.raises(ValueError, match="vllm-kvcompress calibrate-heads MODEL"):
@@ -221,10 +221,10 @@ class TestHeadScoreFiles:
 
     def test_a_file_that_cannot_be_split_among_kv_heads(self, write):
         with pytest.raises(ValueError, match="does not fit 2 layers of 3 KV heads"):
-            SparseMM(write(as_file(SIGMA))).scored_tokens(10, 100, 2, 3)
+            SparseMM(write(as_file(SIGMA))).head_budgets(10, 100, 2, 3)
 
     @pytest.mark.parametrize("sigma", [[[0.0, 0.0]], SIGMA])
     def test_uniform_fallback_is_even_and_told(self, write, caplog, sigma):
         allocator = SparseMM(write(as_file(sigma)), allow_uniform_fallback=True)
-        assert allocator.scored_tokens(7, 100, 1, 2) == [[7, 7]]
+        assert allocator.head_budgets(7, 100, 1, 2) == [[7, 7]]
         assert "does not fit the model" in caplog.text

@@ -25,11 +25,20 @@ FOUNDATIONS = {"metrics", "options", "presets", "prompt", "request_store"}
 MAY_IMPORT = {
     "": {"adapter"},  # register() alone
     "adapter": FOUNDATIONS
-    | {"adapter", "allocation", "batch", "captures", "config", "kernels", "merging", "page_state"}
+    | {
+        "adapter",
+        "allocation",
+        "batch",
+        "prefill_stats",
+        "config",
+        "kernels",
+        "merging",
+        "page_state",
+    }
     | {"pipeline", "plan", "scoring"},
     "tools": {"allocation", "config", "merging", "presets", "prompt", "scoring", "tools"},
     "pipeline": {"allocation", "kernels", "merging", "page_state", "scoring"},
-    "captures": {"kernels", "request_store", "scoring"},
+    "prefill_stats": {"kernels", "request_store", "scoring"},
     "plan": {"allocation", "config", "prompt", "scoring"},
     "config": {"allocation", "merging", "presets", "prompt", "scoring"},
     "scoring": {"kernels", "options", "scoring"},
@@ -43,7 +52,15 @@ MAY_IMPORT = {
 """Which part of the package may import which others; adapter on top, never back."""
 
 HOST_SYNCS = {"item", "tolist", "cpu"}
-DEVICE_PARTS = ("pipeline", "page_state", "captures", "scoring", "allocation", "merging", "kernels")
+DEVICE_PARTS = (
+    "pipeline",
+    "page_state",
+    "prefill_stats",
+    "scoring",
+    "allocation",
+    "merging",
+    "kernels",
+)
 
 
 def part_of(path: Path) -> str:

@@ -128,7 +128,7 @@ class TestParse:
         [
             ("snapkv", Need.KEYS | Need.WINDOW_QUERIES),
             ("snapkv+uniform+recycle", Need.KEYS | Need.WINDOW_QUERIES | Need.SEGMENTS),
-            ("h2o+uniform+lookm", Need.COLUMN_SUMS),
+            ("h2o+uniform+lookm", Need.KEY_ATTENTION_SUMS),
         ],
     )
     def test_needs_of_all_methods_together(self, method, needs):
@@ -136,7 +136,7 @@ class TestParse:
 
     def test_needs_of_an_option(self):
         raw = {"method": "h2o", "text_prior": True, "text_hard_cap": True}
-        assert KVCompressionConfig.parse(raw).needs == Need.COLUMN_SUMS | Need.SEGMENTS
+        assert KVCompressionConfig.parse(raw).needs == Need.KEY_ATTENTION_SUMS | Need.SEGMENTS
 
     @pytest.mark.parametrize(
         ("method", "spans"),

@@ -196,8 +196,8 @@ class TestSameKept:
         """The best token that was dropped in place of the worst that was kept."""
         scores = oracle.scores(scored.queries, scored.keys, CONFIG, 1.0)[0, 0]
         kept = self.kept(scored)
-        num_scored = len(kept[0][0]) - CONFIG.window
-        worst, best = scores.argsort()[::-1][num_scored - 1 : num_scored + 1]
+        num_candidates = len(kept[0][0]) - CONFIG.window
+        worst, best = scores.argsort()[::-1][num_candidates - 1 : num_candidates + 1]
         kept[0][0] = np.sort(np.append(np.setdiff1d(kept[0][0], worst), best))
         gap = scores[worst] / scores[best] - 1
         monkeypatch.setattr(compare, "SCORE_GAP", share * gap)

@@ -211,7 +211,7 @@ class TestAdaKV:
     def counts(prefill: Prefill, layer: int, allocator: AdaKV, budget: int) -> list[int]:
         base = ours(prefill, layer, SnapKV())[None].clone()
         base[..., PREFIX:] = float("-inf")
-        tokens = allocator.scored_tokens(
+        tokens = allocator.head_budgets(
             base, torch.tensor([PREFIX]), torch.tensor([budget - WINDOW])
         )
         return tokens[0].tolist()
@@ -246,7 +246,7 @@ class TestPyramidKV:
     def test_kept_sets(self, prefill, capacity, beta, schedule):
         """Schedules of whole numbers; the second is bounded by the prompt."""
         num_heads = prefill.prompt.k.shape[1]
-        mine = Pyramid(beta=beta).scored_tokens(capacity, PREFIX, LAYERS, num_heads)
+        mine = Pyramid(beta=beta).head_budgets(capacity, PREFIX, LAYERS, num_heads)
         assert mine == [[tokens] * num_heads for tokens in schedule]
         press = kvpress.PyramidKVPress(1 - capacity / LENGTH, window_size=WINDOW, beta=beta)
         for layer, theirs in enumerate(released(prefill, press)):
@@ -256,11 +256,11 @@ class TestPyramidKV:
     @given(st.integers(1, 200), st.integers(1, 400), st.integers(1, 40), st.integers(2, 48))
     def test_schedules_differ_by_rounding_alone(self, capacity, more, beta, num_layers):
         assume(capacity > beta)  # the top layer then gets more than kvpress's window of 1
-        num_scored = capacity + more
-        length = num_scored + 1
+        num_candidates = capacity + more
+        length = num_candidates + 1
         press = kvpress.PyramidKVPress(1 - capacity / length, window_size=1, beta=beta)
         config = SimpleNamespace(num_hidden_layers=num_layers)
-        mine = Pyramid(beta=beta).scored_tokens(capacity, num_scored, num_layers, 1)
+        mine = Pyramid(beta=beta).head_budgets(capacity, num_candidates, num_layers, 1)
         for layer, (tokens,) in enumerate(mine):
             module = SimpleNamespace(config=config, layer_idx=layer)
             assert abs(press.get_layer_budget(module, length) - tokens) <= 1

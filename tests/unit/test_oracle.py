@@ -7,7 +7,7 @@ import lcg
 import numpy as np
 import pytest
 from oracle import OracleConfig, best_positions, pool1d
-from oracle.attention import by_group, column_sums, row_means
+from oracle.attention import by_group, key_attention_sum, row_means
 from oracle.proxies import expected_attention, mean_rotation
 from oracle.scorers import (
     State,
@@ -192,7 +192,7 @@ class TestMixKV:
 
 class TestH2O:
     def test_scores(self):
-        score = by_group(column_sums(PROMPT, 0), 2)
+        score = by_group(key_attention_sum(PROMPT, 0), 2)
         assert close(
             score[0],
             "2.862675 1.731760 1.920264 1.175784 .816472 .520604 .832917 1.218692 .314196 .333380"
@@ -276,7 +276,7 @@ def test_shared_sets(scorer):
     """The mean of h2o's sums over all heads, sinks and the last token kept."""
     cfg = OracleConfig(budget=5, scorer=scorer, **SMALL)
     for layer, heads in enumerate(kept(cfg)):
-        mean = column_sums(PROMPT, layer).mean(axis=0)[1:11]
+        mean = key_attention_sum(PROMPT, layer).mean(axis=0)[1:11]
         best = np.sort(best_positions(mean, 3) + 1)
         assert heads == sets([[[0, *best, 11]] * 2])[0]
 

@@ -16,7 +16,7 @@ from oracle.allocators import (
     sparsity,
     vlcache_sizes,
 )
-from oracle.attention import column_sums
+from oracle.attention import key_attention_sum
 from oracle.config import budget_of
 from oracle.plan import head_pages
 from oracle.scorers import post_vision_rows, window_score
@@ -180,7 +180,7 @@ class TestPrefixKV:
         assert prefix_sizes(np.ones((2, 4)), 5)[0] == [3, 2]
 
     def test_fixture(self):
-        priority = np.stack([column_sums(PROMPT, layer).mean(axis=0) for layer in range(3)])
+        priority = np.stack([key_attention_sum(PROMPT, layer).mean(axis=0) for layer in range(3)])
         assert prefix_sizes(priority, 18) == ([6, 6, 6], pytest.approx(0.813638, abs=6e-7))
         cfg = OracleConfig(budget=6, scorer="prefixkv", allocator="prefixkv", **SMALL)
         assert set(kept(cfg)) == {"01234b 01234b"}

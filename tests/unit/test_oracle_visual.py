@@ -49,11 +49,11 @@ class TestAirCache:
         assert sets([rows]) == ["b b b b"]
         np.testing.assert_allclose(importance.sum(axis=1), 1)
 
-    def test_many_text_rows(self):
+    def test_many_instruction_len(self):
         """At most 256 text rows look back at the image."""
         rng = np.random.default_rng(0)
         q, k = rng.normal(size=(1, 1, 400, 4)), rng.normal(size=(1, 1, 400, 4))
-        rows = Prompt(q, k, 0.5, segments=[(2, 5)]).text_rows()
+        rows = Prompt(q, k, 0.5, segments=[(2, 5)]).instruction_len()
         assert (rows[0], rows[-1]) == (144, 399)
 
 

@@ -213,8 +213,8 @@ class Late(ModelAllocator):
 
     def kept_tokens(self, observed, demand):
         assert torch.stack(observed, 1).tolist() == [[0, 1, 2]] * len(demand.capacity)
-        facts = zip(demand.capacity.tolist(), demand.num_scored.tolist(), strict=True)
-        tokens = torch.tensor([Pyramid().scored_tokens(*fact, LAYERS, 1) for fact in facts])
+        facts = zip(demand.capacity.tolist(), demand.num_candidates.tolist(), strict=True)
+        tokens = torch.tensor([Pyramid().head_budgets(*fact, LAYERS, 1) for fact in facts])
         return tokens[:, :, 0] + demand.pinned[:, None]
 
 

@@ -18,7 +18,7 @@ from planners import LAYERS, NUM_KV_HEADS, oracle_config, planner_of, planners, 
 from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.allocation.uniform import Uniform
 from vllm_kvcompress.plan import BlockPlanner
-from vllm_kvcompress.prompt import MAX_TEXT_ROWS, PromptFacts
+from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN, PromptFacts
 from vllm_kvcompress.scoring import Need
 
 IMAGE = PromptFacts(500, ((10, 400),))
@@ -36,9 +36,9 @@ def test_equals_the_oracle(planner, facts):
     if plan.compresses:
         assert plan.fixed == pages.fixed
         assert plan.recent == budget.recent
-        assert (plan.capacity, plan.num_scored) == (budget.capacity, budget.num_scored)
+        assert (plan.capacity, plan.num_candidates) == (budget.capacity, budget.num_candidates)
         assert plan.pinned == budget.pinned
-        assert 0 <= plan.capacity < plan.num_scored
+        assert 0 <= plan.capacity < plan.num_candidates
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_static_budgets_decide_the_blocks(allocator, rounding, length, head_scor
     cfg = oracle_config(planner)
     budget = budget_of(visual_mask(length, ()), cfg)
     tokens = [[k - plan.pinned for k in row] for row in static_tokens(LAYERS, 2, budget, cfg)]
-    assert planner.scored_tokens(plan) == tokens
+    assert planner.head_budgets(plan) == tokens
     mean = Fraction(sum(map(sum, tokens)), LAYERS * NUM_KV_HEADS) + 32
     assert plan.num_kept_blocks == min(math.ceil((mean - plan.tail) / 16), length // 16)
     assert plan.compresses
@@ -73,7 +73,7 @@ def test_recent_tokens_fit_though_static_budgets_fall_short(head_scores):
     settings = {"method": "h2o+sparsemm", "recent_share": 1.0, "head_scores": head_scores}
     planner = planner_of(16, budget=64, rounding="official", **settings)
     plan = planner.plan(PromptFacts(95))
-    assert sum(map(sum, planner.scored_tokens(plan))) / 6 + 32 < 60
+    assert sum(map(sum, planner.head_budgets(plan))) / 6 + 32 < 60
     assert (plan.recent, plan.tail, plan.fixed) == (64, 15, 49)
     assert plan.num_kept_blocks == 4
 
@@ -110,7 +110,7 @@ def test_compaction_only_touches_recomputed_blocks(planner, facts):
     if not plan.compresses:
         assert plan.max_hit == max(facts.length - 1, 0)
         return
-    bounds = plan.num_freed_blocks * size, facts.length - plan.num_rows, plan.capture_from
+    bounds = plan.num_freed_blocks * size, facts.length - plan.num_rows, plan.stats_from
     assert plan.max_hit % size == 0
     assert plan.max_hit <= min(bounds)
     assert plan.max_hit + size > min(bounds)
@@ -145,7 +145,7 @@ def test_the_longer_of_window_and_instruction_is_looked_at(monkeypatch):
     """An allocator may ask for other rows than the scorer."""
 
     class Listener(Uniform):
-        needs = Need.TEXT_QUERIES
+        needs = Need.INSTRUCTION_QUERIES
 
     monkeypatch.setitem(ALLOCATORS, "listener", Listener)
     planner = planner_of(16, method="snapkv+listener", window=20)
@@ -157,11 +157,11 @@ def test_the_longer_of_window_and_instruction_is_looked_at(monkeypatch):
 def test_stored_rows_have_a_bound(planner, facts):
     plan = planner.plan(facts)
     assert plan.num_rows <= min(planner.max_rows, facts.length)
-    assert planner.max_rows <= max(planner.config.window, MAX_TEXT_ROWS)
+    assert planner.max_rows <= max(planner.config.window, MAX_INSTRUCTION_LEN)
 
 
 @pytest.mark.parametrize(
-    ("settings", "capture_from", "max_hit"),
+    ("settings", "stats_from", "max_hit"),
     [
         ({"method": "snapkv"}, 500, 368),  # 8 blocks of 16 are rewritten, 3 more are a tail
         ({"method": "keydiff+uniform"}, 500, 368),
@@ -175,9 +175,9 @@ def test_stored_rows_have_a_bound(planner, facts):
         ({"method": "shiftkv", "stat_ctx": 300}, 200, 192),
     ],
 )
-def test_sums_over_the_prompt_bound_hits(settings, capture_from, max_hit):
+def test_sums_over_the_prompt_bound_hits(settings, stats_from, max_hit):
     plan = planner_of(16, **settings).plan(PromptFacts(500))
-    assert plan.capture_from == capture_from
+    assert plan.stats_from == stats_from
     assert plan.max_hit == max_hit
 
 
@@ -215,7 +215,7 @@ def test_examples(length, full, kept, tail, max_hit):
     plan = planner_of(32, method="snapkv", budget=64).plan(PromptFacts(length))
     assert (plan.num_full_blocks, plan.num_kept_blocks, plan.tail) == (full, kept, tail)
     assert plan.max_hit == max_hit
-    assert (plan.capacity, plan.pinned, plan.num_scored) == (32, 32, length - 32)
+    assert (plan.capacity, plan.pinned, plan.num_candidates) == (32, 32, length - 32)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ class TestVisualCandidates:
         plan = planner_of(16, method="snapkv", candidates="visual", budget=budget, window=32).plan(
             IMAGE
         )
-        assert (plan.capacity, plan.num_scored, plan.pinned) == (capacity, 390, 110)
+        assert (plan.capacity, plan.num_candidates, plan.pinned) == (capacity, 390, 110)
         assert plan.num_kept_blocks == kept_blocks
         assert plan.fixed == 106  # text in full blocks
 
@@ -261,7 +261,7 @@ class TestVisualCandidates:
         """The prompt ends with its image, 4 tokens of which are in the tail block."""
         planner = planner_of(16, method=scorer, candidates="visual", budget=50, window=32)
         plan = planner.plan(PromptFacts(500, ((100, 500),)))
-        assert plan.num_scored == 400 - recent
+        assert plan.num_candidates == 400 - recent
         assert plan.pinned == 100 + recent
         assert plan.fixed == 100 + max(0, recent - 4)
 
@@ -293,7 +293,7 @@ class TestTextPrior:
         plan = planner.plan(IMAGE)
         assert plan.recent == recent
         competing = min(390, 500 - recent - 10)
-        assert (plan.capacity, plan.num_scored) == (capacity, competing)
+        assert (plan.capacity, plan.num_candidates) == (capacity, competing)
         assert plan.pinned == 500 - competing
         assert plan.compresses == (capacity < competing)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planners import prompts
 
-from vllm_kvcompress.prompt import MAX_TEXT_ROWS, PromptFacts, split_evenly
+from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN, PromptFacts, split_evenly
 
 
 def mask_of(facts: PromptFacts) -> np.ndarray:
@@ -68,11 +68,11 @@ def test_rows_of_the_instruction(facts, window):
         expected = 1
     else:
         expected = min(facts.length - 1 - visual[-1], 256)
-    assert facts.num_text_rows(window) == expected
+    assert facts.num_instruction_tokens(window) == expected
 
 
 def test_the_bound_on_rows_is_the_published_one():
-    assert MAX_TEXT_ROWS == 256
+    assert MAX_INSTRUCTION_LEN == 256
 
 
 @given(prompts(60), st.integers(0, 20))

@@ -151,8 +151,8 @@ def test_needs_are_all_it_reads(scorer):
     ctx = context(RAGGED, 0, scorer, LayerTrace())
     missing = {
         Need.SEGMENTS: {"segment": None},
-        Need.TEXT_QUERIES: {"text_rows": None},
-        Need.COLUMN_SUMS: {"column_sums": None},
+        Need.INSTRUCTION_QUERIES: {"instruction_len": None},
+        Need.KEY_ATTENTION_SUMS: {"key_attention_sum": None},
         Need.HIDDEN_MOMENTS: {"hidden": None},
         Need.QUERY_MOMENTS: {"moments": None},
     }
@@ -161,10 +161,10 @@ def test_needs_are_all_it_reads(scorer):
     }
     lean = dataclasses.replace(ctx, **absent, trace=LayerTrace())
     if not scorer.needs & (Need.HIDDEN_MOMENTS | Need.QUERY_MOMENTS):
-        lean.maker = None
-    if not scorer.needs & Need.TEXT_QUERIES:
+        lean.projector = None
+    if not scorer.needs & Need.INSTRUCTION_QUERIES:
         lean.queries = lean.queries[:, -8:]
-    if not scorer.needs & (Need.TEXT_QUERIES | Need.WINDOW_QUERIES):
+    if not scorer.needs & (Need.INSTRUCTION_QUERIES | Need.WINDOW_QUERIES):
         lean.queries = lean.queries[:, -1:] if scorer.needs & Need.LAST_QUERY else None
     assert scorer.score(lean).final.shape == scorer.score(ctx).final.shape
 

@@ -10,9 +10,9 @@ import torch
 from scorer_inputs import (
     attention,
     best,
-    column_sums,
     context,
     group_mean,
+    key_attention_sum,
     published,
     random_prompt,
     six_digits,
@@ -40,7 +40,7 @@ def run(scorer, layer: int, columns: int, **facts) -> tuple[torch.Tensor, torch.
 
 def sums_of(layer: int) -> torch.Tensor:
     q, k, _ = lcg.queries_keys_values()
-    return torch.from_numpy(column_sums(q[layer], k[layer], lcg.SCALE)).float()[None]
+    return torch.from_numpy(key_attention_sum(q[layer], k[layer], lcg.SCALE)).float()[None]
 
 
 class TestMixKV:
@@ -197,7 +197,7 @@ class TestDAS:
         facts = {
             "segment": torch.tensor([lcg.SEGMENT]),
             "num_segments": 2,
-            "text_rows": torch.tensor([lcg.TEXT_ROWS]),
+            "instruction_len": torch.tensor([lcg.TEXT_ROWS]),
         }
         base, final = run(DAS(base="postvision"), 0, 8, **facts)
         plain = run(PostVision(), 0, 8, **facts)[1]
@@ -210,7 +210,7 @@ class TestDAS:
 
 class TestH2O:
     def test_sums(self):
-        base, final = run(H2O(), 0, lcg.LENGTH, column_sums=sums_of(0))
+        base, final = run(H2O(), 0, lcg.LENGTH, key_attention_sum=sums_of(0))
         assert final[0].tolist() == six_digits(
             published(
                 "2.862675 1.731760 1.920264 1.175784 .816472 .520604 .832917 1.218692 .314196 "
@@ -222,7 +222,7 @@ class TestH2O:
         assert best(final[:, : lcg.NUM_SCORED], 4) == [{0, 1, 2, 7}, {0, 1, 2, 3}]
 
     def test_observed(self):
-        _, final = run(H2O(variant="observed"), 0, lcg.LENGTH, column_sums=sums_of(0))
+        _, final = run(H2O(variant="observed"), 0, lcg.LENGTH, key_attention_sum=sums_of(0))
         assert final[0].tolist() == six_digits(
             published(
                 ".238556 .157433 .192026 .130643 .102059 .074372 .138820 .243738 .078549 .111127 "
@@ -234,7 +234,7 @@ class TestH2O:
         segment = torch.full((1, lcg.LENGTH), -1)
         segment[0, :6] = 0
         scorer = H2O(text_prior=True, text_hard_cap=True)
-        _, final = run(scorer, 0, lcg.LENGTH, column_sums=sums_of(0), segment=segment)
+        _, final = run(scorer, 0, lcg.LENGTH, key_attention_sum=sums_of(0), segment=segment)
         plain = sums_of(0)[0]
         assert final[:, :6].equal(plain[:, :6])
         assert best(final[:, : lcg.NUM_SCORED], 2) == [
@@ -275,31 +275,35 @@ class TestSharedSets:
         """The ranking that the released code of Elastic Cache misses."""
         sums = torch.tensor(published("9 .5 .9 .2 .8 .1 .3 5 0 0 0 0"))
         heads = torch.stack([sums - 0.05, sums + 0.05])
-        base, final = run(Elastic(), 0, 8, column_sums=heads[None])
+        base, final = run(Elastic(), 0, 8, key_attention_sum=heads[None])
         assert best(final[:, :7], 4) == [{0, 1, 2, 4}] * 2
         assert final[0].equal(final[1])
         assert base[0].tolist() == pytest.approx(sums[:8].tolist())
 
     @pytest.mark.parametrize("layer", range(lcg.LAYERS))
     def test_fixture(self, layer):
-        _, final = run(PrefixKV(), layer, lcg.LENGTH, column_sums=sums_of(layer))
+        _, final = run(PrefixKV(), layer, lcg.LENGTH, key_attention_sum=sums_of(layer))
         assert best(final[:, :LAST], 5) == [{0, 1, 2, 3, 4}] * 2
 
     def test_sinks(self):
-        base, final = run(Elastic(sinks=2), 0, 8, column_sums=torch.arange(24.0).view(1, 2, 12))
+        base, final = run(
+            Elastic(sinks=2), 0, 8, key_attention_sum=torch.arange(24.0).view(1, 2, 12)
+        )
         assert final[0].tolist() == [np.inf, np.inf, *range(8, 14)]
         assert base[0].tolist() == list(range(6, 14))
-        assert run(Elastic(), 0, 8, column_sums=torch.zeros(1, 2, 12))[1][0, 0] == np.inf
+        assert run(Elastic(), 0, 8, key_attention_sum=torch.zeros(1, 2, 12))[1][0, 0] == np.inf
 
     def test_mean_goes_over_all_ranks(self):
-        facts = {"column_sums": sums_of(0), "mean_over_heads": lambda x: x.mean(1) + x[:, 0]}
+        facts = {"key_attention_sum": sums_of(0), "mean_over_heads": lambda x: x.mean(1) + x[:, 0]}
         base, _ = run(Elastic(), 0, lcg.LENGTH, **facts)
         assert base[1].equal((sums_of(0).mean(1) + sums_of(0)[:, 0])[0])
 
 
 class TestPostVision:
     def test_scores(self):
-        base, final = run(PostVision(), 0, lcg.LENGTH, text_rows=torch.tensor([lcg.TEXT_ROWS]))
+        base, final = run(
+            PostVision(), 0, lcg.LENGTH, instruction_len=torch.tensor([lcg.TEXT_ROWS])
+        )
         assert final[0].tolist() == six_digits(
             published(
                 ".329528 .165663 .286212 .312121 .250552 .262454 .317126 1.155514 .314196 .333380 "
@@ -310,7 +314,7 @@ class TestPostVision:
 
     def test_softcap(self):
         """Capped logits equal plain logits of queries and keys that give the capped values."""
-        ctx = lcg.layer_context(0, 4, LayerTrace(), text_rows=torch.tensor([4]), softcap=0.5)
+        ctx = lcg.layer_context(0, 4, LayerTrace(), instruction_len=torch.tensor([4]), softcap=0.5)
         q, k, _ = lcg.queries_keys_values()
         logits = q[0].reshape(2, 2, 12, 4) @ k[0].swapaxes(1, 2)[:, None] * lcg.SCALE
         capped = 0.5 * np.tanh(logits.reshape(4, 12, 12) / 0.5)

@@ -8,7 +8,7 @@ import torch
 from scorer_inputs import Maker, best, context, published, random_prompt, rotation, six_digits
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.kernels import count_votes
+from vllm_kvcompress.kernels import cover_votes
 from vllm_kvcompress.scoring import LayerTrace
 from vllm_kvcompress.scoring.base import HiddenMoments, QueryMoments
 from vllm_kvcompress.scoring.expected import Expected
@@ -20,7 +20,7 @@ LAST = lcg.LENGTH - 1
 
 
 class Recorder:
-    """A query maker that returns given proxies and remembers what it was asked for."""
+    """A query projector that returns given proxies and remembers what it was asked for."""
 
     def __init__(self, proxies: torch.Tensor) -> None:
         self.proxies = proxies
@@ -40,7 +40,7 @@ class TestShiftKV:
     )[None, None]
 
     def test_micro_example_of_the_paper(self):
-        votes = count_votes(self.masses, torch.tensor([6]), 0.8, "min")
+        votes = cover_votes(self.masses, torch.tensor([6]), 0.8, "min")
         final = (votes + self.own)[0]
         assert final[0].tolist() == six_digits(published("1.10 2.05 1.30 1.05 1.40 2.10"))
         assert best(final[:, :5], 2) == [{1, 4}]
@@ -50,20 +50,20 @@ class TestShiftKV:
         assert (masses / 3)[0, 0, 0, :5].tolist() == six_digits(
             published(".266667 .083333 .266667 .066667 .183333")
         )
-        final = (count_votes(masses, torch.tensor([5]), 0.8, "floor") + self.own)[0]
+        final = (cover_votes(masses, torch.tensor([5]), 0.8, "floor") + self.own)[0]
         assert final[0, :5].tolist() == six_digits(published("1.10 1.05 1.30 .05 1.40"))
         assert best(final[:, :5], 2) == [{2, 4}]
 
     def test_cover_may_be_empty_and_ties_go_left(self):
         masses = torch.tensor([0.25, 0.25, 0.25, 0.25, 0, 0])[None, None, None]
         end = torch.tensor([4])
-        assert count_votes(masses, end, 0.2, "floor")[0, 0].tolist() == [0] * 6
-        assert count_votes(masses, end, 0.5, "floor")[0, 0].tolist() == [1, 1, 0, 0, 0, 0]
-        assert count_votes(masses, end, 0.5, "min")[0, 0].tolist() == [1, 1, 0, 0, 0, 0]
-        assert count_votes(masses, end, 0.6, "min")[0, 0].tolist() == [1, 1, 1, 0, 0, 0]
+        assert cover_votes(masses, end, 0.2, "floor")[0, 0].tolist() == [0] * 6
+        assert cover_votes(masses, end, 0.5, "floor")[0, 0].tolist() == [1, 1, 0, 0, 0, 0]
+        assert cover_votes(masses, end, 0.5, "min")[0, 0].tolist() == [1, 1, 0, 0, 0, 0]
+        assert cover_votes(masses, end, 0.6, "min")[0, 0].tolist() == [1, 1, 1, 0, 0, 0]
 
     def test_ties_go_left_in_a_long_prompt(self):
-        votes = count_votes(torch.ones(1, 1, 1, 4096), torch.tensor([4096]), 0.5, "min")[0, 0]
+        votes = cover_votes(torch.ones(1, 1, 1, 4096), torch.tensor([4096]), 0.5, "min")[0, 0]
         assert votes[:2048].eq(1).all()
         assert votes[2048:].eq(0).all()
 
@@ -72,7 +72,7 @@ class TestShiftKV:
         one = torch.ones(1, 1)
         facts = {
             "hidden": HiddenMoments(torch.tensor([12]), one, one, one),
-            "maker": Recorder(q[:, :4].transpose(0, 1)[None]),
+            "projector": Recorder(q[:, :4].transpose(0, 1)[None]),
         }
         scorer = ShiftKV(proxies=4, groups=2, **options)
         base, final = scorer.score(lcg.layer_context(0, 6, LayerTrace(), **facts))
@@ -134,26 +134,26 @@ class TestShiftKV:
         prompt = random_prompt(0, 30)
         scorer = ShiftKV(proxies=12, groups=3, gamma=2.5, stats=stats, seed=7)
         ctx = context([prompt], 1, scorer, LayerTrace())
-        ctx.maker = Recorder(torch.randn(1, 12, 4, 8))
+        ctx.projector = Recorder(torch.randn(1, 12, 4, 8))
         scorer.score(ctx)
-        assert ctx.maker.offsets.tolist() == [3, 6, 9, 12] * 3
+        assert ctx.projector.offsets.tolist() == [3, 6, 9, 12] * 3
         x = torch.from_numpy(prompt.hidden[1])
         mean, deviation = (x.mean(), x.std()) if stats == "scalar" else (x.mean(0), x.std(0))
         noise = torch.randn(12, 6, generator=torch.Generator().manual_seed(7 + 1_000_003))
-        torch.testing.assert_close(ctx.maker.hidden[0], mean + 2.5 * deviation * noise)
+        torch.testing.assert_close(ctx.projector.hidden[0], mean + 2.5 * deviation * noise)
 
     def test_proxies_are_of_the_type_of_the_queries(self, monkeypatch):
         """Tensor cores do not multiply float32 numbers without loss."""
         scorer = ShiftKV(proxies=4, groups=2)
         ctx = context([random_prompt(0, 30)], 0, scorer, LayerTrace())
         ctx.queries = ctx.queries.bfloat16()
-        types, original = [], kernels.group_masses
+        types, original = [], kernels.group_attention_sum
 
         def recorded(queries, *args):
             types.append(queries.dtype)
             return original(queries, *args)
 
-        monkeypatch.setattr(kernels, "group_masses", recorded)
+        monkeypatch.setattr(kernels, "group_attention_sum", recorded)
         scorer.score(ctx)
         assert types == [torch.bfloat16] * 2
 
@@ -165,18 +165,18 @@ class TestShiftKV:
         assert not standard_normal(4, 2, 8, 5, device).equal(noise)
 
     def test_statistics_over_the_last_tokens(self):
-        assert ShiftKV().capture_from(700) == 0
-        assert ShiftKV(stat_ctx=512).capture_from(700) == 188
-        assert ShiftKV(stat_ctx=512).capture_from(100) == 0
+        assert ShiftKV().stats_from(700) == 0
+        assert ShiftKV(stat_ctx=512).stats_from(700) == 188
+        assert ShiftKV(stat_ctx=512).stats_from(100) == 0
 
     def test_first_layers_of_llava(self):
         prompt = random_prompt(0, 30)
         scorer = ShiftKV(llava_compat=True)
         ctx = context([prompt], 1, scorer, LayerTrace())
-        ctx.maker = Recorder(torch.randn(1, 16, 4, 8))
+        ctx.projector = Recorder(torch.randn(1, 16, 4, 8))
         scorer.score(ctx)
-        assert ctx.maker.offsets.tolist() == list(range(1, 17))
-        assert ctx.maker.hidden.equal(torch.from_numpy(prompt.hidden[1][-1]).expand(1, 16, 6))
+        assert ctx.projector.offsets.tolist() == list(range(1, 17))
+        assert ctx.projector.hidden.equal(torch.from_numpy(prompt.hidden[1][-1]).expand(1, 16, 6))
 
 
 class TestExpected:
@@ -184,10 +184,10 @@ class TestExpected:
         q = torch.from_numpy(lcg.queries_keys_values()[0][0]).float()[:, 2:]
         facts = {
             "moments": QueryMoments(torch.tensor([10]), q.sum(1)[None], (q.mT @ q)[None]),
-            "maker": Maker(np.empty(0), [LAST]),
+            "projector": Maker(np.empty(0), [LAST]),
         }
         scorer = Expected(sinks=2, horizon=4, **options)
-        assert scorer.capture_from(lcg.LENGTH) == 2
+        assert scorer.stats_from(lcg.LENGTH) == 2
         base, final = scorer.score(lcg.layer_context(0, 4, LayerTrace(), **facts))
         assert base[0, :, :2].eq(0).all()
         assert final[0, :, :2].isposinf().all()

@@ -98,7 +98,7 @@ def test_das_needs_what_its_base_needs():
         assert das.recent_fraction == base.recent_fraction
         assert das.num_recent(32, 100) == base().num_recent(32, 100)
     assert DAS.needs == Need.SEGMENTS | BASES["snapkv"].needs
-    assert DAS(base="expected", base_options={"sinks": 7}).capture_from(100) == 7
+    assert DAS(base="expected", base_options={"sinks": 7}).stats_from(100) == 7
 
 
 def test_das_survives_the_way_to_a_worker():

@@ -139,8 +139,8 @@ def _keep_queries(queries: torch.Tensor, positions: torch.Tensor):
 
 
 @dataclass
-class LayerQueries:
-    """The layer's own way from hidden states to queries (a ``QueryMaker``).
+class LayerQueryProjector:
+    """The layer's own way from hidden states to queries (a ``QueryProjector``).
 
     Attributes:
         inputs: of the layer.

@@ -11,10 +11,10 @@ from vllm_kvcompress.adapter import attention_inputs, refusals
 from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata
-from vllm_kvcompress.captures import SumRows
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.kernels import PromptPages, as_bytes
 from vllm_kvcompress.pipeline import LayerInputs
+from vllm_kvcompress.prefill_stats import SumRows
 from vllm_kvcompress.scoring import Need
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class CompressedImpl:
         found: dict[str, Any] = {}
         if rows is None:
             return found
-        if Need.COLUMN_SUMS in sums.needs:
+        if Need.KEY_ATTENTION_SUMS in sums.needs:
             pages = self._typed(_as_pages(kv_cache))
             layout = builder.pipeline.layout._replace(key_scale=self._scales(layer)[0])
             prompts = PromptPages(pages, rows.block_table, self.num_kv_heads, layout)
@@ -191,7 +191,7 @@ class CompressedImpl:
             total = sums.add_columns(rows, row, queries, prompts, self.scale, self.logits_soft_cap)
             if meta.ending is not None:
                 length = meta.ending.block_table.shape[1] * builder.block_size
-                found["column_sums"] = total[:, :, :length]
+                found["key_attention_sum"] = total[:, :, :length]
         if sums.needs & attention_inputs.CAPTURED:
             inputs = attention_inputs.inputs_of(builder.layers[row])
             found.update(self._add_moments(builder, row, inputs, rows))
@@ -213,7 +213,9 @@ class CompressedImpl:
             queries = inputs.queries.view(-1, self.num_heads, self.head_size)
             found["moments"] = sums.add_queries(rows, row, queries)
         last = inputs.positions[rows.tokens[rows.ending, -1]].amax(1)
-        found["maker"] = attention_inputs.LayerQueries(inputs, last, self.num_heads, self.head_size)
+        found["projector"] = attention_inputs.LayerQueryProjector(
+            inputs, last, self.num_heads, self.head_size
+        )
         return found
 
     def _attend_virtual(

@@ -28,12 +28,12 @@ from vllm_kvcompress.adapter.settings import describe_budget, settings_of
 from vllm_kvcompress.adapter.telemetry import WorkerTelemetry
 from vllm_kvcompress.allocation import Scope
 from vllm_kvcompress.batch import StepRows, head_major_order, plan_rows, ranges
-from vllm_kvcompress.captures import PromptSums
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
 from vllm_kvcompress.page_state import HeadPageState, PageTables
 from vllm_kvcompress.pipeline import CompressionPipeline
 from vllm_kvcompress.plan import BlockPlanner
+from vllm_kvcompress.prefill_stats import PromptSums
 from vllm_kvcompress.request_store import RequestStore
 
 logger = init_logger("vllm.kvcompress")

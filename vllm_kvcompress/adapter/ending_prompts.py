@@ -8,10 +8,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress.allocation import StaticAllocator
 from vllm_kvcompress.batch import StepRows, plan_sums
-from vllm_kvcompress.captures import SumRows
 from vllm_kvcompress.config import Candidates
 from vllm_kvcompress.pipeline import Demands, EndingPrompts
 from vllm_kvcompress.plan import PromptPlan
+from vllm_kvcompress.prefill_stats import SumRows
 from vllm_kvcompress.scoring import Need
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def gather(
         if builder.settings.candidates is not Candidates.ALL:
             batch.visual = batch.segment >= 0
     if isinstance(builder.pipeline.allocator, StaticAllocator):
-        tokens = np.array([builder.planner.scored_tokens(plan) for plan in plans])
+        tokens = np.array([builder.planner.head_budgets(plan) for plan in plans])
         batch.static_tokens = builder.upload(tokens[:, :, builder.heads])
     return batch
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvcompress.captures import SumRows
 from vllm_kvcompress.pipeline import EndingPrompts
+from vllm_kvcompress.prefill_stats import SumRows
 
 if TYPE_CHECKING:
     from vllm_kvcompress.adapter.builder import CompressedBuilder

@@ -178,7 +178,7 @@ def needs_python(
     for row in np.flatnonzero(num_computed < prompt_lens).tolist():
         plan = state.plan(runner, req_ids[row], int(prompt_lens[row]))
         end = num_computed[row] + query_lens[row]
-        first = min(prompt_lens[row] - max(plan.num_rows, 1), plan.capture_from)
+        first = min(prompt_lens[row] - max(plan.num_rows, 1), plan.stats_from)
         if plan.compresses and end > first:
             return True
     return False

@@ -42,15 +42,17 @@ class AdaKV(LayerAllocator):
         require_bool("normalize", self.normalize)
         require_choice("rounding", self.rounding, ("exact", "official"))
 
-    def scored_tokens(
-        self, base: torch.Tensor, num_scored: torch.Tensor, capacity: torch.Tensor
+    def head_budgets(
+        self, base: torch.Tensor, num_candidates: torch.Tensor, capacity: torch.Tensor
     ) -> torch.Tensor:
         shares = self.counts(base, capacity.clamp_min(1)).double() * (1 - self.alpha)
         if self.rounding == "official":
             floor = (capacity * self.alpha).long()
-            return torch.minimum((shares + floor[:, None]).round().long(), num_scored[:, None])
+            return torch.minimum((shares + floor[:, None]).round().long(), num_candidates[:, None])
         shares = shares + capacity[:, None] * self.alpha
-        return apportion(shares, capacity * base.shape[1], torch.zeros_like(num_scored), num_scored)
+        return apportion(
+            shares, capacity * base.shape[1], torch.zeros_like(num_candidates), num_candidates
+        )
 
     def counts(self, base: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
         """Entries of each head among the layer's Hkv * b best, [N, Hkv] int64."""

@@ -33,7 +33,7 @@ class AirCacheLayers(ModelAllocator):
     name: ClassVar[str] = "aircache"
     source: ClassVar[str] = "AirCache, arXiv 2503.23956"
     cost: ClassVar[str] = "2*L*Hq*I*P*D"
-    needs: ClassVar[Need] = Need.KEYS | Need.TEXT_QUERIES | Need.SEGMENTS
+    needs: ClassVar[Need] = Need.KEYS | Need.INSTRUCTION_QUERIES | Need.SEGMENTS
     reconstruction: ClassVar[bool] = True
 
     elite: float = 0.9
@@ -67,8 +67,8 @@ class AirCacheLayers(ModelAllocator):
         counts = apportion(
             share * demand.capacity[:, None],
             demand.capacity * num_layers,
-            torch.ones_like(demand.num_scored),
-            demand.num_scored,
+            torch.ones_like(demand.num_candidates),
+            demand.num_candidates,
         )
         return counts + demand.pinned[:, None]
 

@@ -25,13 +25,13 @@ class Demand(NamedTuple):
 
     Attributes:
         prompt_lens: P.
-        num_scored: tokens that compete.
+        num_candidates: tokens that compete.
         capacity: nominal competing tokens a head keeps.
         pinned: tokens that every head keeps anyway; capacity + pinned is the nominal total.
     """
 
     prompt_lens: torch.Tensor
-    num_scored: torch.Tensor
+    num_candidates: torch.Tensor
     capacity: torch.Tensor
     pinned: torch.Tensor
 
@@ -70,14 +70,14 @@ class StaticAllocator(Allocator):
     scope = Scope.STATIC
 
     @abc.abstractmethod
-    def scored_tokens(
-        self, capacity: int, num_scored: int, num_layers: int, num_heads: int
+    def head_budgets(
+        self, capacity: int, num_candidates: int, num_layers: int, num_heads: int
     ) -> list[list[int]]:
         """Scored tokens C[l][g] of every layer and KV head of the model (all ranks).
 
         Args:
-            capacity: b, nominal scored tokens per head; less than ``num_scored``.
-            num_scored: n.
+            capacity: b, nominal scored tokens per head; less than ``num_candidates``.
+            num_candidates: n.
         """
 
 
@@ -89,14 +89,14 @@ class LayerAllocator(Allocator):
     per_layer = False
 
     @abc.abstractmethod
-    def scored_tokens(
-        self, base: torch.Tensor, num_scored: torch.Tensor, capacity: torch.Tensor
+    def head_budgets(
+        self, base: torch.Tensor, num_candidates: torch.Tensor, capacity: torch.Tensor
     ) -> torch.Tensor:
         """Scored tokens of each head, [N, Hkv] int64.
 
         Args:
             base: [N, Hkv, T] float32 base scores, -inf at tokens that do not compete.
-            num_scored: [N] int64, n.
+            num_candidates: [N] int64, n.
             capacity: [N] int64, nominal scored tokens per head; capacity <= n.
         """
 

@@ -33,7 +33,7 @@ class PrefixKV(ModelAllocator):
     name: ClassVar[str] = "prefixkv"
     source: ClassVar[str] = "PrefixKV, arXiv 2412.03409"
     cost: ClassVar[str] = "as h2o, once if the scorer sums as well; a sort of L*P sums"
-    needs: ClassVar[Need] = Need.COLUMN_SUMS
+    needs: ClassVar[Need] = Need.KEY_ATTENTION_SUMS
 
     profile: str | None = None
 
@@ -51,8 +51,8 @@ class PrefixKV(ModelAllocator):
 
     def observe(self, ctx: LayerContext, scores: Scores) -> torch.Tensor:
         """Attention that each token received, [N, T] float32, 0 at t >= P."""
-        assert ctx.column_sums is not None
-        return ctx.mean_over_heads(ctx.column_sums).masked_fill(~ctx.is_prompt, 0.0)
+        assert ctx.key_attention_sum is not None
+        return ctx.mean_over_heads(ctx.key_attention_sum).masked_fill(~ctx.is_prompt, 0.0)
 
     def kept_tokens(self, observed: list[torch.Tensor], demand: Demand) -> torch.Tensor:
         total = (demand.capacity + demand.pinned) * len(observed)

@@ -37,23 +37,23 @@ class Pyramid(StaticAllocator):
         require_whole("beta", self.beta, 1)
         require_choice("rounding", self.rounding, ("exact", "official"))
 
-    def scored_tokens(
-        self, capacity: int, num_scored: int, num_layers: int, num_heads: int
+    def head_budgets(
+        self, capacity: int, num_candidates: int, num_layers: int, num_heads: int
     ) -> list[list[int]]:
         layers = [capacity]
         if num_layers > 1:
             schedule = self._official if self.rounding == "official" else self._exact
-            layers = schedule(capacity, num_scored, num_layers)
+            layers = schedule(capacity, num_candidates, num_layers)
         return [[tokens] * num_heads for tokens in layers]
 
-    def _exact(self, capacity: int, num_scored: int, num_layers: int) -> list[int]:
+    def _exact(self, capacity: int, num_candidates: int, num_layers: int) -> list[int]:
         low = Fraction(capacity, self.beta)
-        high = min(2 * capacity - low, Fraction(num_scored))
+        high = min(2 * capacity - low, Fraction(num_candidates))
         step = 2 * (high - capacity) / (num_layers - 1)  # the mean of the line is the capacity
         line = [high - layer * step for layer in range(num_layers)]
-        return apportion_host(line, capacity * num_layers, 0, num_scored)
+        return apportion_host(line, capacity * num_layers, 0, num_candidates)
 
-    def _official(self, capacity: int, num_scored: int, num_layers: int) -> list[int]:
-        high = min(2 * capacity - capacity // self.beta, num_scored)
+    def _official(self, capacity: int, num_candidates: int, num_layers: int) -> list[int]:
+        high = min(2 * capacity - capacity // self.beta, num_candidates)
         step = 2 * (high - capacity) // (num_layers - 1)
         return [high - layer * step for layer in range(num_layers)]

@@ -69,8 +69,8 @@ class SparseMM(StaticAllocator):
                 f"model has {num_layers} x {num_query_heads}; {_HOW_TO}"
             )
 
-    def scored_tokens(
-        self, capacity: int, num_scored: int, num_layers: int, num_heads: int
+    def head_budgets(
+        self, capacity: int, num_candidates: int, num_layers: int, num_heads: int
     ) -> list[list[int]]:
         assert self.head_scores is not None
         weights = _weights(self.head_scores, num_layers, num_heads, self.allow_uniform_fallback)
@@ -78,9 +78,9 @@ class SparseMM(StaticAllocator):
         rest = (capacity - even) * num_layers * num_heads
         shares = [weight * rest + even for weight in weights]
         if self.rounding == "official":
-            counts = [min(round(share), num_scored) for share in shares]
+            counts = [min(round(share), num_candidates) for share in shares]
         else:
-            counts = apportion_host(shares, capacity * len(shares), 0, num_scored)
+            counts = apportion_host(shares, capacity * len(shares), 0, num_candidates)
         return [counts[i : i + num_heads] for i in range(0, len(counts), num_heads)]
 
 

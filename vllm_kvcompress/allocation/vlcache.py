@@ -33,7 +33,7 @@ class VLCache(ModelAllocator):
     name: ClassVar[str] = "vlcache"
     source: ClassVar[str] = "VL-Cache, arXiv 2410.23317"
     cost: ClassVar[str] = "2*L*Hq*I*P*D"
-    needs: ClassVar[Need] = Need.KEYS | Need.TEXT_QUERIES
+    needs: ClassVar[Need] = Need.KEYS | Need.INSTRUCTION_QUERIES
 
     threshold: float = 0.01
 

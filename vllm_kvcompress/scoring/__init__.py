@@ -8,8 +8,8 @@ from vllm_kvcompress.scoring.base import (
     LayerContext,
     LayerTrace,
     Need,
-    QueryMaker,
     QueryMoments,
+    QueryProjector,
     Scorer,
     Scores,
 )
@@ -50,8 +50,8 @@ __all__ = [
     "LayerContext",
     "LayerTrace",
     "Need",
-    "QueryMaker",
     "QueryMoments",
+    "QueryProjector",
     "Scorer",
     "Scores",
 ]

@@ -34,7 +34,7 @@ class AirCache(Scorer):
     name: ClassVar[str] = "aircache"
     source: ClassVar[str] = "AirCache, arXiv 2503.23956"
     cost: ClassVar[str] = "2*L*Hq*I*P*D"
-    needs: ClassVar[Need] = Need.KEYS | Need.TEXT_QUERIES | Need.SEGMENTS
+    needs: ClassVar[Need] = Need.KEYS | Need.INSTRUCTION_QUERIES | Need.SEGMENTS
     visual_only: ClassVar[bool] = True
 
     elite: float = 0.9
@@ -68,9 +68,9 @@ def visual_attention(ctx: LayerContext, elite: float, elite_scope: str) -> torch
 
 def _elite(ctx: LayerContext, elite: float, elite_scope: str) -> torch.Tensor:
     """Which of the last rows are elite, [N, Hq, Q] bool."""
-    assert ctx.text_rows is not None
+    assert ctx.instruction_len is not None
     logits = kernels.last_row_logits(
-        ctx.queries, ctx.prompts, ctx.prompt_lens, ctx.text_rows, ctx.scale, ctx.softcap
+        ctx.queries, ctx.prompts, ctx.prompt_lens, ctx.instruction_len, ctx.scale, ctx.softcap
     )
     text = logits > float("-inf")
     least = math.log(elite) if elite else -math.inf  # of log attention, which needs no softmax

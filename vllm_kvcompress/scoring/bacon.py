@@ -59,16 +59,17 @@ class Bacon(SnapKV):
         if self.score_dtype == "model":  # pooled scores are rounded before they are calibrated
             mean, last = (
                 self.rounded(
-                    kernels.pool_prefix(row, ctx.num_scored, kernel, self.pool), ctx.queries.dtype
+                    kernels.pool_prefix(row, ctx.num_candidates, kernel, self.pool),
+                    ctx.queries.dtype,
                 )
                 for row in (mean, last)
             )
             kernel = 1
-        base, evidence, final = kernels.calibrate_scores(
+        base, evidence, final = kernels.bacon_calibrate(
             mean,
             last,
             ctx.trace.previous(ctx.layer, self.trace_r),
-            ctx.num_scored,
+            ctx.num_candidates,
             ctx.capacity,
             kernel=kernel,
             pool=self.pool,

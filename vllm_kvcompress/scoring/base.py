@@ -20,18 +20,18 @@ class Need(enum.Flag):
     KEYS = enum.auto()
     VALUES = enum.auto()
     WINDOW_QUERIES = enum.auto()
-    TEXT_QUERIES = enum.auto()
+    INSTRUCTION_QUERIES = enum.auto()
     LAST_QUERY = enum.auto()
     SEGMENTS = enum.auto()
     LAYER_TRACE = enum.auto()
-    COLUMN_SUMS = enum.auto()
+    KEY_ATTENTION_SUMS = enum.auto()
     HIDDEN_MOMENTS = enum.auto()
     QUERY_MOMENTS = enum.auto()
 
     @property
     def all_rows(self) -> bool:
         """Needs something of every prompt token, which a cached prefix no longer shows."""
-        return bool(self & (Need.COLUMN_SUMS | Need.HIDDEN_MOMENTS | Need.QUERY_MOMENTS))
+        return bool(self & (Need.KEY_ATTENTION_SUMS | Need.HIDDEN_MOMENTS | Need.QUERY_MOMENTS))
 
 
 class LayerTrace:
@@ -85,7 +85,7 @@ class QueryMoments:
     outer: torch.Tensor
 
 
-class QueryMaker(Protocol):
+class QueryProjector(Protocol):
     """The layer's own way from hidden states to queries at positions after the prompt.
 
     Position 0 of the offsets is the last prompt token's; under M-RoPE the largest of its components
@@ -120,15 +120,15 @@ class LayerContext:
         prompts: pages of the prompts' keys and values.
         scale, softcap: the model's logit scale and soft cap (0: none).
         recent: [N] int64, R: the last R tokens are always kept (``Scorer.num_recent``).
-        text_rows: [N] int64, how many of the last rows belong to the instruction
-            (``PromptFacts.num_text_rows``).
+        instruction_len: [N] int64, how many of the last rows belong to the instruction
+            (``PromptFacts.num_instruction_tokens``).
         segment: [N, T] int64, index of the image (or temporal patch) of a visual token, else -1.
         num_segments: segments of the prompt that has the most.
         first_head: index in the model of the rank's first KV head.
         trace: shared by all layers of this step.
-        column_sums: [N, Hkv, T] float32, attention that key t received from all rows i >= t, mean
-            over the query heads of a group.
-        hidden, moments, maker: see their types.
+        key_attention_sum: [N, Hkv, T] float32, attention that key t received from all rows
+            i >= t, mean over the query heads of a group.
+        hidden, moments, projector: see their types.
         mean_over_heads: mean over dimension 1 of a tensor, over the heads of all ranks.
     """
 
@@ -141,19 +141,19 @@ class LayerContext:
     scale: float
     softcap: float = 0.0
     recent: torch.Tensor | None = None
-    text_rows: torch.Tensor | None = None
+    instruction_len: torch.Tensor | None = None
     segment: torch.Tensor | None = None
     num_segments: int = 0
     first_head: int = 0
     trace: LayerTrace = field(default_factory=LayerTrace)
-    column_sums: torch.Tensor | None = None
+    key_attention_sum: torch.Tensor | None = None
     hidden: HiddenMoments | None = None
     moments: QueryMoments | None = None
-    maker: QueryMaker | None = None
+    projector: QueryProjector | None = None
     mean_over_heads: Callable[[torch.Tensor], torch.Tensor] = local_mean
 
     @property
-    def num_scored(self) -> torch.Tensor:
+    def num_candidates(self) -> torch.Tensor:
         """[N] int64, n = P - W: the prefix before the window."""
         return self.prompt_lens - self.window
 
@@ -232,10 +232,10 @@ class Scorer(abc.ABC):
 
     @property
     def lookahead(self) -> int:
-        """How many positions past the prompt the method asks the query maker for."""
+        """How many positions past the prompt the method asks the query projector for."""
         return 0
 
-    def capture_from(self, prompt_len: int) -> int:
+    def stats_from(self, prompt_len: int) -> int:
         """First position whose row counts in moments."""
         return 0
 

@@ -77,8 +77,8 @@ class DAS(Scorer):
     def num_recent(self, window: int, kept: int) -> int:
         return self.scorer.num_recent(window, kept)
 
-    def capture_from(self, prompt_len: int) -> int:
-        return self.scorer.capture_from(prompt_len)
+    def stats_from(self, prompt_len: int) -> int:
+        return self.scorer.stats_from(prompt_len)
 
     def score(self, ctx: LayerContext) -> Scores:
         base, final = self.scorer.score(ctx)

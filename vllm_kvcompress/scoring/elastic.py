@@ -25,7 +25,7 @@ class Elastic(Scorer):
     name: ClassVar[str] = "elastic"
     source: ClassVar[str] = "Elastic Cache, arXiv 2407.18121"
     cost: ClassVar[str] = "as h2o"
-    needs: ClassVar[Need] = Need.COLUMN_SUMS
+    needs: ClassVar[Need] = Need.KEY_ATTENTION_SUMS
     shared_sets: ClassVar[bool] = True
     countable: ClassVar[bool] = False
 
@@ -38,8 +38,8 @@ class Elastic(Scorer):
         return 1
 
     def score(self, ctx: LayerContext) -> Scores:
-        assert ctx.column_sums is not None, f"{self.name} needs column sums"
-        collected = ctx.mean_over_heads(ctx.column_sums)[:, None]  # [N, 1, T]
+        assert ctx.key_attention_sum is not None, f"{self.name} needs column sums"
+        collected = ctx.mean_over_heads(ctx.key_attention_sum)[:, None]  # [N, 1, T]
         final = collected.masked_fill(ctx.positions < self.sinks, float("inf"))
-        shape = ctx.column_sums.shape
+        shape = ctx.key_attention_sum.shape
         return Scores(base=collected.expand(shape), final=final.expand(shape))

@@ -57,7 +57,7 @@ class Expected(Scorer):
     def lookahead(self) -> int:
         return self.horizon
 
-    def capture_from(self, prompt_len: int) -> int:
+    def stats_from(self, prompt_len: int) -> int:
         return min(self.sinks, prompt_len - 1)
 
     def score(self, ctx: LayerContext) -> Scores:
@@ -99,12 +99,14 @@ class Expected(Scorer):
 
         Not shared among layers: some models rotate local and global layers differently.
         """
-        assert ctx.maker is not None, "expected needs the layer's RoPE"
+        assert ctx.projector is not None, "expected needs the layer's RoPE"
         num, head_size = len(ctx.prompt_lens), ctx.keys.shape[3]
         unit = torch.eye(head_size, device=ctx.keys.device).expand(num, 1, -1, -1)
         total = torch.zeros_like(unit[:, 0])
         for start in range(1, self.horizon + 1, _OFFSETS_AT_ONCE):
             stop = min(start + _OFFSETS_AT_ONCE, self.horizon + 1)
             offsets = torch.arange(start, stop, device=unit.device)
-            total = total + ctx.maker.rotate(unit.expand(-1, stop - start, -1, -1), offsets).sum(1)
+            total = total + ctx.projector.rotate(
+                unit.expand(-1, stop - start, -1, -1), offsets
+            ).sum(1)
         return total / self.horizon

@@ -31,7 +31,7 @@ class H2O(Scorer):
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "H2O, arXiv 2306.14048"
     cost: ClassVar[str] = "2*L*Hq*P^2*D"
-    needs: ClassVar[Need] = Need.COLUMN_SUMS
+    needs: ClassVar[Need] = Need.KEY_ATTENTION_SUMS
 
     variant: str = "sum"
     recent_share: float = 0.0
@@ -54,8 +54,8 @@ class H2O(Scorer):
         return math.floor(share * kept) if share else window
 
     def score(self, ctx: LayerContext) -> Scores:
-        assert ctx.column_sums is not None, "h2o needs column sums"
-        score = ctx.column_sums
+        assert ctx.key_attention_sum is not None, "h2o needs column sums"
+        score = ctx.key_attention_sum
         if self.variant == "observed":
             score = score / (ctx.prompt_lens[:, None] - ctx.positions)[:, None]
         if self.text_hard_cap:

@@ -29,14 +29,14 @@ class InstructionRows(NamedTuple):
 
 
 def instruction_rows(ctx: LayerContext) -> Iterator[InstructionRows]:
-    """The last ``ctx.text_rows`` rows of each prompt, a few at a time."""
-    assert ctx.text_rows is not None
+    """The last ``ctx.instruction_len`` rows of each prompt, a few at a time."""
+    assert ctx.instruction_len is not None
     num_rows = ctx.queries.shape[1]
     for start in range(0, num_rows, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, num_rows)
         row = torch.arange(start, stop, device=ctx.queries.device)
         positions = ctx.prompt_lens[:, None] - num_rows + row  # [N, R]
-        counts = row >= num_rows - ctx.text_rows[:, None]
+        counts = row >= num_rows - ctx.instruction_len[:, None]
         rows = ctx.queries[:, start:stop]
         logits = row_logits(rows, ctx.keys, positions, ctx.scale, ctx.softcap)
         yield InstructionRows(logits.flatten(1, 2), positions, counts)

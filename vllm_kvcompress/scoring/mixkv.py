@@ -55,9 +55,9 @@ class MixKV(SnapKV):
             case "attn":
                 final = base
             case "vnorm":
-                final = base + _as_large(ctx.values.norm(dim=-1), base, ctx.num_scored)
+                final = base + _as_large(ctx.values.norm(dim=-1), base, ctx.num_candidates)
             case "knorm":
-                final = base + _as_large(-ctx.keys.norm(dim=-1), base, ctx.num_scored)
+                final = base + _as_large(-ctx.keys.norm(dim=-1), base, ctx.num_candidates)
             case _:
                 final = self._mixed(ctx, base)
         return Scores(base, final)
@@ -67,10 +67,10 @@ class MixKV(SnapKV):
         count = ctx.prompt_lens[:, None]
         mean = unit.sum(2) / count[:, :, None]  # [N, Hkv, D], the window included
         likeness = torch.matmul(unit, mean[:, :, :, None])[..., 0]
-        diversity = _as_large(-likeness, base, ctx.num_scored)
+        diversity = _as_large(-likeness, base, ctx.num_candidates)
         if self.diversity == "keydiff":
             return diversity
-        importance = base + _as_large(ctx.values.norm(dim=-1), base, ctx.num_scored)
+        importance = base + _as_large(ctx.values.norm(dim=-1), base, ctx.num_candidates)
         if self.diversity == "flat":
             return 0.33 * (diversity + importance)
         ratio = (count * mean.square().sum(-1) - 1) / (count - 1)
@@ -86,16 +86,18 @@ class MixKV(SnapKV):
         return RatioTable(self.ratio_table)
 
 
-def _as_large(values: torch.Tensor, base: torch.Tensor, num_scored: torch.Tensor) -> torch.Tensor:
+def _as_large(
+    values: torch.Tensor, base: torch.Tensor, num_candidates: torch.Tensor
+) -> torch.Tensor:
     """``values`` brought to [0, 1] over the scored prefix, then to the mean of ``base``.
 
     All [N, Hkv, T]; 0 at t >= n. ``base`` is 0 there.
     """
     position = torch.arange(values.shape[2], device=values.device)
-    outside = (position >= num_scored[:, None])[:, None]
+    outside = (position >= num_candidates[:, None])[:, None]
     low = values.masked_fill(outside, float("inf")).amin(2, keepdim=True)
     high = values.masked_fill(outside, float("-inf")).amax(2, keepdim=True)
     spread = ((values - low) / (high - low + _EPS)).masked_fill(outside, 0.0)
-    count = num_scored[:, None, None]
+    count = num_candidates[:, None, None]
     level = base.sum(2, keepdim=True) / count
     return spread * level / (spread.sum(2, keepdim=True) / count + _EPS)

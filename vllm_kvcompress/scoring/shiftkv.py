@@ -87,23 +87,23 @@ class ShiftKV(Scorer):
     def lookahead(self) -> int:
         return self.proxies
 
-    def capture_from(self, prompt_len: int) -> int:
+    def stats_from(self, prompt_len: int) -> int:
         return max(0, prompt_len - self.stat_ctx) if self.stat_ctx else 0
 
     def score(self, ctx: LayerContext) -> Scores:
         assert ctx.hidden is not None, "shiftkv needs hidden states"
-        assert ctx.maker is not None, "shiftkv needs the query projection"
+        assert ctx.projector is not None, "shiftkv needs the query projection"
         hidden, offsets, groups = self._proxies(ctx.layer, ctx.hidden)
         where, numbers = (ctx.prompts, ctx.prompt_lens), (ctx.scale, ctx.softcap)
         # the model rotates in its own type: nothing is lost
-        proxies = ctx.maker.project(hidden, offsets).to(ctx.queries.dtype)
-        masses = kernels.group_masses(proxies, *where, groups, *numbers)
-        own = kernels.group_masses(ctx.queries[:, -1:], *where, 1, *numbers)
+        proxies = ctx.projector.project(hidden, offsets).to(ctx.queries.dtype)
+        masses = kernels.group_attention_sum(proxies, *where, groups, *numbers)
+        own = kernels.group_attention_sum(ctx.queries[:, -1:], *where, 1, *numbers)
         end = ctx.prompt_lens
         if self._rule("mix_last"):
             masses += own
             end = end - 1
-        votes = kernels.count_votes(masses, end, self.tau, self._rule("cover"))
+        votes = kernels.cover_votes(masses, end, self.tau, self._rule("cover"))
         return Scores(base=SnapKV().importance(ctx), final=votes + self.vote_lambda * own[:, :, 0])
 
     def _proxies(self, layer: int, hidden: HiddenMoments) -> tuple[torch.Tensor, torch.Tensor, int]:

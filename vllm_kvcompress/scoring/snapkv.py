@@ -55,7 +55,7 @@ class SnapKV(Scorer):
         """Pooled window mean, [N, Hkv, T] float32, 0 at t >= n."""
         mean, _ = self.window_scores(ctx)
         return self.rounded(
-            kernels.pool_prefix(mean, ctx.num_scored, self.kernel, self.pool), ctx.queries.dtype
+            kernels.pool_prefix(mean, ctx.num_candidates, self.kernel, self.pool), ctx.queries.dtype
         )
 
     def window_scores(self, ctx: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,11 +71,11 @@ class SnapKV(Scorer):
         return scores if self.score_dtype == "float32" else scores.to(dtype).float()
 
     def _rounded_window_scores(self, ctx: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
-        window_pos = ctx.num_scored[:, None] + ctx.positions[: ctx.window]
+        window_pos = ctx.num_candidates[:, None] + ctx.positions[: ctx.window]
         logits = row_logits(ctx.window_queries, ctx.keys, window_pos, ctx.scale, ctx.softcap)
         probs = logits.softmax(-1).to(ctx.queries.dtype)
         by_query_head = torch.stack([probs.mean(3), probs[:, :, :, -1]])  # [2, N, Hkv, G, T]
         take = torch.amax if self.reduction == "max" else torch.mean
         scores = take(by_query_head, dim=3).float()
-        scores.masked_fill_((ctx.positions >= ctx.num_scored[:, None])[:, None], 0.0)
+        scores.masked_fill_((ctx.positions >= ctx.num_candidates[:, None])[:, None], 0.0)
         return scores[0], scores[1]

@@ -18,7 +18,7 @@ from vllm_kvcompress.allocation import ALLOCATORS, Allocator, Scope
 from vllm_kvcompress.config import Candidates, KVCompressionConfig, Method
 from vllm_kvcompress.merging import MERGES, Merge
 from vllm_kvcompress.presets import PRESETS
-from vllm_kvcompress.prompt import MAX_TEXT_ROWS
+from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
 from vllm_kvcompress.scoring import SCORERS, Need, Scorer
 from vllm_kvcompress.tools.refused import AXES, products, refused_combinations
 
@@ -26,11 +26,11 @@ _NEEDS = {
     Need.KEYS: "keys",
     Need.VALUES: "values",
     Need.WINDOW_QUERIES: "queries of the window",
-    Need.TEXT_QUERIES: "queries of the instruction",
+    Need.INSTRUCTION_QUERIES: "queries of the instruction",
     Need.LAST_QUERY: "last query",
     Need.SEGMENTS: "image segments",
     Need.LAYER_TRACE: "scores of earlier layers",
-    Need.COLUMN_SUMS: "attention of all rows",
+    Need.KEY_ATTENTION_SUMS: "attention of all rows",
     Need.HIDDEN_MOMENTS: "hidden states of all rows",
     Need.QUERY_MOMENTS: "queries of all rows, before RoPE",
 }
@@ -149,7 +149,7 @@ def prefix_cache_of(needs: Need) -> str:
     """How much of a prompt that is compressed may come from the prefix cache."""
     if needs.all_rows:
         return "nothing"
-    if Need.TEXT_QUERIES in needs:
+    if Need.INSTRUCTION_QUERIES in needs:
         return "all before the instruction"
     if Need.WINDOW_QUERIES in needs:
         return "all before the window"
@@ -244,7 +244,7 @@ def markdown(head_scores: str) -> str:
             ("preset", "stands for", "the budget counts", "source", "formulas"),
             [_preset_row(name, head_scores) for name in PRESETS],
         ),
-        _PROPERTIES.format(instruction=MAX_TEXT_ROWS),
+        _PROPERTIES.format(instruction=MAX_INSTRUCTION_LEN),
         _table(
             [name.replace("_", " ") for name in Row._fields],
             [(f"`{row.method}`", *(cell.replace("*", r"\*") for cell in row[1:])) for row in rows],

@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paged_cache import LAYERS, SCALE, Cache
 from planners import planner_of, prompts
-from scorer_inputs import column_sums, hidden_moments, query_moments
+from scorer_inputs import hidden_moments, key_attention_sum, query_moments
 
 from vllm_kvcompress.batch import StepRows, plan_sums
-from vllm_kvcompress.captures import PromptSums, SumRows
 from vllm_kvcompress.kernels import PromptPages
+from vllm_kvcompress.prefill_stats import PromptSums, SumRows
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import Need
 
 BLOCK_SIZE = 4
 SETTINGS = {"window": 6, "budget": 8}
 PLANNERS = {
-    Need.COLUMN_SUMS: planner_of(BLOCK_SIZE, method="h2o+uniform", **SETTINGS),
+    Need.KEY_ATTENTION_SUMS: planner_of(BLOCK_SIZE, method="h2o+uniform", **SETTINGS),
     Need.HIDDEN_MOMENTS: planner_of(BLOCK_SIZE, method="shiftkv", stat_ctx=13, **SETTINGS),
     Need.QUERY_MOMENTS: planner_of(BLOCK_SIZE, method="expected+uniform", **SETTINGS),
 }
@@ -80,7 +80,7 @@ class Replay:
             rows = [getattr(cache.prompts[i], name)[layer][..., span, :] for i, span in spans]
             return torch.from_numpy(np.concatenate(rows, axis=-2)).transpose(0, -2)
 
-        if self.need is Need.COLUMN_SUMS:
+        if self.need is Need.KEY_ATTENTION_SUMS:
             pages = PromptPages(cache.pages(layer), sums.block_table, 2, cache.layout)
             return self.sums.add_columns(sums, layer, batch("q"), pages, SCALE, 0.0)
         if self.need is Need.HIDDEN_MOMENTS:
@@ -90,8 +90,8 @@ class Replay:
     def check(self, layer: int, request: int, entry: int, total) -> None:
         prompt, scorer = self.cache.prompts[request], self.planner.config.scoring
         self.checked += 1
-        if self.need is Need.COLUMN_SUMS:
-            expected = column_sums(prompt.q[layer], prompt.k[layer], SCALE)
+        if self.need is Need.KEY_ATTENTION_SUMS:
+            expected = key_attention_sum(prompt.q[layer], prompt.k[layer], SCALE)
             found = total[entry]
             np.testing.assert_allclose(found[:, : prompt.length], expected, rtol=2e-5, atol=1e-6)
             assert found[:, prompt.length :].eq(0).all()
@@ -122,7 +122,7 @@ def test_chunks_add_up_to_whole_prompts(need, data):
 def test_a_request_that_comes_back_starts_over():
     """Preempted inside its prompt, it leaves nothing behind, whoever gets its row."""
     cache = Cache.random([PromptFacts(30), PromptFacts(25)], BLOCK_SIZE, seed=1)
-    replay = Replay(Need.COLUMN_SUMS, cache)
+    replay = Replay(Need.KEY_ATTENTION_SUMS, cache)
     replay.step({0: 17, 1: 5})
     replay.sums.discard(["r0"])
     replay.done[0] = 0

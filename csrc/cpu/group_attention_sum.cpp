@@ -11,7 +11,7 @@
 namespace kvcompress {
 namespace {
 
-at::Tensor group_masses(const at::Tensor& queries, const at::Tensor& pages,
+at::Tensor group_attention_sum(const at::Tensor& queries, const at::Tensor& pages,
                         const at::Tensor& block_table, int64_t num_kv_heads,
                         const at::Tensor& key_index, const at::Tensor& prompt_lens,
                         int64_t num_groups, double scale, double softcap) {
@@ -24,7 +24,7 @@ at::Tensor group_masses(const at::Tensor& queries, const at::Tensor& pages,
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
   const at::Tensor source = queries.to(at::kFloat).contiguous(), lens = prompt_lens.contiguous();
   auto masses = at::zeros({num, num_kv_heads, num_groups, length}, source.options());
-  KV_DISPATCH_ELEMENTS(pages.scalar_type(), "group_masses", [&] {
+  KV_DISPATCH_ELEMENTS(pages.scalar_type(), "group_attention_sum", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
     for (int64_t n = 0; n < num; ++n) {
       const int64_t prompt_len = lens.const_data_ptr<int64_t>()[n];
@@ -44,7 +44,7 @@ at::Tensor group_masses(const at::Tensor& queries, const at::Tensor& pages,
 }  // namespace kvcompress
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
-  m.def("group_masses(Tensor queries, Tensor pages, Tensor block_table, int num_kv_heads, "
+  m.def("group_attention_sum(Tensor queries, Tensor pages, Tensor block_table, int num_kv_heads, "
         "Tensor key_index, Tensor prompt_lens, int num_groups, float scale, float softcap) "
-        "-> Tensor", &kvcompress::group_masses);
+        "-> Tensor", &kvcompress::group_attention_sum);
 }

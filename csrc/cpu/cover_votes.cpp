@@ -96,7 +96,7 @@ Cover find_cover(const float* masses, int64_t num, int64_t share, bool is_floor,
   return {least, tie_end};
 }
 
-at::Tensor count_votes(const at::Tensor& masses, const at::Tensor& end, int64_t share,
+at::Tensor cover_votes(const at::Tensor& masses, const at::Tensor& end, int64_t share,
                        bool is_floor) {
   TORCH_CHECK(masses.dim() == 4 && masses.scalar_type() == at::kFloat,
               "masses: expected float32 [N, Hkv, NG, T]");
@@ -145,6 +145,6 @@ at::Tensor count_votes(const at::Tensor& masses, const at::Tensor& end, int64_t 
 }  // namespace kvcompress
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
-  m.def("count_votes(Tensor masses, Tensor end, int share, bool is_floor) -> Tensor",
-        &kvcompress::count_votes);
+  m.def("cover_votes(Tensor masses, Tensor end, int share, bool is_floor) -> Tensor",
+        &kvcompress::cover_votes);
 }

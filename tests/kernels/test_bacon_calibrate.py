@@ -17,33 +17,35 @@ OPTIONS = {
 }
 
 
-def attention_like(num_scored: list[int], heads: int, length: int, num: int) -> list[torch.Tensor]:
+def attention_like(
+    num_candidates: list[int], heads: int, length: int, num: int
+) -> list[torch.Tensor]:
     """``num`` score tensors [N, H, T]: rows of probabilities, 0 at t >= n."""
     generator = torch.Generator().manual_seed(length)
-    shape = (num, len(num_scored), heads, length)
+    shape = (num, len(num_candidates), heads, length)
     scores = (3 * torch.randn(shape, generator=generator)).exp()
-    for row, end in enumerate(num_scored):
+    for row, end in enumerate(num_candidates):
         scores[:, row, :, end:] = 0
     return list(scores / scores.sum(-1, keepdim=True))
 
 
-def poison(scores: torch.Tensor, num_scored: list[int]) -> torch.Tensor:
+def poison(scores: torch.Tensor, num_candidates: list[int]) -> torch.Tensor:
     """What no kernel may read."""
     scores = scores.to(DEVICE, copy=True)
-    for row, end in enumerate(num_scored):
+    for row, end in enumerate(num_candidates):
         scores[row, :, end:] = float("nan")
     return scores
 
 
-def equals_the_reference(num_scored, capacity, heads, length, num_traced, **options) -> None:
+def equals_the_reference(num_candidates, capacity, heads, length, num_traced, **options) -> None:
     options = OPTIONS | options
-    mean, last, *trace = attention_like(num_scored, heads, length, 2 + num_traced)
-    numbers = torch.tensor(num_scored), torch.tensor(capacity)
-    expected = reference.calibrate_scores(mean, last, trace, *numbers, **options)
-    found = calibration.calibrate_scores(
-        poison(mean, num_scored),
-        poison(last, num_scored),
-        [poison(old, num_scored) for old in trace],
+    mean, last, *trace = attention_like(num_candidates, heads, length, 2 + num_traced)
+    numbers = torch.tensor(num_candidates), torch.tensor(capacity)
+    expected = reference.bacon_calibrate(mean, last, trace, *numbers, **options)
+    found = calibration.bacon_calibrate(
+        poison(mean, num_candidates),
+        poison(last, num_candidates),
+        [poison(old, num_candidates) for old in trace],
         *(number.to(DEVICE) for number in numbers),
         **options,
     )
@@ -97,10 +99,10 @@ def test_ties_count_as_often_as_they_are_taken(mode):
     last = torch.tensor([[[0.1, 0.5, 0.5, 0.1, 0.9, 0.4, 0.3, 0.3]]])
     numbers = torch.tensor([8]), torch.tensor([3])
     options = OPTIONS | {"kernel": 1, "topk_frac": 1.0, "mode": mode}
-    expected = reference.calibrate_scores(mean, last, [], *numbers, **options)
+    expected = reference.bacon_calibrate(mean, last, [], *numbers, **options)
     tensors = (t.to(DEVICE) for t in (mean, last, *numbers))
-    mean, last, num_scored, capacity = tensors
-    found = calibration.calibrate_scores(mean, last, [], num_scored, capacity, **options)
+    mean, last, num_candidates, capacity = tensors
+    found = calibration.bacon_calibrate(mean, last, [], num_candidates, capacity, **options)
     torch.testing.assert_close(found[2].cpu(), expected[2])
 
 
@@ -108,10 +110,10 @@ def test_ties_count_as_often_as_they_are_taken(mode):
 def test_nothing_new_changes_nothing():
     """Where the last row sees no more than the window, S is B, bit for bit."""
     (mean,) = attention_like([50], 2, 64, 1)
-    num_scored = torch.tensor([50], device=DEVICE)
+    num_candidates = torch.tensor([50], device=DEVICE)
     mean = mean.to(DEVICE)
-    base, evidence, final = calibration.calibrate_scores(
-        mean, mean / 2, [], num_scored, num_scored, **OPTIONS
+    base, evidence, final = calibration.bacon_calibrate(
+        mean, mean / 2, [], num_candidates, num_candidates, **OPTIONS
     )
     assert not evidence.any()
     assert torch.equal(base, final)
@@ -122,8 +124,8 @@ def test_nothing_new_changes_nothing():
 def test_pool_prefix(kernel, pool):
     scored = [700, 513, 1]
     (scores,) = attention_like(scored, 2, 704, 1)
-    num_scored = torch.tensor(scored)
-    expected = reference.pool_prefix(scores, num_scored, kernel, pool)
+    num_candidates = torch.tensor(scored)
+    expected = reference.pool_prefix(scores, num_candidates, kernel, pool)
     given = scores.to(DEVICE) if kernel == 1 else poison(scores, scored)
-    found = calibration.pool_prefix(given, num_scored.to(DEVICE), kernel, pool)
+    found = calibration.pool_prefix(given, num_candidates.to(DEVICE), kernel, pool)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=0)

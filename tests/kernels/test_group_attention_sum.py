@@ -44,9 +44,9 @@ def test_against_loops(shape, softcap):
     lens, scale = torch.tensor(lengths), head_size**-0.5
     expected = naive(queries, prompts, lengths, num_groups, scale, softcap)
     keys = reference.read_prompt(prompts, "key")
-    defined = reference.group_masses(queries, keys, lens, num_groups, scale, softcap)
+    defined = reference.group_attention_sum(queries, keys, lens, num_groups, scale, softcap)
     torch.testing.assert_close(defined.double(), expected, rtol=1e-4, atol=1e-6)
-    found = proxy_attention.group_masses(
+    found = proxy_attention.group_attention_sum(
         queries.to(DEVICE), on_device(prompts), lens.to(DEVICE), num_groups, scale, softcap
     )
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-6)
@@ -59,5 +59,7 @@ def test_half_precision():
     queries = torch.randn(2, 8, 4, 64, generator=torch.Generator().manual_seed(0)).half()
     expected = naive(queries, prompts, [90, 40], 2, 0.125, 0.0)
     lens = torch.tensor([90, 40], device=DEVICE)
-    found = proxy_attention.group_masses(queries.to(DEVICE), on_device(prompts), lens, 2, 0.125)
+    found = proxy_attention.group_attention_sum(
+        queries.to(DEVICE), on_device(prompts), lens, 2, 0.125
+    )
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-6)

@@ -78,14 +78,14 @@ def test_against_loops(shape, softcap):
     scale = shape[4] ** -0.5
     expected, lse = naive(queries, prompts, numbers, scale, softcap)
     keys = reference.read_prompt(prompts, "key").nan_to_num(0.0)
-    defined = reference.column_sums(queries.nan_to_num(0.0), *numbers, keys, scale, softcap)
+    defined = reference.key_attention_sum(queries.nan_to_num(0.0), *numbers, keys, scale, softcap)
     torch.testing.assert_close(defined.double(), expected, rtol=1e-4, atol=1e-6)
     arguments = on_device(queries, prompts, numbers)
-    found = column_attention.column_sums(*arguments, scale, softcap).cpu()
+    found = column_attention.key_attention_sum(*arguments, scale, softcap).cpu()
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
     # twice the true sums of exponentials: half the probabilities
     given = (lse + math.log(2)).to(DEVICE)
-    found = column_attention.column_sums(*arguments, scale, softcap, given).cpu()
+    found = column_attention.key_attention_sum(*arguments, scale, softcap, given).cpu()
     torch.testing.assert_close(2 * found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -93,9 +93,9 @@ def test_chunks_add_up():
     """Sums of the chunks are the sums of the whole prompt."""
     queries, prompts, (lengths, positions) = chunks([150], [150], 4, 2, 32, 16)
     queries, lengths, positions, prompts = on_device(queries, prompts, (lengths, positions))
-    whole = column_attention.column_sums(queries, lengths, positions, prompts, 0.2)
+    whole = column_attention.key_attention_sum(queries, lengths, positions, prompts, 0.2)
     parts = [
-        column_attention.column_sums(
+        column_attention.key_attention_sum(
             queries[:, a:b], lengths - 150 + b - a, positions + a, prompts, 0.2
         )
         for a, b in ((0, 70), (70, 149), (149, 150))
@@ -113,5 +113,5 @@ def test_half_precision(dtype):
     queries = queries.to(dtype)
     prompts = prompts._replace(pages=prompts.pages.to(dtype))
     expected, _ = naive(queries, prompts, numbers, 0.125, 0.0)
-    found = column_attention.column_sums(*on_device(queries, prompts, numbers), 0.125).cpu()
+    found = column_attention.key_attention_sum(*on_device(queries, prompts, numbers), 0.125).cpu()
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)

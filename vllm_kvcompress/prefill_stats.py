@@ -79,11 +79,11 @@ class PromptSums:
             queries: [tokens, Hq, D] of the batch, after norm and RoPE.
             prompts: pages of the M requests.
         """
-        added = kernels.column_sums(
+        added = kernels.key_attention_sum(
             queries[sums.tokens], sums.lengths, sums.positions, prompts, scale, softcap
         )
         length = added.shape[2]
-        store = self._stores[Need.COLUMN_SUMS].reserve(
+        store = self._stores[Need.KEY_ATTENTION_SUMS].reserve(
             (self.num_layers, *added.shape[1:]), torch.float32, added.device
         )
         store[sums.store, layer_row, :, :length] += added

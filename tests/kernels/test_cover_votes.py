@@ -41,9 +41,9 @@ def check(masses, end, tau, cover):
     expected = naive(masses, end, tau, cover)
     outside = torch.arange(masses.shape[3]) >= end[:, None]
     masses = masses.masked_fill(outside[:, None, None], float("nan"))
-    defined = reference.count_votes(masses, end, tau, cover)
+    defined = reference.cover_votes(masses, end, tau, cover)
     assert defined.equal(expected)
-    found = votes.count_votes(masses.to(DEVICE), end.to(DEVICE), tau, cover)
+    found = votes.cover_votes(masses.to(DEVICE), end.to(DEVICE), tau, cover)
     assert found.dtype == torch.float32
     assert found.cpu().equal(expected)
 
@@ -103,7 +103,7 @@ def test_the_order_of_adding_does_not_show():
     row = torch.rand(2000, generator=generator)
     order = torch.randperm(2000, generator=generator)
     end = torch.tensor([2000])
-    plain = reference.count_votes(row[None, None, None], end, 0.5, "min")[0, 0]
-    mixed = reference.count_votes(row[order][None, None, None], end, 0.5, "min")[0, 0]
+    plain = reference.cover_votes(row[None, None, None], end, 0.5, "min")[0, 0]
+    mixed = reference.cover_votes(row[order][None, None, None], end, 0.5, "min")[0, 0]
     values = row[plain > 0].sort().values
     assert values.equal(row[order][mixed > 0].sort().values)

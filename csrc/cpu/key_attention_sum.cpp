@@ -34,7 +34,7 @@ void add_columns(const QueryTokens& chunk, const KeyTiles& tiles, int64_t num_ke
   });
 }
 
-at::Tensor column_sums(const at::Tensor& queries, const at::Tensor& lengths,
+at::Tensor key_attention_sum(const at::Tensor& queries, const at::Tensor& lengths,
                        const at::Tensor& positions, const at::Tensor& pages,
                        const at::Tensor& block_table, int64_t num_kv_heads,
                        const at::Tensor& key_index, double scale, double softcap) {
@@ -46,7 +46,7 @@ at::Tensor column_sums(const at::Tensor& queries, const at::Tensor& lengths,
   const int64_t num = queries.size(0), width = queries.size(1), head_size = queries.size(3);
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
   auto sums = at::zeros({num, num_kv_heads, length}, source.options());
-  KV_DISPATCH_ELEMENTS(pages.scalar_type(), "column_sums", [&] {
+  KV_DISPATCH_ELEMENTS(pages.scalar_type(), "key_attention_sum", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
     for (int64_t n = 0; n < num; ++n) {
       const int64_t count = counts.const_data_ptr<int64_t>()[n];
@@ -69,7 +69,7 @@ at::Tensor column_sums(const at::Tensor& queries, const at::Tensor& lengths,
 }  // namespace kvcompress
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
-  m.def("column_sums(Tensor queries, Tensor lengths, Tensor positions, Tensor pages, "
+  m.def("key_attention_sum(Tensor queries, Tensor lengths, Tensor positions, Tensor pages, "
         "Tensor block_table, int num_kv_heads, Tensor key_index, float scale, float softcap) "
-        "-> Tensor", &kvcompress::column_sums);
+        "-> Tensor", &kvcompress::key_attention_sum);
 }
