@@ -3,8 +3,9 @@
 
 Layouts and terms:
 
+    row         one (layer, prompt) pair: row l * N + n is layer l of prompt n; R = L * N rows
     head page   block_size tokens of one KV head; page id = block * Hkv + head inside one layer
-    block_table [R, B] block ids of each request
+    block_table [R, B] block ids of each row, shifted by its layer
     T           positions 0 .. T-1 of the longest prompt of a batch, rounded up to blocks
 
 Every operation is defined in ``reference.py`` and its parts. Below is the table of all of them:
@@ -33,9 +34,11 @@ elite_attention = Operation(
     reference_paged.elite_attention, triton="elite_rows", cpp=native.elite_attention
 )
 pool_prefix = Operation(reference.pool_prefix, triton="calibration", cpp=native.pool_prefix)
+bacon_evidence = Operation(reference.bacon_evidence, triton="calibration")
 bacon_calibrate = Operation(
     reference.bacon_calibrate, triton="calibration", cpp=native.bacon_calibrate
 )
+apportion = Operation(reference.apportion, triton="budgets")
 head_counts = Operation(reference.head_counts, triton="head_budgets", cpp=native.head_counts)
 select_tokens = Operation(reference.select_tokens, triton="selection", cpp=native.select_tokens)
 read_prompt = reference_paged.read_prompt
@@ -51,9 +54,11 @@ __all__ = [
     "HeldPages",
     "PageLayout",
     "PromptPages",
+    "apportion",
     "as_bytes",
     "as_stored",
     "bacon_calibrate",
+    "bacon_evidence",
     "cover_votes",
     "describe",
     "elite_attention",

@@ -15,7 +15,7 @@ class HeldPages(NamedTuple):
     Attributes:
         slots: [R] int64, slot of each request.
         num_full_blocks, num_kept_blocks: [S] int32, m and n. Not compressed: 0 and 1.
-        page_count, page_start: [L, S, Hkv] int32, as in ``reference.write_pages``.
+        page_count, page_start: [L, S, Hkv] int32, as in ``reference.stage_tokens``.
         layer: the first of the layers.
         layer_pages: from one layer to the next in an array of all layers' pages; 0 when every layer
             has its own array.
@@ -42,7 +42,8 @@ def head_page_tables(
 
         [ the head's compacted pages | tail page | decode pages ... ]
 
-    An uncompressed request's table is the natural one. Entries past the length are left alone.
+    An uncompressed request's table lists the pages of its blocks. Entries past the length are left
+    alone.
 
     Args:
         table: [L, R * Hkv, W] int32, page ids; written.
@@ -65,8 +66,8 @@ def head_page_tables(
     block = reference.block_ids(m[:, None, None] + index - count[:, :, None], block_table)
     run = torch.arange(num_layers * num_heads, dtype=torch.int32, device=device)[:, None]
     layer = held.layer + run // num_heads
-    natural = layer * layer_pages + block * num_heads + run % num_heads
-    pages = torch.where(index < count[:, :, None], compacted, natural)
+    uncompressed = layer * layer_pages + block * num_heads + run % num_heads
+    pages = torch.where(index < count[:, :, None], compacted, uncompressed)
     length = (seq_lens[:, None] + (count - m[:, None]) * block_size).clamp_(min=0)
 
     def by_layer(of_request: torch.Tensor) -> torch.Tensor:
@@ -86,6 +87,8 @@ def paged_decode(
     held: HeldPages,
     scale: float,
     softcap: float = 0.0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of one token per request over what each KV head still holds.
 
@@ -99,6 +102,7 @@ def paged_decode(
         seq_lens: [R] int32, logical length, the new token included; 0 for padding rows.
         held: of one layer.
         softcap: cap * tanh(logit / cap) when not 0.
+        key_scale, value_scale: what stored elements are multiplied by; 1 unless they are float8.
 
     Returns:
         [R, Hq, D] in the queries' type.
@@ -116,8 +120,8 @@ def paged_decode(
     else:
         keys, values = rows.unflatten(2, (size, 2, head_size)).unbind(3)
     num_seqs, length = len(table), table.shape[1] * size
-    keys = keys.reshape(num_seqs, length, head_size).float() * layout.key_scale
-    values = values.reshape(num_seqs, length, head_size).float() * layout.value_scale
+    keys = keys.reshape(num_seqs, length, head_size).float() * key_scale
+    values = values.reshape(num_seqs, length, head_size).float() * value_scale
     group = queries.shape[1] // num_heads
     logits = queries.float().view(num_seqs, group, head_size) @ keys.transpose(1, 2) * scale
     if softcap:

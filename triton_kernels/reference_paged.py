@@ -18,7 +18,7 @@ def window_scores(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
     reduction: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +32,7 @@ def key_attention_sum(
     lengths: torch.Tensor,
     positions: torch.Tensor,
     prompts: PromptPages,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.key_attention_sum``."""
@@ -45,7 +45,7 @@ def group_attention_sum(
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
     num_groups: int,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.group_attention_sum``."""
@@ -58,7 +58,7 @@ def last_row_logits(
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
     instruction_len: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.last_row_logits``."""
@@ -72,7 +72,7 @@ def elite_attention(
     segment: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.elite_attention``."""

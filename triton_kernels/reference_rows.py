@@ -17,7 +17,7 @@ def row_logits(
     queries: torch.Tensor,
     keys: torch.Tensor,
     last_seen: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """Logits of M rows on all keys, -inf on those that a row does not see.
@@ -26,6 +26,7 @@ def row_logits(
         queries: [N, M, Hq, D].
         keys: [N, Hkv, T, D]; anything that no row sees.
         last_seen: [N, M] or [N, 1] int64, last position that a row sees; below 0: none.
+        scale: [N] float32.
 
     Returns:
         [N, Hkv, G, M, T] float32.
@@ -33,7 +34,9 @@ def row_logits(
     num, rows, num_q_heads, head_size = queries.shape
     num_kv_heads, length = keys.shape[1:3]
     group = num_q_heads // num_kv_heads
-    grouped = (queries.float() * scale).view(num, rows, num_kv_heads, group, head_size)
+    grouped = (queries.float() * scale[:, None, None, None]).view(
+        num, rows, num_kv_heads, group, head_size
+    )
     grouped = grouped.permute(0, 2, 3, 1, 4).reshape(num, num_kv_heads, group * rows, head_size)
     logits = torch.matmul(grouped, keys.float().transpose(2, 3))
     if softcap:
@@ -48,7 +51,7 @@ def group_attention_sum(
     keys: torch.Tensor,
     prompt_lens: torch.Tensor,
     num_groups: int,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """Attention that groups of rows after the prompt pay to each of its keys.
@@ -124,7 +127,7 @@ def last_row_logits(
     keys: torch.Tensor,
     prompt_lens: torch.Tensor,
     instruction_len: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """Logits of the last prompt row on the instruction: the prompt's last I tokens.
@@ -142,8 +145,8 @@ def last_row_logits(
     row = torch.arange(num_rows, device=keys.device) - num_rows
     position = (prompt_lens[:, None] + row).clamp_min(0)[:, None, :, None]  # [N, 1, Q, 1]
     text = keys.gather(2, position.expand(-1, keys.shape[1], -1, keys.shape[3]))
-    last = queries[:, -1].unflatten(1, (keys.shape[1], -1)).float() * scale  # [N, Hkv, G, D]
-    logits = torch.matmul(last, text.float().transpose(2, 3))
+    last = queries[:, -1].unflatten(1, (keys.shape[1], -1)).float()  # [N, Hkv, G, D]
+    logits = torch.matmul(last * scale[:, None, None, None], text.float().transpose(2, 3))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     before = row < -instruction_len[:, None]
@@ -156,7 +159,7 @@ def elite_attention(
     segment: torch.Tensor,
     keys: torch.Tensor,
     prompt_lens: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """Mean attention of each query head's elite rows on visual tokens.

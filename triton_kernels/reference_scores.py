@@ -16,14 +16,12 @@ def pool_prefix(
     ignores them. Columns t >= n come back as 0.
 
     Args:
-        scores: [N, Hkv, T] float32.
-        num_candidates: [N] int64, n.
+        scores: [R, Hkv, T] float32.
+        num_candidates: [R] int64, n.
     """
     if kernel == 1:
         return scores
-    outside = (torch.arange(scores.shape[2], device=scores.device) >= num_candidates[:, None])[
-        :, None
-    ]
+    outside = _outside(scores, num_candidates)
     if kind == "avg":
         x = scores.masked_fill(outside, 0.0)
         pooled = F.avg_pool1d(x, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
@@ -33,13 +31,37 @@ def pool_prefix(
     return pooled.masked_fill(outside, 0.0)
 
 
-def calibrate(
+def bacon_evidence(
+    mean: torch.Tensor,
+    last: torch.Tensor,
+    num_candidates: torch.Tensor,
+    *,
+    kernel: int,
+    pool: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled window mean B, and what the last prompt row sees more of: E = max(Q - B, 0).
+
+    Args:
+        mean, last: [R, Hkv, T] float32 of ``window_scores``, finite at t < n, 0 at t >= n.
+        num_candidates: [R] int64, n.
+        kernel, pool: of :func:`pool_prefix`, for both.
+
+    Returns:
+        B and E, each [R, Hkv, T] float32; at t >= n, B is -inf and E is 0.
+    """
+    base = pool_prefix(mean, num_candidates, kernel, pool)
+    evidence = (pool_prefix(last, num_candidates, kernel, pool) - base).clamp_min(0)
+    return base.masked_fill(_outside(base, num_candidates), float("-inf")), evidence
+
+
+def bacon_calibrate(
     base: torch.Tensor,
     evidence: torch.Tensor,
-    trace: list[torch.Tensor],
+    trace: torch.Tensor,
     num_candidates: torch.Tensor,
     capacity: torch.Tensor,
     *,
+    trace_r: int,
     mode: str,
     local_k: int,
     lambda_c: float,
@@ -48,89 +70,67 @@ def calibrate(
     """BACON's calibrated score S = B + lambda * V.
 
     Args:
-        base: B [N, Hkv, T] float32, 0 at t >= n.
-        evidence: E = max(Q - B, 0), same shape.
-        trace: evidence of previous layers, same shape each; may be empty.
-        num_candidates: [N] int64, n.
-        capacity: [N] int64, nominal scored tokens per head.
+        base, evidence: B and E of :func:`bacon_evidence`, [R, Hkv, T] each.
+        trace: [Lt, N, Hkv, T] float32, what layers leave for later ones, oldest first. Its last
+            R / N layers are those of the rows.
+        num_candidates: [R] int64, n.
+        capacity: [R] int64, nominal scored tokens per head.
+        trace_r: how many layers before its own a row looks at; there may be fewer, or none.
         mode: "e", "el", "elt" or "rel".
 
     Returns:
-        [N, Hkv, T] float32, meaningless at t >= n.
+        [R, Hkv, T] float32, -inf at t >= n.
     """
-    value = evidence
+    outside = _outside(base, num_candidates)
+    base, value = base.masked_fill(outside, 0.0), evidence
     if mode != "e":
         coherence = pool_prefix(evidence, num_candidates, local_k)
         if mode == "rel":
             neighbours = pool_prefix(base, num_candidates, local_k)
             coherence = coherence * neighbours / (neighbours + base + EPS)
         value = value + coherence
-    if mode in ("elt", "rel") and trace:
-        layers = torch.stack(trace)
-        persistence = layers.mean(0)
-        if mode == "rel":
-            persistence = (persistence - layers.std(0, correction=0)).clamp_min(0)
-        value = value + persistence
+    if mode in ("elt", "rel"):
+        value = value + _persistence(trace, len(base), trace_r, attenuated=mode == "rel")
     top = (topk_frac * capacity.double()).long().clamp_min(1).minimum(num_candidates)
     base_mean, base_std = _top_statistics(base, num_candidates, top)
     value_mean, value_std = _top_statistics(value, num_candidates, top)
     strength = lambda_c * base_std / (value_std + EPS)
     if mode == "elt":
         strength = strength * (value_mean / (base_mean + EPS)).clamp(0, 1)
-    return base + strength[:, :, None] * value
+    return (base + strength[:, :, None] * value).masked_fill(outside, float("-inf"))
 
 
-def bacon_calibrate(
-    mean: torch.Tensor,
-    last: torch.Tensor,
-    trace: list[torch.Tensor],
-    num_candidates: torch.Tensor,
-    capacity: torch.Tensor,
-    *,
-    kernel: int,
-    pool: str,
-    mode: str,
-    local_k: int,
-    lambda_c: float,
-    topk_frac: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From window scores to calibrated scores: :func:`pool_prefix`, then :func:`calibrate`.
+def _persistence(trace: torch.Tensor, num_rows: int, reach: int, attenuated: bool) -> torch.Tensor:
+    """What the layers before each row's own agree on, [R, Hkv, T]; 0 where there is none."""
+    rows = []
+    for layer in range(len(trace) - num_rows // trace.shape[1], len(trace)):
+        seen = trace[max(layer - reach, 0) : layer]
+        if not len(seen):
+            rows.append(torch.zeros_like(trace[layer]))
+            continue
+        mean = seen.mean(0)
+        if attenuated:
+            mean = (mean - seen.std(0, correction=0)).clamp_min(0)
+        rows.append(mean)
+    return torch.cat(rows)
 
-    Args:
-        mean, last: [N, Hkv, T] float32 of ``window_scores``, finite at t < n, 0 at t >= n.
-        kernel, pool: of the pooling of both.
 
-    Returns:
-        B, E and S, each [N, Hkv, T] float32; at t >= n, B and S are -inf and E is 0.
-    """
-    base = pool_prefix(mean, num_candidates, kernel, pool)
-    evidence = (pool_prefix(last, num_candidates, kernel, pool) - base).clamp_min(0)
-    final = calibrate(
-        base,
-        evidence,
-        trace,
-        num_candidates,
-        capacity,
-        mode=mode,
-        local_k=local_k,
-        lambda_c=lambda_c,
-        topk_frac=topk_frac,
-    )
-    outside = (torch.arange(mean.shape[2], device=mean.device) >= num_candidates[:, None])[:, None]
-    lowest = float("-inf")
-    return base.masked_fill(outside, lowest), evidence, final.masked_fill(outside, lowest)
+def _outside(scores: torch.Tensor, num_candidates: torch.Tensor) -> torch.Tensor:
+    """[R, 1, T] bool, positions past the scored prefix."""
+    position = torch.arange(scores.shape[2], device=scores.device)
+    return (position >= num_candidates[:, None])[:, None]
 
 
 def _top_statistics(
     scores: torch.Tensor, num_candidates: torch.Tensor, top: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and population deviation of the ``top`` [N] largest of each head's prefix.
+    """Mean and population deviation of the ``top`` [R] largest of each head's prefix.
 
     Returns:
-        [N, Hkv] each.
+        [R, Hkv] each.
     """
     position = torch.arange(scores.shape[2], device=scores.device)
-    ranked = scores.masked_fill((position >= num_candidates[:, None])[:, None], float("-inf"))
+    ranked = scores.masked_fill(_outside(scores, num_candidates), float("-inf"))
     ranked = ranked.sort(dim=2, descending=True).values
     count = top[:, None, None]
     outside = position >= count
@@ -152,13 +152,13 @@ def select_tokens(
     counts. Larger scores first, ties by lower position; NaN ranks below -inf.
 
     Args:
-        scores: [N, Hkv, T] float32.
-        count: [N, Hkv] int64, positions to keep, pinned ones included.
-        candidate_end, pinned_end: [N] int64.
+        scores: [R, Hkv, T] float32.
+        count: [R, Hkv] int64, positions to keep, pinned ones included.
+        candidate_end, pinned_end: [R] int64.
         max_count: at least ``count.max()``, known to the host.
 
     Returns:
-        [N, Hkv, max_count] int64; entries beyond ``count`` are T (out of range).
+        [R, Hkv, max_count] int64; entries beyond ``count`` are T (out of range).
     """
     length = scores.shape[2]
     position = torch.arange(length, device=scores.device)
@@ -181,13 +181,13 @@ def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> 
     -inf. Sums of scores are taken in double precision, so that their order does not matter.
 
     Args:
-        base: [N, Hkv, T] float32, -inf at t >= n.
-        capacity: [N] int64, b; 1 <= b <= T.
+        base: [R, Hkv, T] float32, -inf at t >= n.
+        capacity: [R] int64, b; 1 <= b <= T.
         normalize: first scale each head by the share of its mass that its own top b holds, mass
             being the sum of its positive scores.
 
     Returns:
-        [N, Hkv] int64 with row sums Hkv * b.
+        [R, Hkv] int64 with row sums Hkv * b.
     """
     num, num_heads, length = base.shape
     ranked = base.masked_fill(base.isnan(), float("-inf")).sort(dim=2, descending=True).values
