@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Real shares as integers of a given sum. Definition: triton_kernels/reference_scores.py.
+// Real shares as integers of a given sum. Definition: triton_kernels/reference_budgets.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling over the scored prefix, and BACON's scores from window attention, one KV head of a row at a
-// time. Definitions: triton_kernels/reference_scores.py.
+// Pooling over the scored prefix, and BACON's scores from window attention, one KV head of a row
+// at a time. Definitions: triton_kernels/reference_scores.py.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

@@ -44,7 +44,8 @@ at::Tensor last_row_logits(const at::Tensor& queries, const at::Tensor& pages,
         TORCH_CHECK(prompt_len <= length, "prompt_lens: expected at most ", length, ", got ",
                     prompt_len);
         TORCH_CHECK(0 <= text && text <= std::min(num_rows, prompt_len),
-                    "instruction_len: expected at most ", std::min(num_rows, prompt_len), ", got ", text);
+                    "instruction_len: expected at most ", std::min(num_rows, prompt_len),
+                    ", got ", text);
         rows.start(scales.const_data_ptr<float>()[n]);
         for (int64_t g = 0; g < group; ++g) {
           rows.add(source.const_data_ptr<float>() + (i * group + g) * head_size, prompt_len);
@@ -133,8 +134,8 @@ void attend(const Instruction& x, const KeyTiles& tiles, int64_t group, int64_t 
 at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
                            const at::Tensor& segment, const at::Tensor& pages,
                            const at::Tensor& block_table, int64_t num_kv_heads,
-                           const at::Tensor& key_index, const at::Tensor& prompt_lens, const at::Tensor& scale,
-                           double softcap) {
+                           const at::Tensor& key_index, const at::Tensor& prompt_lens,
+                           const at::Tensor& scale, double softcap) {
   TORCH_CHECK(queries.dim() == 4, "queries: expected [R, Q, Hq, D]");
   TORCH_CHECK(elite.scalar_type() == at::kBool, "elite: expected bool");
   TORCH_CHECK(prompt_lens.scalar_type() == at::kLong && segment.scalar_type() == at::kLong,
@@ -159,8 +160,8 @@ at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
                           num_rows, num_heads, prompt_len, length};
       const KeyTiles tiles =
           read_tiles(keys, n, num_kv_heads, head_size, x.tiles(), prompt_len);
-      attend(x, tiles, num_heads / num_kv_heads, head_size, scales.const_data_ptr<float>()[n], softcap,
-             result.mutable_data_ptr<float>() + n * result.stride(0));
+      attend(x, tiles, num_heads / num_kv_heads, head_size, scales.const_data_ptr<float>()[n],
+             softcap, result.mutable_data_ptr<float>() + n * result.stride(0));
     }
   });
   return result;
@@ -171,8 +172,8 @@ at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
   m.def("last_row_logits(Tensor queries, Tensor pages, Tensor block_table, int num_kv_heads, "
-        "Tensor key_index, Tensor prompt_lens, Tensor instruction_len, Tensor scale, float softcap) "
-        "-> Tensor", &kvcompress::last_row_logits);
+        "Tensor key_index, Tensor prompt_lens, Tensor instruction_len, Tensor scale, "
+        "float softcap) -> Tensor", &kvcompress::last_row_logits);
   m.def("elite_attention(Tensor queries, Tensor elite, Tensor segment, Tensor pages, "
         "Tensor block_table, int num_kv_heads, Tensor key_index, Tensor prompt_lens, Tensor scale, "
         "float softcap) -> Tensor", &kvcompress::elite_attention);

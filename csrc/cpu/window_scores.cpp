@@ -126,8 +126,9 @@ void score(const Windows& queries, const PromptKeys<T>& keys, int64_t length, bo
 std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, const at::Tensor& pages,
                                                  const at::Tensor& block_table,
                                                  int64_t num_kv_heads, const at::Tensor& key_index,
-                                                 const at::Tensor& prompt_lens, const at::Tensor& scale,
-                                                 double softcap, bool take_max) {
+                                                 const at::Tensor& prompt_lens,
+                                                 const at::Tensor& scale, double softcap,
+                                                 bool take_max) {
   TORCH_CHECK(queries.dim() == 4, "queries: expected [R, W, Hq, D]");
   TORCH_CHECK(prompt_lens.scalar_type() == at::kLong, "prompt_lens: expected int64");
   const at::Tensor lens = prompt_lens.contiguous();
