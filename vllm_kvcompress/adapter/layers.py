@@ -87,6 +87,8 @@ class CompressedLayers:
         self.num_entries = spec.num_entries
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.dtype = vllm_config.model_config.dtype
+        max_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
+        self._max_length = max_blocks * self.block_size
         parallel = vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size
         self.heads = rank_heads(spec.model_kv_heads, self.num_kv_heads, ranks)
@@ -123,7 +125,6 @@ class CompressedLayers:
             allocator,
             self.config.merging,
             self.config.window,
-            num_layers,
             self.num_kv_heads,
             self.layout,
             self.state,
@@ -132,7 +133,7 @@ class CompressedLayers:
             mean_over_replicas=self._mean_over_replicas,
             workspace_bytes=self.config.workspace_mib << 20,
         )
-        self.stats = PrefillStats(num_layers, self.num_entries, self.config.needs, self.device)
+        self.stats = PrefillStats(num_layers, self.num_entries, self._max_length, self.config.needs)
         self._query_store = None
 
     @property
@@ -315,23 +316,24 @@ class CompressedLayers:
         for row, order in zip(table, orders, strict=True):
             row[: len(order.block_ids)] = order.block_ids
         packed = self.upload(np.concatenate([np.array([slots, lengths, *facts]).T, table], axis=1))
-        prompts = FinishedPrefills(
+        only_visual = self.config.candidates is not Candidates.ALL
+        extra: dict[str, Any] = {}
+        if Need.SEGMENTS in self.config.needs or only_visual:
+            segment = np.stack([plan.facts.segments(width * self.block_size) for plan in plans])
+            extra["segment"] = self.upload(segment)
+            extra["num_segments"] = int(segment.max(initial=-1)) + 1
+            if only_visual:
+                extra["visual"] = extra["segment"] >= 0
+        if isinstance(self.pipeline.allocator, StaticAllocator):
+            budgets = np.array([self.planner.head_budgets(plan) for plan in plans])
+            extra["head_budgets"] = self.upload(np.ascontiguousarray(budgets[:, :, self.heads]))
+        return FinishedPrefills(
             batch=PromptBatch(*packed[:, : len(fields) + 2].t().contiguous()),
             block_table=packed[:, len(fields) + 2 :].contiguous(),
             max_pages=max(self._max_pages(plan) for plan in plans),
             pages_per_layer=max(plan.num_kept_blocks for plan in plans) * self.num_kv_heads,
+            **extra,
         )
-        only_visual = self.config.candidates is not Candidates.ALL
-        if Need.SEGMENTS in self.config.needs or only_visual:
-            segment = np.stack([plan.facts.segments(width * self.block_size) for plan in plans])
-            prompts.segment = self.upload(segment)
-            prompts.num_segments = int(segment.max(initial=-1)) + 1
-            if only_visual:
-                prompts.visual = prompts.segment >= 0
-        if isinstance(self.pipeline.allocator, StaticAllocator):
-            budgets = np.array([self.planner.head_budgets(plan) for plan in plans])
-            prompts.head_budgets = self.upload(np.ascontiguousarray(budgets[:, :, self.heads]))
-        return prompts
 
     def _max_pages(self, plan: PromptPlan) -> int:
         """Bound on the pages of one head."""
@@ -344,7 +346,8 @@ class CompressedLayers:
         pages, layer_pages = self.pages
         extra: dict[str, Any] = {}
         num_rows = max(order.plan.num_rows for order in orders)
-        queries = pages.new_empty((self.num_layers, len(orders), 0, 1, 1))
+        heads, head_size = self.modules[0].impl.num_heads, self.layout.head_size
+        queries = pages.new_empty((self.num_layers, len(orders), 0, heads, head_size))
         if num_rows or self.stats:
             entries = self.upload(self.entries_of(req_ids))
         if num_rows:
@@ -383,7 +386,7 @@ class CompressedLayers:
         if self.config.needs & attention_inputs.CAPTURED:
             found["projector"] = attention_inputs.StackProjector(
                 [attention_inputs.inputs_of(module) for module in self.modules],
-                self.stats.last_position[entries],
+                self.stats.last_positions(entries),
                 self.modules[0].impl.num_heads,
                 self.layout.head_size,
             )

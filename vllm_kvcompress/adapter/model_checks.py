@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindow
 
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.page_state import tables_bytes
+from vllm_kvcompress.page_state import table_ids
 
 
 def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
@@ -68,4 +68,4 @@ def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) ->
     max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
     num_seqs = vllm_config.scheduler_config.max_num_seqs * spec.num_kv_heads
     workspace = spec.planner.config.workspace_mib << 20
-    return kept + workspace + tables_bytes(num_seqs, max_blocks, spec.num_layers)
+    return kept + workspace + 4 * table_ids(num_seqs, max_blocks, spec.num_layers)
