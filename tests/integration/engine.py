@@ -23,8 +23,6 @@ from vllm.v1.engine import core
 from vllm_kvcompress.adapter.kv_cache import CompressedManager
 
 BLOCK_SIZE = 32
-LOGPROB_TOLERANCE = 2e-5
-"""Float noise of two orders of summation; a wrong token moves log-probabilities by over 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +157,18 @@ def generate(llm: LLM, prompts: Sequence[Any], params: Any = None) -> list[Answe
     return [answer_of(output) for output in outputs]
 
 
-def assert_same(got: Sequence[Answer], expected: Sequence[Any], tolerance=LOGPROB_TOLERANCE):
+def assert_same(
+    got: Sequence[Answer], expected: Sequence[Any], tolerance: float | None = None
+) -> None:
     """Equal tokens and, within float noise, equal log-probabilities, request by request.
 
-    ``expected``: answers, or outputs of the oracle.
+    Args:
+        expected: answers, or outputs of the oracle.
+        tolerance: what log-probabilities may differ by; None: see ``text_tolerance``.
     """
+    from float_noise import text_tolerance  # which is measured with an engine of this module
+
+    tolerance = text_tolerance() if tolerance is None else tolerance
     assert len(got) == len(expected)
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.token_ids == list(b.token_ids), f"request {index}: {a.token_ids} != {b.token_ids}"
