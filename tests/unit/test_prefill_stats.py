@@ -10,10 +10,11 @@ from paged_cache import LAYERS, SCALE, Cache
 from planners import planner_of, prompts
 from scorer_inputs import hidden_moments, key_attention_sum, query_moments
 
-from vllm_kvcompress.batch import StepRows, plan_sums
+from vllm_kvcompress.batch import StepBatch, plan_stats
 from vllm_kvcompress.kernels import PromptPages
-from vllm_kvcompress.prefill_stats import PromptSums, SumRows
+from vllm_kvcompress.prefill_stats import PrefillStats, StatsRows
 from vllm_kvcompress.prompt import PromptFacts
+from vllm_kvcompress.request_slots import RequestSlots
 from vllm_kvcompress.scoring import Need
 
 BLOCK_SIZE = 4
@@ -30,108 +31,147 @@ class Replay:
 
     def __init__(self, need: Need, cache: Cache) -> None:
         self.need, self.cache, self.planner = need, cache, PLANNERS[need]
-        self.sums = PromptSums(LAYERS, self.planner.config.needs)
-        self.done = [0] * len(cache.facts)
+        num = len(cache.facts)
+        max_length = cache.block_table.shape[1] * BLOCK_SIZE
+        self.stats = PrefillStats(LAYERS, num, max_length, self.planner.config.needs)
+        self.entries = RequestSlots(num)
+        self.done = [0] * num
         self.checked = 0
 
     def step(self, chunks: dict[int, int]) -> None:
         """The next tokens of some requests; ``chunks`` says how many."""
         cache, requests = self.cache, list(chunks)
         lens = np.array(list(chunks.values()))
-        rows = StepRows(
+        plans = [self.planner.plan(cache.facts[i]) for i in requests]
+        batch = StepBatch(
             req_ids=[f"r{i}" for i in requests],
             slots=np.array(requests),
-            fresh=np.zeros(len(requests), dtype=bool),
-            prompt_lens=np.array([cache.facts[i].length for i in requests]),
+            compressed=np.zeros(len(requests), dtype=bool),
+            plans=[plan if plan.compresses else None for plan in plans],
             num_computed=np.array([self.done[i] for i in requests]),
             query_lens=lens,
             query_starts=np.cumsum(lens) - lens,
-            plans=[self.planner.plan(cache.facts[i]) for i in requests],
         )
         spans = [(i, slice(self.done[i], self.done[i] + chunks[i])) for i in requests]
         for i in requests:
             self.done[i] += chunks[i]
-        plan = plan_sums(rows)
-        if not plan.rows.size:
+        plan = plan_stats(batch)
+        if not plan.owner.size:
             return
-        ending = np.flatnonzero(rows.ends_prompt[plan.rows])
-        sums = self.sum_rows(rows, plan, ending)
+        rows = self.stats_rows(batch, plan)
         for layer in range(LAYERS):
-            total = self.add(layer, sums, spans)
-            for entry, row in enumerate(plan.rows[ending]):
-                self.check(layer, requests[row], entry, total)
-        self.sums.discard([rows.req_ids[row] for row in plan.rows[ending]])
+            self.add(layer, rows, spans)
+        ended = [requests[i] for i in plan.owner if self.done[requests[i]] == self.length(i, batch)]
+        for request in ended:  # alone, and its entry goes to whoever comes next
+            self.check(request)
+            self.entries.release([f"r{request}"])
 
-    def sum_rows(self, rows: StepRows, plan, ending: np.ndarray) -> SumRows:
+    @staticmethod
+    def length(owner: int, batch: StepBatch) -> int:
+        plan = batch.plans[owner]
+        assert plan is not None
+        return plan.facts.length
+
+    def stats_rows(self, batch: StepBatch, plan) -> StatsRows:
         width = int(plan.lengths.max())
         index = np.arange(width) - width + plan.lengths[:, None]
         blocks = -(-int((plan.positions + plan.lengths).max()) // BLOCK_SIZE)
-        table = self.cache.block_table[rows.slots[plan.rows], :blocks].long()
+        table = self.cache.block_table[batch.slots[plan.owner], :blocks].long()
         tokens = np.where(index >= 0, plan.starts[:, None] + index, 0)
-        store = self.sums.rows([rows.req_ids[i] for i in plan.rows])
-        arrays = store, tokens, plan.lengths, plan.positions, plan.lengths - plan.skip
-        return SumRows(*map(torch.from_numpy, arrays), table, torch.from_numpy(ending))
+        req_ids = [batch.req_ids[i] for i in plan.owner]
+        self.stats.clear(torch.from_numpy(self.entries.assign(req_ids)))
+        entries = self.entries.of(req_ids)
+        arrays = entries, tokens, plan.lengths, plan.positions, plan.lengths - plan.skip
+        return StatsRows(*map(torch.from_numpy, arrays), table)
 
-    def add(self, layer: int, sums: SumRows, spans: list[tuple[int, slice]]):
-        """One layer's rows of the step; the totals of prompts that end."""
+    def add(self, layer: int, rows: StatsRows, spans: list[tuple[int, slice]]) -> None:
+        """One layer's tokens of the step."""
         cache = self.cache
 
         def batch(name: str) -> torch.Tensor:
-            rows = [getattr(cache.prompts[i], name)[layer][..., span, :] for i, span in spans]
-            return torch.from_numpy(np.concatenate(rows, axis=-2)).transpose(0, -2)
+            parts = [getattr(cache.prompts[i], name)[layer][..., span, :] for i, span in spans]
+            return torch.from_numpy(np.concatenate(parts, axis=-2)).transpose(0, -2)
 
         if self.need is Need.KEY_ATTENTION_SUMS:
-            pages = PromptPages(cache.pages(layer), sums.block_table, 2, cache.layout)
-            return self.sums.add_columns(sums, layer, batch("q"), pages, SCALE, 0.0)
-        if self.need is Need.HIDDEN_MOMENTS:
-            return self.sums.add_hidden(sums, layer, batch("hidden"))
-        return self.sums.add_queries(sums, layer, batch("raw"))
+            pages = PromptPages(cache.pages(layer), rows.block_table, 2, cache.layout)
+            scale = torch.full((len(rows.entries),), SCALE)
+            self.stats.add_keys(rows, layer, batch("q"), pages, scale, 0.0)
+        elif self.need is Need.HIDDEN_MOMENTS:
+            self.stats.add_hidden(rows, layer, batch("hidden"))
+        else:
+            self.stats.add_queries(rows, layer, batch("raw"))
 
-    def check(self, layer: int, request: int, entry: int, total) -> None:
+    def check(self, request: int) -> None:
         prompt, scorer = self.cache.prompts[request], self.planner.config.scoring
         self.checked += 1
-        if self.need is Need.KEY_ATTENTION_SUMS:
-            expected = key_attention_sum(prompt.q[layer], prompt.k[layer], SCALE)
-            found = total[entry]
-            np.testing.assert_allclose(found[:, : prompt.length], expected, rtol=2e-5, atol=1e-6)
-            assert found[:, prompt.length :].eq(0).all()
-            return
-        moments = hidden_moments if self.need is Need.HIDDEN_MOMENTS else query_moments
-        rows = prompt.hidden if self.need is Need.HIDDEN_MOMENTS else prompt.raw
-        expected = moments(rows[layer], scorer)
-        for name, value in vars(expected).items():
-            found = getattr(total, name)[entry]
-            torch.testing.assert_close(found, value.to(found.dtype), rtol=2e-5, atol=2e-5)
+        totals = self.stats.totals(torch.from_numpy(self.entries.of([f"r{request}"])))
+        (found,) = totals.values()
+        for layer in range(LAYERS):
+            if self.need is Need.KEY_ATTENTION_SUMS:
+                expected = key_attention_sum(prompt.q[layer], prompt.k[layer], SCALE)
+                sums = found[layer, 0]
+                got = sums[:, : prompt.length]
+                np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+                assert sums[:, prompt.length :].eq(0).all()
+                continue
+            moments = hidden_moments if self.need is Need.HIDDEN_MOMENTS else query_moments
+            rows = prompt.hidden if self.need is Need.HIDDEN_MOMENTS else prompt.raw
+            for name, value in moments(rows[layer], scorer)._asdict().items():
+                part = getattr(found, name)[layer]
+                torch.testing.assert_close(part, value.to(part.dtype), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("need", PLANNERS, ids=lambda need: need.name)
 @given(data=st.data())
 def test_chunks_add_up_to_whole_prompts(need, data):
-    """Several requests in chunks of any size, with rows of the store handed on."""
+    """Several requests in chunks of any size, with entries handed on."""
     facts = data.draw(st.lists(prompts(40), min_size=1, max_size=4))
     replay = Replay(need, Cache.random(facts, BLOCK_SIZE, seed=len(facts)))
     while any(done < fact.length for done, fact in zip(replay.done, facts, strict=True)):
         left = {i: f.length - replay.done[i] for i, f in enumerate(facts)}
-        open_rows = [i for i, count in left.items() if count]
-        chosen = data.draw(st.lists(st.sampled_from(open_rows), min_size=1, unique=True))
+        unfinished = [i for i, count in left.items() if count]
+        chosen = data.draw(st.lists(st.sampled_from(unfinished), min_size=1, unique=True))
         replay.step({i: data.draw(st.integers(1, left[i])) for i in chosen})
     compressing = sum(replay.planner.plan(fact).compresses for fact in facts)
-    assert replay.checked == LAYERS * compressing
+    assert replay.checked == compressing
 
 
 def test_a_request_that_comes_back_starts_over():
-    """Preempted inside its prompt, it leaves nothing behind, whoever gets its row."""
+    """Preempted inside its prompt, it leaves nothing behind, whoever gets its entry."""
     cache = Cache.random([PromptFacts(30), PromptFacts(25)], BLOCK_SIZE, seed=1)
     replay = Replay(Need.KEY_ATTENTION_SUMS, cache)
     replay.step({0: 17, 1: 5})
-    replay.sums.discard(["r0"])
+    replay.entries.release(["r0"])
     replay.done[0] = 0
     replay.step({1: 20})
     replay.step({0: 30})
-    assert replay.checked == 2 * LAYERS
+    assert replay.checked == 2
 
 
-def test_only_what_is_needed_is_summed():
-    assert not PromptSums(LAYERS, Need.KEYS | Need.WINDOW_QUERIES | Need.SEGMENTS)
+def test_prompts_of_several_entries_are_read_layer_by_layer():
+    """Rows of moments are (layer, prompt) pairs, in the order of the entries asked for."""
+    needs = Need.QUERY_MOMENTS
+    stats = PrefillStats(LAYERS, 4, 8, needs)
+    rows = StatsRows(
+        entries=torch.tensor([3, 1]),
+        tokens=torch.tensor([[0, 1], [0, 2]]),
+        lengths=torch.tensor([2, 1]),
+        positions=torch.tensor([4, 7]),
+        counted=torch.tensor([1, 1]),
+        block_table=torch.zeros(2, 1, dtype=torch.long),
+    )
+    for layer in range(LAYERS):
+        queries = torch.arange(3.0)[:, None, None].expand(3, 2, 2) + 10 * layer
+        stats.add_queries(rows, layer, queries)
+    found = stats.totals(torch.tensor([1, 3]))["moments"]
+    expected = [10 * layer + token for layer in range(LAYERS) for token in (2, 1)]
+    assert found.total[:, 0, 0].tolist() == expected
+    assert found.count.tolist() == [1] * 2 * LAYERS
+    stats.set_positions(rows, torch.tensor([[5], [6], [9]]))
+    assert stats.last_positions(torch.tensor([1, 3])).tolist() == [9, 6]
+
+
+def test_only_what_is_needed_is_gathered():
+    assert not PrefillStats(LAYERS, 1, 8, Need.KEYS | Need.WINDOW_QUERIES | Need.SEGMENTS)
     for need in PLANNERS:
-        assert PromptSums(LAYERS, Need.KEYS | need)
+        assert PrefillStats(LAYERS, 1, 8, Need.KEYS | need)
