@@ -61,7 +61,9 @@ def test_static_budgets_decide_the_blocks(allocator, rounding, length, head_scor
     plan = planner.plan(PromptFacts(length))
     cfg = oracle_config(planner)
     budget = budget_of(visual_mask(length, ()), cfg)
-    tokens = [[k - plan.num_protected for k in row] for row in static_tokens(LAYERS, 2, budget, cfg)]
+    tokens = [
+        [k - plan.num_protected for k in row] for row in static_tokens(LAYERS, 2, budget, cfg)
+    ]
     assert planner.head_budgets(plan) == tokens
     mean = Fraction(sum(map(sum, tokens)), LAYERS * NUM_KV_HEADS) + 32
     assert plan.num_kept_blocks == min(math.ceil((mean - plan.tail) / 16), length // 16)
