@@ -54,6 +54,13 @@ def calm(model: str, method: Method):
         return generate(llm, STORM, greedy(STORM_DECODE))
 
 
+by_pair = pytest.mark.parametrize(
+    ("method", "mode"),
+    [(METHODS[0], "sync"), (METHODS[1], "async")],
+    ids=lambda value: getattr(value, "name", value),
+)
+"""Where the two have nothing to do with each other."""
+
 by_scheduling = pytest.mark.parametrize("mode", ["sync", "async"])
 
 
@@ -161,8 +168,7 @@ PHASES = {
 }
 
 
-@by_name
-@by_scheduling
+@by_pair
 @pytest.mark.parametrize("phase", PHASES)
 def test_abort(checkpoint, shared_engine, method, mode, phase):
     """Neighbours do not notice, and nothing of the victim stays."""
@@ -219,8 +225,7 @@ def first(answer, count: int):
     return type(answer)(answer.token_ids[:count], answer.logprobs[:count])
 
 
-@by_name
-@by_scheduling
+@by_pair
 def test_parallel_sampling(checkpoint, method, mode):
     """n=3 with a seed equals three requests with the seeds vLLM gives its children.
 
@@ -246,8 +251,7 @@ def test_parallel_sampling(checkpoint, method, mode):
         assert_clean(llm, free)
 
 
-@by_name
-@by_scheduling
+@by_pair
 def test_streaming(checkpoint, shared_engine, method, mode):
     """Deltas add up to the answer, one token per step."""
     llm = shared_engine(method, mode)
