@@ -83,8 +83,8 @@ def test_preemption_storm(checkpoint, method, mode, chunk):
         engine(
             model,
             method,
-            num_gpu_blocks_override=20,
-            max_model_len=512,
+            num_gpu_blocks_override=15,
+            max_model_len=384,
             max_num_batched_tokens=chunk,
         ) as llm,
     ):
@@ -147,7 +147,7 @@ def test_priority_preemption(checkpoint):
     """The victim is not the last of the batch, so rows move in the worker's tables."""
     model, method = checkpoint("llama"), METHODS[1]
     with engine(
-        model, method, num_gpu_blocks_override=20, max_model_len=512, scheduling_policy="priority"
+        model, method, num_gpu_blocks_override=15, max_model_len=384, scheduling_policy="priority"
     ) as llm:
         free = free_blocks(llm)
         stepper = Stepper(llm)
