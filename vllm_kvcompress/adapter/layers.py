@@ -202,8 +202,9 @@ class CompressedLayers:
         table = np.zeros((len(orders), width), dtype=np.int64)
         for row, order in zip(table, orders, strict=True):
             row[: len(order.block_ids)] = order.block_ids
-        packed = self.facts.upload(
-            np.concatenate([np.array([slots, lengths, *facts]).T, table], axis=1)
+        packed = upload(np.concatenate([np.array([slots, lengths, *numbers]).T, table], axis=1))
+        columns, block_table = (
+            part.contiguous() for part in packed.split([len(fields) + 2, width], dim=1)
         )
         only_visual = self.config.candidates is not Candidates.ALL
         extra: dict[str, Any] = {}
@@ -219,7 +220,7 @@ class CompressedLayers:
                 np.ascontiguousarray(budgets[:, :, self._heads])
             )
         return FinishedPrefills(
-            batch=PromptBatch(*plan_columns.t().contiguous()),
+            batch=PromptBatch(*columns.t().contiguous()),
             block_table=block_table,
             max_pages=max(self._max_pages(plan) for plan in plans),
             pages_per_layer=max(plan.num_kept_blocks for plan in plans) * self.num_kv_heads,
