@@ -173,7 +173,7 @@ class ScoringContext:
             return self
         rows = slice(start * self.num_prompts, stop * self.num_prompts)
         names = [f.name for f in dataclasses.fields(self)]
-        own = {name: rows_of(getattr(self, name), rows) for name in names if name in _ROWS}
+        own = {name: rows_of(getattr(self, name), rows) for name in names if name in ROWS}
         return dataclasses.replace(
             self, layers=self.layers[start:stop], stack=self.stack[start:stop], **own
         )
@@ -224,7 +224,7 @@ class ScoringContext:
         return rows.masked_fill(~self.is_prompt[:, None, :, None], 0.0)
 
 
-_ROWS = (
+ROWS = (
     "prompt_lens",
     "capacity",
     "queries",
