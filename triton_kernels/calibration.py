@@ -58,8 +58,9 @@ def _evidence_kernel(
 
 
 @triton.jit
-def _top_statistics(b_x, b_key, top):
-    """Mean and population deviation of the ``top`` largest numbers; keys 0 do not count."""
+def _top_statistics(b_x, m_x, top):
+    """Mean and population deviation of the ``top`` largest of the numbers that count."""
+    b_key = tl.where(m_x, radix.order_keys(b_x), 0)
     last_key, rest = radix.threshold(b_key, top)
     m_above = b_key > last_key
     tie = radix.value_of(last_key)  # the smallest of the top; so often as is left to take
@@ -70,13 +71,12 @@ def _top_statistics(b_x, b_key, top):
 
 
 @triton.jit(do_not_specialize=token_values.UNSPECIALIZED)
-def _calibrate_kernel(
+def _value_kernel(
     base_ptr,  # [R * H, T] float32
     evidence_ptr,  # [R * H, T] float32
     trace_ptr,  # [Lt, N, H, T] float32
     num_candidates_ptr,  # [R] int64
-    capacity_ptr,  # [R] int64
-    final_ptr,  # [R * H, T] float32
+    value_ptr,  # [R * H, T] float32
     num_heads,
     length,  # T
     layer_stride,
@@ -85,10 +85,33 @@ def _calibrate_kernel(
     num_prompts,  # N
     first_layer,  # of the rows, in the trace
     reach,
-    lambda_c,
     MODE: tl.constexpr,
     LOCAL_K: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    i_seq = tl.program_id(0).to(tl.int64)
+    o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    num_candidates = tl.load(num_candidates_ptr + i_seq // num_heads).to(tl.int32)
+    b_value = token_values.values(
+        base_ptr, evidence_ptr, trace_ptr, i_seq, o_t, num_candidates, num_heads, length,
+        layer_stride, prompt_stride, head_stride, num_prompts, first_layer, reach, MODE, LOCAL_K,
+        EPS,
+    )  # fmt: skip
+    tl.store(value_ptr + i_seq * length + o_t, b_value, mask=o_t < length)
+
+
+@triton.jit
+def _calibrate_kernel(
+    base_ptr,  # [R * H, T] float32
+    value_ptr,  # [R * H, T] float32; V goes in, S comes out
+    num_candidates_ptr,  # [R] int64
+    capacity_ptr,  # [R] int64
+    num_heads,
+    length,  # T
+    lambda_c,
     TOPK_FRAC: tl.constexpr,
+    GATED: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,20 +123,14 @@ def _calibrate_kernel(
     o_t = tl.arange(0, BLOCK)
     m_t = o_t < num_candidates
     b_base = tl.load(base_ptr + i_seq * length + o_t, mask=m_t, other=0.0)
-    b_value = token_values.values(
-        base_ptr, evidence_ptr, trace_ptr, i_seq, o_t, num_candidates, num_heads, length,
-        layer_stride, prompt_stride, head_stride, num_prompts, first_layer, reach, MODE, LOCAL_K,
-        EPS,
-    )  # fmt: skip
-    base_mean, base_std = _top_statistics(b_base, tl.where(m_t, radix.order_keys(b_base), 0), top)
-    value_mean, value_std = _top_statistics(
-        b_value, tl.where(m_t, radix.order_keys(b_value), 0), top
-    )
+    b_value = tl.load(value_ptr + i_seq * length + o_t, mask=m_t, other=0.0)
+    base_mean, base_std = _top_statistics(b_base, m_t, top)
+    value_mean, value_std = _top_statistics(b_value, m_t, top)
     strength = token_values.strength(
-        base_mean, base_std, value_mean, value_std, lambda_c, MODE == "elt", EPS
+        base_mean, base_std, value_mean, value_std, lambda_c, GATED, EPS
     )
     b_final = tl.where(m_t, b_base + strength * b_value, float("-inf"))
-    tl.store(final_ptr + i_seq * length + o_t, b_final, mask=o_t < length)
+    tl.store(value_ptr + i_seq * length + o_t, b_final, mask=o_t < length)
 
 
 def pool_prefix(
@@ -178,8 +195,8 @@ def bacon_calibrate(
 ) -> torch.Tensor:
     """See ``reference.bacon_calibrate``.
 
-    A program that holds a head reads its inputs once. Where heads are long, B and V are read six
-    times, in seven launches.
+    Values of all tokens, in tiles, then one program per head. Where heads are long, B and V are
+    read six times, in seven launches.
     """
     num, num_heads, length = base.shape
     rows = num * num_heads
@@ -187,23 +204,31 @@ def bacon_calibrate(
     if trace.stride(3) != 1:
         trace = trace.contiguous()
     num_layers, num_prompts = trace.shape[:2]
-    base, num_candidates = base.contiguous(), num_candidates.contiguous()
-    inputs = (base, evidence.contiguous(), trace)
-    limits = (num_candidates, capacity.contiguous())
-    numbers = (
+    base = base.contiguous()
+    limits = (num_candidates.contiguous(), capacity.contiguous())
+    _value_kernel[(rows, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
+        base,
+        evidence.contiguous(),
+        trace,
+        limits[0],
+        final,
         num_heads,
         length,
         *trace.stride()[:3],
         num_prompts,
         num_layers - num // num_prompts,
         trace_r,
+        MODE=mode,
+        LOCAL_K=local_k,
+        EPS=EPS,
+        BLOCK_T=_TOKENS_PER_PROGRAM,
     )
-    rule = {"MODE": mode, "LOCAL_K": local_k, "EPS": EPS}
-    if length <= tiled_radix.LONG:
-        _calibrate_kernel[(rows,)](
-            *inputs, *limits, final, *numbers, lambda_c,
-            **rule, TOPK_FRAC=topk_frac, **radix.sizes(length),
-        )  # fmt: skip
+    gated = mode == "elt"
+    if length > tiled_radix.LONG:
+        tiled_calibration.calibrate(base, final, limits, lambda_c, topk_frac, gated)
         return final
-    tiled_calibration.calibrate(inputs, limits, final, numbers, lambda_c, topk_frac, rule)
+    _calibrate_kernel[(rows,)](
+        base, final, *limits, num_heads, length, lambda_c,
+        TOPK_FRAC=topk_frac, GATED=gated, EPS=EPS, **radix.sizes(length),
+    )  # fmt: skip
     return final

@@ -168,7 +168,7 @@ def key_attention_sum(
         "BLOCK_T": _KEYS_PER_TILE,
         "HAS_SOFTCAP": softcap != 0,
         "EXACT": exact,
-        "num_warps": 8 if exact else 4,
+        "num_warps": 8,
     }
     if lse is None:
         lse = queries.new_empty((num, num_q_heads, width), dtype=torch.float32)

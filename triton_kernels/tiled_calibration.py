@@ -1,44 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BACON's calibration of heads that no program can hold: a program per tile, eight launches."""
+"""BACON's calibration of heads that no program can hold: a program per tile, seven launches."""
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_kvcompress.kernels import radix, tiled_radix, token_values
-
-_TOKENS_PER_PROGRAM = 512
-
-
-@triton.jit(do_not_specialize=token_values.UNSPECIALIZED)
-def _value_kernel(
-    base_ptr,  # [R * H, T] float32
-    evidence_ptr,  # [R * H, T] float32
-    trace_ptr,  # [Lt, N, H, T] float32
-    num_candidates_ptr,  # [R] int64
-    value_ptr,  # [R * H, T] float32
-    num_heads,
-    length,  # T
-    layer_stride,
-    prompt_stride,
-    head_stride,
-    num_prompts,  # N
-    first_layer,  # of the rows, in the trace
-    reach,
-    MODE: tl.constexpr,
-    LOCAL_K: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    i_seq = tl.program_id(0).to(tl.int64)
-    o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    num_candidates = tl.load(num_candidates_ptr + i_seq // num_heads).to(tl.int32)
-    b_value = token_values.values(
-        base_ptr, evidence_ptr, trace_ptr, i_seq, o_t, num_candidates, num_heads, length,
-        layer_stride, prompt_stride, head_stride, num_prompts, first_layer, reach, MODE, LOCAL_K,
-        EPS,
-    )  # fmt: skip
-    tl.store(value_ptr + i_seq * length + o_t, b_value, mask=o_t < length)
+from vllm_kvcompress.kernels.reference_scores import EPS
 
 
 @triton.jit
@@ -153,37 +121,29 @@ def _add_values_kernel(
 
 
 def calibrate(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    limits: tuple[torch.Tensor, torch.Tensor],
+    base: torch.Tensor,
     final: torch.Tensor,
-    numbers: tuple[int, ...],
+    limits: tuple[torch.Tensor, torch.Tensor],
     lambda_c: float,
     topk_frac: float,
-    rule: dict[str, str | int | float],
+    gated: bool,
 ) -> None:
-    """Fill ``final`` [R, H, T] with what ``calibration._calibrate_kernel`` does.
+    """What ``calibration._calibrate_kernel`` does: ``final`` [R, H, T] is V and becomes S.
 
     Args:
-        inputs: B, E and trace.
         limits: num_candidates and capacity, [R] int64.
-        numbers: arguments of ``_value_kernel`` from num_heads on.
-        rule: MODE, LOCAL_K and EPS.
     """
     num, num_heads, length = final.shape
-    rows, base, num_candidates = num * num_heads, inputs[0], limits[0]
-    tiles = tiled_radix.num_tiles(length)
-    _value_kernel[(rows, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
-        *inputs, num_candidates, final, *numbers, **rule, BLOCK_T=_TOKENS_PER_PROGRAM
-    )
+    rows, tiles = num * num_heads, tiled_radix.num_tiles(length)
     scratch = tiled_radix.new_scratch(2 * rows, base.device)
     moments = torch.empty((2 * rows, tiles, 3), dtype=torch.float32, device=base.device)
     sizes = {"BLOCK": tiled_radix.TILE, "num_warps": tiled_radix.NUM_WARPS}
     _begin_statistics_kernel[(2 * rows,)](*limits, scratch, num_heads, rows, TOPK_FRAC=topk_frac)
     tiled_radix.find_thresholds(base.view(rows, length), scratch, others=final.view(rows, length))
     _moments_kernel[(2 * rows, tiles)](
-        base, final, num_candidates, scratch, moments, num_heads, rows, length, tiles, **sizes
+        base, final, limits[0], scratch, moments, num_heads, rows, length, tiles, **sizes
     )
     _add_values_kernel[(rows, tiles)](
         base, final, *limits, scratch, moments, num_heads, rows, length, tiles, lambda_c,
-        TOPK_FRAC=topk_frac, GATED=rule["MODE"] == "elt", EPS=rule["EPS"], **sizes,
+        TOPK_FRAC=topk_frac, GATED=gated, EPS=EPS, **sizes,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_kvcompress.kernels import radix
 
-LONG = 16384
+LONG = 8192
 """Up to this many tokens a row fits into the registers of one program.
 
 For selection, ``benchmarks/kernel_bench.py`` times both ways as "row" and "tile".

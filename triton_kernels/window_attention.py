@@ -255,7 +255,10 @@ def window_scores(
     exact = queries.dtype == torch.float32
     padded = triton.next_power_of_2(window)
     heads = triton.next_power_of_2(num_q_heads // num_kv_heads)
-    rows = max(16, padded, min(heads * padded, 32 if exact else 256))
+    take_max = reduction == "max"
+    # larger products in float32, and larger maxima, would spill registers
+    most = 32 if exact else 128 if take_max else 256
+    rows = max(16, padded, min(heads * padded, most))
     tiles = triton.cdiv(num_q_heads // num_kv_heads, rows // padded)
     inputs = (
         queries.contiguous(),
@@ -277,7 +280,6 @@ def window_scores(
         "KEYS_PER_PART": splits.KEYS_PER_PART,
         "HAS_SOFTCAP": softcap != 0,
         "EXACT": exact,
-        # products in float32 would spill registers
         "num_warps": 16 if exact else 8 if rows > 64 or prompts.pages.element_size() == 1 else 4,
     }
     each = splits.parts_per_split(sequences, length, queries.device)
@@ -291,6 +293,6 @@ def window_scores(
     scores = queries.new_empty((2, num, num_kv_heads, length), dtype=torch.float32)
     _scores_kernel[(sequences, num_splits)](
         *inputs, lse, scores[0], scores[1], *numbers, each,
-        TILES=tiles, TAKE_MAX=reduction == "max", **sizes,
+        TILES=tiles, TAKE_MAX=take_max, **sizes,
     )  # fmt: skip
     return scores[0], scores[1]
