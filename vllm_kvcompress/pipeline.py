@@ -99,17 +99,33 @@ class CompressionPipeline:
         )
 
     def workspace(self, prompts: FinishedPrefills, stack: LayerStack) -> Workspace:
-        """What a call takes."""
+        """What a call takes, an upper bound; kernels' own workspace is not counted."""
+        block_size, head_size = self.layout.block_size, self.layout.head_size
         row = RowShape(
-            length=prompts.block_table.shape[1] * self.layout.block_size,
+            length=prompts.block_table.shape[1] * block_size,
             num_q_heads=stack.queries.shape[3],
             num_kv_heads=self.num_kv_heads,
-            head_size=self.layout.head_size,
+            head_size=head_size,
             num_queries=stack.queries.shape[2],
             hidden_size=0 if stack.hidden is None else stack.hidden.total.shape[1],
         )
-        page = self.layout.block_size * 2 * self.layout.head_size * stack.pages.itemsize
-        return Workspace(4 * self.scorer.workspace(row), prompts.pages_per_layer * page)
+        num_slots = self.num_kv_heads * prompts.max_pages * block_size
+        staged = prompts.pages_per_layer * block_size * 2 * head_size * stack.pages.itemsize
+        # scores with what does not compete masked out, and those masks
+        scoring = max(self.scorer.workspace(row), self.allocator.workspace(row) + 2 * row.scores)
+        scoring = 4 * (scoring + 3 * row.scores)
+        selecting = 4 * 2 * row.scores + 8 * num_slots
+        if self.merge is not None:
+            merging = self.merge.workspace(row, num_slots) + 3 * row.keys
+            selecting += 4 * merging + 8 * num_slots * head_size
+        # of every layer: scores, segments, block table, what was observed, sums in their order
+        held = 4 * row.scores + 8 * row.length + 8 * prompts.block_table.shape[1]
+        held += 4 * self.allocator.decision_workspace(row)
+        if stack.key_attention_sum is not None:
+            held += 4 * row.scores
+        return Workspace(
+            per_row=max(scoring, selecting), per_prompt=len(stack.layers) * (held + staged)
+        )
 
     def _compress(
         self, prompts: FinishedPrefills, stack: LayerStack, layers_together: int

@@ -76,7 +76,7 @@ class AirCacheLayers(Allocator):
         return (counts + request.num_protected[:, None])[:, :, None]
 
     def workspace(self, row: RowShape) -> int:
-        return 4 * row.logits
+        return 3 * row.num_queries * row.num_q_heads + row.logits + 12 * row.length
 
 
 def strength_and_skewness(importance: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,11 @@ class Allocator(abc.ABC):
         """
 
     def workspace(self, row: RowShape) -> int:
-        """Float32 elements per row that allocating holds at its peak, what is observed included."""
+        """Float32 elements that observing one row holds at its peak."""
+        return 0
+
+    def decision_workspace(self, row: RowShape) -> int:
+        """Float32 elements that the decision holds at its peak, per row that was observed."""
         return 0
 
 

@@ -67,6 +67,9 @@ class PrefixKV(Allocator):
         return tokens[:, :, None]
 
     def workspace(self, row: RowShape) -> int:
+        return row.scores + 2 * row.length
+
+    def decision_workspace(self, row: RowShape) -> int:
         return 24 * row.length
 
 

@@ -10,6 +10,7 @@ import torch
 from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_choice, require_range
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 ELITE_SCOPES = ("head", "layer")
 
@@ -46,6 +47,9 @@ class AirCache(Scorer):
 
     def num_recent(self, window: int, kept: int) -> int:
         return 1
+
+    def workspace(self, row: RowShape) -> int:
+        return 3 * row.num_queries * row.num_q_heads + row.logits + 2 * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         heads = visual_attention(ctx, self.elite, self.elite_scope)  # [R, Hq, T]

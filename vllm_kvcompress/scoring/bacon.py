@@ -8,6 +8,7 @@ from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_choice, require_odd, require_range, require_whole
 from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Bacon(SnapKV):
         require_range("lambda_c", self.lambda_c, 0, 1e6)
         require_range("topk_frac", self.topk_frac, 0, 1e6)
         require_choice("trace_reduce", self.trace_reduce, ("head", "head_mean"))
+
+    def workspace(self, row: RowShape) -> int:
+        return super().workspace(row) + 5 * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         mean, last = self.window_scores(ctx)

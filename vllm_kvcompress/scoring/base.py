@@ -305,7 +305,7 @@ class Scorer(abc.ABC):
 
     def workspace(self, row: RowShape) -> int:
         """Float32 elements that scoring one row holds at its peak, the scores included."""
-        return 6 * row.scores
+        return 4 * row.scores
 
     @abc.abstractmethod
     def score(self, ctx: ScoringContext) -> Scores:

@@ -18,6 +18,7 @@ from vllm_kvcompress.scoring.mixkv import MixKV
 from vllm_kvcompress.scoring.postvision import PostVision
 from vllm_kvcompress.scoring.shiftkv import ShiftKV
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.workspace import RowShape
 
 _NEVER_NEGATIVE = (SnapKV, Bacon, MixKV, ShiftKV, H2O, Expected, Elastic, PostVision)
 BASES: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in _NEVER_NEGATIVE}
@@ -79,6 +80,9 @@ class DAS(Scorer):
 
     def stats_from(self, prompt_len: int) -> int:
         return self.scorer.stats_from(prompt_len)
+
+    def workspace(self, row: RowShape) -> int:
+        return self.scorer.workspace(row) + 14 * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         base, final = self.scorer.score(ctx)

@@ -8,6 +8,7 @@ import torch
 
 from vllm_kvcompress.options import require_bool, require_range, require_whole
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 _OFFSETS_AT_ONCE = 64
 _KEYS_AT_ONCE = 2048
@@ -59,6 +60,13 @@ class Expected(Scorer):
 
     def stats_from(self, prompt_len: int) -> int:
         return min(self.sinks, prompt_len - 1)
+
+    def workspace(self, row: RowShape) -> int:
+        queries = row.num_q_heads * row.head_size
+        covariance = 10 * queries * row.head_size
+        pieces = 2 * queries * min(row.length, _KEYS_AT_ONCE)
+        rotated = 6 * _OFFSETS_AT_ONCE * row.head_size**2
+        return 3 * row.keys + 6 * row.logits + covariance + pieces + rotated
 
     def score(self, ctx: ScoringContext) -> Scores:
         is_sink = ctx.positions < self.sinks

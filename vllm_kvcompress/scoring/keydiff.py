@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 _EPS = 1e-12
 
@@ -30,6 +31,9 @@ class KeyDiff(Scorer):
 
     def num_recent(self, window: int, kept: int) -> int:
         return 1
+
+    def workspace(self, row: RowShape) -> int:
+        return 3 * row.keys + 5 * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         unit = ctx.keys / ctx.keys.norm(dim=-1, keepdim=True).clamp_min(_EPS)

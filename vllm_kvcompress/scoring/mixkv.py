@@ -11,6 +11,7 @@ from vllm_kvcompress.options import require_choice
 from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
 from vllm_kvcompress.scoring.redundancy import RatioTable
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.workspace import RowShape
 
 _EPS = 1e-8
 
@@ -48,6 +49,9 @@ class MixKV(SnapKV):
         require_choice("diversity", self.diversity, choices)
         if self.ratio_table is not None:
             self._table  # noqa: B018, a bad file is refused here and not while serving
+
+    def workspace(self, row: RowShape) -> int:
+        return super().workspace(row) + 5 * row.keys + 8 * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         base = self.importance(ctx)

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
-from vllm_kvcompress.scoring.instruction import instruction_rows
+from vllm_kvcompress.scoring.instruction import instruction_elements, instruction_rows
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class PostVision(Scorer):
 
     def num_recent(self, window: int, kept: int) -> int:
         return 1  # of every head; the others follow from what the head keeps
+
+    def workspace(self, row: RowShape) -> int:
+        kept = 2 * -(-row.num_queries // 32) * row.logits
+        return 2 * row.keys + 3 * instruction_elements(row) + kept
 
     def score(self, ctx: ScoringContext) -> Scores:
         collected = [

@@ -11,6 +11,7 @@ from vllm_kvcompress.options import require_bool, require_choice, require_range,
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
 from vllm_kvcompress.scoring.proxies import mean_and_deviation, standard_normal
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.workspace import RowShape
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "released": {"stats": "scalar", "cover": "floor", "mix_last": True},
@@ -89,6 +90,11 @@ class ShiftKV(Scorer):
 
     def stats_from(self, prompt_len: int) -> int:
         return max(0, prompt_len - self.stat_ctx) if self.stat_ctx else 0
+
+    def workspace(self, row: RowShape) -> int:
+        hidden = 5 * self.proxies * row.hidden_size
+        queries = 5 * self.proxies * row.num_q_heads * row.head_size
+        return hidden + queries + (self.groups + 6) * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         num_first = sum(layer < 2 for layer in ctx.layers) if self.llava_compat else 0

@@ -10,6 +10,7 @@ from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels.reference import row_logits
 from vllm_kvcompress.options import require_choice, require_odd
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class SnapKV(Scorer):
         require_choice("pool", self.pool, ("avg", "max"))
         require_choice("reduction", self.reduction, ("mean", "max"))
         require_choice("score_dtype", self.score_dtype, ("float32", "model"))
+
+    def workspace(self, row: RowShape) -> int:
+        if self.score_dtype == "model":
+            return 2 * row.keys + 3 * row.num_queries * row.logits
+        return 4 * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         base = self.importance(ctx)
