@@ -7,7 +7,8 @@
 All layers of N prompts go through the pipeline as they would on a GPU, but their tensors have no
 memory and Triton's kernels are noted instead of launched. A launch is a Triton kernel or a torch
 operator that is not just a view or an allocation; a few operators, such as sorts, launch more than
-one kernel. Code that asks a tensor for a value fails here, because it would wait for the GPU.
+one kernel. Where the workspace does not hold all layers of all prompts, they go in several groups,
+which launch as much each. Code that asks a tensor for a value fails here, because it would wait for the GPU.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from vllm_kvcompress.pipeline import (
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import Need
+from vllm_kvcompress.workspace import DEFAULT_BYTES
 
 METHODS = ("bacon", "bacon+adakv", "aircache", "vl-cache")
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_SIZE = 28, 28, 4, 128  # Qwen2-VL-7B
@@ -156,7 +158,7 @@ def stack(config: KVCompressionConfig, num: int) -> LayerStack:
     )
 
 
-def count(method: str, num: int) -> Launches:
+def count(method: str, num: int, workspace_bytes: int) -> Launches:
     """Of one call that compresses ``num`` prompts."""
     settings: dict[str, object] = {"method": method}
     if "%" not in str(KVCompressionConfig.parse(settings).budget):
@@ -172,6 +174,7 @@ def count(method: str, num: int) -> Launches:
         NUM_KV_HEADS,
         kernels.PageLayout(BLOCK_SIZE, HEAD_SIZE),
         state,
+        workspace_bytes=workspace_bytes,
     )
     with counted() as launches:
         pipeline.compress(finished(config, num), stack(config, num))
@@ -182,10 +185,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--method", help="one method, and where its launches come from")
     parser.add_argument("--prompts", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--workspace", type=int, default=DEFAULT_BYTES, metavar="BYTES")
     args = parser.parse_args()
     for method in (args.method,) if args.method else METHODS:
         for num in args.prompts:
-            launches = count(method, num)
+            launches = count(method, num, args.workspace)
             print(
                 f"{method:14} N {num:2}  {launches.total:6} launches, "
                 f"{launches.in_triton} of them Triton's",
