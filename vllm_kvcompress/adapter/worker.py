@@ -25,7 +25,7 @@ class CompressedWorker(Worker):
         attention_inputs.install(self.model_runner.get_model(), self.vllm_config)
         specs = super().get_kv_cache_spec()
         if self._reserved is None and self.device.type != "cpu":
-            # held while vLLM measures what the model takes, so that the cache leaves room for it
+            # there while vLLM measures what the model takes, so that the cache leaves room for it
             self._reserved = torch.empty(
                 model_checks.reserved_bytes(specs, self.vllm_config),
                 dtype=torch.uint8,
