@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils import torch_utils
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -73,7 +74,7 @@ class CompressedLayers:
         self,
         vllm_config: VllmConfig,
         spec: CompressedSpec,
-        modules: dict[str, torch.nn.Module],
+        modules: dict[str, Attention],
         device: torch.device,
         layout: PageLayout,
     ) -> None:
@@ -86,7 +87,9 @@ class CompressedLayers:
         self.block_size, self.num_kv_heads = spec.block_size, spec.num_kv_heads
         self.num_entries = spec.num_entries
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-        self.dtype = vllm_config.model_config.dtype
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype), "vLLM has resolved it"
+        self.dtype = dtype
         max_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
         self._max_length = max_blocks * self.block_size
         parallel = vllm_config.parallel_config
@@ -94,8 +97,7 @@ class CompressedLayers:
         self.heads = rank_heads(spec.model_kv_heads, self.num_kv_heads, ranks)
         self._mean_over_replicas = mean_over_replicas(spec.model_kv_heads, ranks)
         self.telemetry = WorkerTelemetry(device, active=parallel.rank == 0)
-        impl = self.modules[0].impl
-        self.softcap = float(impl.logits_soft_cap or 0.0)
+        self.softcap = refusals.soft_cap(self.modules[0])
         self._scale = torch.tensor(
             [module.impl.scale for module in self.modules], dtype=torch.float32, device=device
         )
