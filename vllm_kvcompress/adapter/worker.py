@@ -43,7 +43,7 @@ class CompressedWorker(Worker):
         self.compressed_layers = layers_of(self.vllm_config)
         self.compressed_layers.order_of = partial(runners.request_order, self.model_runner)
         runners.veto_full_graphs(self.model_runner, self.compressed_layers)
-        if self.compressed_layers.device.type != "cpu":  # nothing is compiled there
+        if self.compressed_layers.facts.device.type != "cpu":  # nothing is compiled there
             self.compressed_layers.warm_up(self.model_config.max_model_len)
 
     @torch.inference_mode()
