@@ -67,6 +67,11 @@ class PromptPlan:
         return self.num_full_blocks - self.num_kept_blocks
 
     @property
+    def first_row(self) -> int:
+        """First position whose token a method looks at."""
+        return min(self.facts.length - self.num_rows, self.stats_from)
+
+    @property
     def compresses(self) -> bool:
         """False: the prompt fits its budget, and stays exactly as stock vLLM keeps it."""
         return self.num_freed_blocks > 0
