@@ -26,7 +26,7 @@ class CompressedWorker(Worker):
         specs = super().get_kv_cache_spec()
         assert self.device is not None, "the worker has been initialized"
         if self._reserved is None and self.device.type != "cpu":
-            # held while vLLM measures what the model takes, so that the cache leaves room for it
+            # there while vLLM measures what the model takes, so that the cache leaves room for it
             self._reserved = torch.empty(
                 model_checks.reserved_bytes(specs, self.vllm_config),
                 dtype=torch.uint8,
