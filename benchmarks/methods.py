@@ -256,10 +256,8 @@ def main() -> None:
         parser.error(f"--methods: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     known = facts("cpu")
     print("keeping rows, scoring, allocation, merging and compaction of one prompt, medians:")
-    columns = (
-        f"{'tokens':>6} {'keep ms':>8} {'ms':>7} {'of prefill':>10} {'blocks':>7} {'ideal':>7}"
-    )
-    print(f"{'method':28} {columns}")
+    heads = ("tokens", "keep ms", "ms", "of prefill", "blocks", "ideal")
+    print(f"{'method':28}", *(f"{head:>10}" for head in heads))
     with contextlib.ExitStack() as stack:
         writer = None
         lengths, rounds = (LENGTHS[-1:], 4) if args.quick else (LENGTHS, args.rounds)
@@ -274,12 +272,15 @@ def main() -> None:
                     writer.writeheader()
                 writer.writerows(found)
             median = {name: percentiles(samples)["p50"] for name, samples in values.items()}
-            print(
-                f"{case.method:28} {length:6} {median['keeping_ms']:8.1f} "
-                f"{median['compression_ms']:7.1f} {median['cost_ms / stock prefill_ms']:10.1%} "
-                f"{median['blocks_held']:7.0f} {median['blocks_ideal']:7.2f}",
-                flush=True,
+            numbers = (
+                f"{length}",
+                f"{median['keeping_ms']:.1f}",
+                f"{median['compression_ms']:.1f}",
+                f"{median['cost_ms / stock prefill_ms']:.1%}",
+                f"{median['blocks_held']:.0f}",
+                f"{median['blocks_ideal']:.2f}",
             )
+            print(f"{case.method:28}", *(f"{number:>10}" for number in numbers), flush=True)
 
 
 if __name__ == "__main__":
