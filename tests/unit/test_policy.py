@@ -28,8 +28,11 @@ def test_parse(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "never", "always:0.5", "always:", "pressure:", "pressure:0", "pressure:1", "pressure:80%"]
-    + ["pressure:-0.1", "pressure:nan", "pressure:0.5:0.6", "Pressure", 0.8, None, True],
+    [
+        *("", "never", "always:0.5", "always:", "pressure:", "pressure:0", "pressure:1"),
+        *("pressure:80%", "pressure:-0.1", "pressure:nan", "pressure:0.5:0.6", "Pressure"),
+        *(0.8, None, True),
+    ],
 )
 def test_refused(text):
     with pytest.raises(ValueError, match=r"expected always, pressure or pressure:MARK"):
