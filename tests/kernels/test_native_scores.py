@@ -100,12 +100,13 @@ class TestColumnSums:
             ([4097], [33], 4, 2, 32, 32),
         ],
     )
-    def test_shapes(self, ends, lengths, group, num_kv_heads, head_size, size, softcap):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_shapes(self, ends, lengths, group, num_kv_heads, head_size, size, softcap, dtype):
         """Chunks in the middle and at the end of prompts, whole prompts, a request without rows."""
         generator = torch.Generator().manual_seed(head_size)
         prompts = prompts_of(ends, num_kv_heads, head_size, size, torch.bfloat16, generator)
         shape = (len(ends), max(lengths), group * num_kv_heads, head_size)
-        queries = 2 * torch.randn(shape, generator=generator)
+        queries = (2 * torch.randn(shape, generator=generator)).to(dtype)
         for row, length in zip(queries, lengths, strict=True):
             row[: max(lengths) - length] = NAN  # rows are right-aligned
         rows, positions = torch.tensor(lengths), torch.tensor(ends) - torch.tensor(lengths)
