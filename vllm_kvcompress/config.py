@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from vllm_kvcompress.allocation import ALLOCATORS, Allocator, LayerAllocator, Scope
+from vllm_kvcompress.allocation import ALLOCATORS, Allocator, Scope
 from vllm_kvcompress.merging import MERGES, Merge
 from vllm_kvcompress.presets import PRESETS
 from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
@@ -230,7 +230,7 @@ class KVCompressionConfig:
     @property
     def spans_layers(self) -> bool:
         """Head pages of one layer may serve another."""
-        return self.allocation.scope in (Scope.STATIC, Scope.MODEL)
+        return self.allocation.scope.spans_layers
 
     @property
     def max_rows(self) -> int:
@@ -317,7 +317,7 @@ def _combination_reasons(config: KVCompressionConfig) -> list[str]:
     scorer, allocator = config.scoring, config.allocation
     moves_heads = config.allocator in ("adakv", "sparsemm")
     checks = (
-        (isinstance(allocator, LayerAllocator) and not scorer.countable,
+        (allocator.scope is Scope.LAYER and not scorer.countable,
          f"{config.scorer} has no scores that {config.allocator} could count across heads: use "
          "another allocator, such as uniform"),
         (moves_heads and scorer.shared_sets,

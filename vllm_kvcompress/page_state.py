@@ -14,7 +14,7 @@ class HeadPageState:
     """Head pages of all requests, on the device, indexed by request slot.
 
     Slot ``num_slots`` belongs to nobody: padding rows point there. A slot without compression has
-    num_full_blocks 0, num_kept_blocks 1 and page_count 0, which makes its table the natural one.
+    num_full_blocks 0, num_kept_blocks 1 and page_count 0, which makes its table that of its blocks.
 
     Attributes:
         num_full_blocks, num_kept_blocks: [S + 1] int32, m and n of the request's prompt.
@@ -31,32 +31,31 @@ class HeadPageState:
         self.page_count = torch.zeros(shape, dtype=torch.int32, device=device)
         self.page_start = torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def begin(
-        self, slots: torch.Tensor, num_full: torch.Tensor, num_kept: torch.Tensor, even: bool
-    ) -> None:
-        """Set what the plan knows of N requests; uncompressed: ``num_full`` 0, ``num_kept`` 1.
+    def reset(self, slots: torch.Tensor) -> None:
+        """Set N requests to uncompressed: new ones, whose slots others had before."""
+        self.num_full_blocks[slots] = 0
+        self.num_kept_blocks[slots] = 1
+        self.page_count[:, slots] = 0
+        self.page_start[:, slots] = 0
 
-        With an even budget that includes the pages, so that tables for the step in which a prompt
-        ends can be made before its layers run. Otherwise pages follow layer by layer.
+    def store(
+        self,
+        slots: torch.Tensor,
+        num_full_blocks: torch.Tensor,
+        num_kept_blocks: torch.Tensor,
+        page_count: torch.Tensor,
+        page_start: torch.Tensor,
+    ) -> None:
+        """Store the pages per head [N, L, Hkv] of N compressed requests.
+
+        Pages are numbered over all layers, see ``kernels.write_pages``; where all layers are alike
+        the first one's pages serve them all.
         """
-        self.num_full_blocks[slots] = num_full.int()
-        self.num_kept_blocks[slots] = num_kept.int()
-        pages = num_kept * (num_full > 0) if even else torch.zeros_like(num_kept)
-        count = pages[:, None].expand(-1, self.page_count.shape[2])
-        self.page_count[:, slots] = count.int()
-        self.page_start[:, slots] = page_starts(count).int()
-
-    def set_pages(
-        self, layer: int, slots: torch.Tensor, count: torch.Tensor, start: torch.Tensor
-    ) -> None:
-        """Store the pages per head [N, Hkv] of one layer."""
-        self.page_count[layer, slots] = count.int()
-        self.page_start[layer, slots] = start.int()
-
-    def set_all_pages(self, slots: torch.Tensor, count: torch.Tensor, start: torch.Tensor) -> None:
-        """Store the pages per head [N, L, Hkv] of all layers."""
-        self.page_count[:, slots] = count.transpose(0, 1).int()
-        self.page_start[:, slots] = start.transpose(0, 1).int()
+        num_layers = len(self.page_count)
+        self.num_full_blocks[slots] = num_full_blocks.int()
+        self.num_kept_blocks[slots] = num_kept_blocks.int()
+        self.page_count[:, slots] = page_count[:, :num_layers].transpose(0, 1).int()
+        self.page_start[:, slots] = page_start[:, :num_layers].transpose(0, 1).int()
 
 
 class PageTables:
@@ -93,7 +92,7 @@ class PageTables:
         num_layers: int,
         layer_pages: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make tables [L, R * Hkv, width] and kv_len [L, R * Hkv] of the virtual sequences.
+        """Make tables [L, R * Hkv, width] and kv_len [L, R * Hkv] of the per-head batch.
 
         They stand until the next call. See ``kernels.head_page_tables``.
 

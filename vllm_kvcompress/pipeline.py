@@ -1,132 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score, allocate, select, merge and compact, for all prompts that end in a step.
+"""Score, allocate, select, merge and compact: all layers of all finished prompts in one call.
 
 Knows tensors, not vLLM.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.allocation import (
-    Allocator,
-    Demand,
-    LayerAllocator,
-    ModelAllocator,
-    Scope,
-    pages_from_kept,
-)
+from vllm_kvcompress.allocation import Allocator, BudgetRequest, Scope, pages_from_kept
+from vllm_kvcompress.kernels import PromptPages
 from vllm_kvcompress.merging import Merge, MergeContext
 from vllm_kvcompress.page_state import HeadPageState, page_starts
-from vllm_kvcompress.scoring import (
-    HiddenMoments,
-    LayerContext,
-    LayerTrace,
-    QueryMoments,
-    QueryProjector,
-    Scorer,
-    Scores,
-)
-from vllm_kvcompress.scoring.base import local_mean
+from vllm_kvcompress.pipeline_inputs import FinishedPrefills, LayerStack, PromptBatch
+from vllm_kvcompress.scoring import Scorer, Scores, ScoringContext
+from vllm_kvcompress.scoring.base import local_mean, rows_of
+from vllm_kvcompress.workspace import DEFAULT_BYTES, RowShape, Workspace
 
 
-class LayerInputs(NamedTuple):
-    """What one layer hands to the pipeline.
+class _Group(NamedTuple):
+    """Consecutive layers that are scored together, [first, last) of the stack.
 
     Attributes:
-        layer: index in the model.
-        row: index among the compressed layers.
-        queries: [N, Q, Hq, D] of the last Q positions of each prompt.
-        pages: [num_pages, block_size * 2 * D] head pages of the layer.
-        scale, softcap: the layer's.
-        key_scale, value_scale: see ``PageLayout``.
-        key_attention_sum, hidden, moments, projector: see ``LayerContext``.
+        batch: plans of the rows, [R] each.
+        final: [R, Hkv, T] ranking scores.
     """
 
-    layer: int
-    row: int
-    queries: torch.Tensor
-    pages: torch.Tensor
-    scale: float
-    softcap: float = 0.0
-    key_scale: float = 1.0
-    value_scale: float = 1.0
-    key_attention_sum: torch.Tensor | None = None
-    hidden: HiddenMoments | None = None
-    moments: QueryMoments | None = None
-    projector: QueryProjector | None = None
-
-
-class Demands(NamedTuple):
-    """Plans of the N prompts as device tensors, all [N] int64; see ``plan.PromptPlan``."""
-
-    slots: torch.Tensor
-    prompt_lens: torch.Tensor
-    num_full_blocks: torch.Tensor
-    num_kept_blocks: torch.Tensor
-    tail: torch.Tensor
-    capacity: torch.Tensor
-    num_candidates: torch.Tensor
-    pinned: torch.Tensor
-    fixed: torch.Tensor
-    recent: torch.Tensor
-    instruction_len: torch.Tensor
-
-
-class _Waiting(NamedTuple):
-    """A layer that has been scored and waits for its share of a budget that spans layers."""
-
-    prompts: kernels.PromptPages
+    first: int
+    last: int
+    ctx: ScoringContext
+    batch: PromptBatch
     final: torch.Tensor
-    observed: torch.Tensor
 
 
-@dataclass
-class EndingPrompts:
-    """The N compressing requests whose prompt ends in this step.
-
-    Attributes:
-        demands: their plans.
-        block_table: [N, B] int64 with B = ceil(longest prompt / block_size).
-        max_pages: bound on any head's pages.
-        total_pages: most pages, over all layers and heads, that one request keeps.
-        visual: [N, T] bool, tokens that may compete; None when all may.
-        segment: [N, T] int64, image of each visual token or -1; None when nothing needs it.
-        num_segments: of the prompt that has the most.
-        static_tokens: [N, L, Hkv] int64 scored tokens of a static allocator.
-        trace: what layers of this step leave for later layers.
-    """
-
-    demands: Demands
-    block_table: torch.Tensor
-    max_pages: int
-    total_pages: int
-    visual: torch.Tensor | None = None
-    segment: torch.Tensor | None = None
-    num_segments: int = 0
-    static_tokens: torch.Tensor | None = None
-    trace: LayerTrace = field(default_factory=LayerTrace)
-    _page_count: torch.Tensor | None = None  # [N, L, Hkv], budgets that span layers
-    _staged: torch.Tensor | None = None  # [N, total_pages + 1, block_size * 2 * D]
-    _waiting: list[_Waiting] = field(default_factory=list)
+__all__ = ["CompressionPipeline", "FinishedPrefills", "LayerStack", "PromptBatch"]
 
 
 class CompressionPipeline:
-    """Compresses one layer of all ending prompts at a time.
+    """Compresses all layers of finished prompts at once.
 
     Args:
         scorer, allocator, merge: the methods; ``merge`` None drops what is not kept.
         window: W.
-        num_layers, num_kv_heads: compressed layers, and KV heads of this rank.
+        num_kv_heads: KV heads of this rank.
         layout: where a head page keeps its elements.
         state: receives the pages of every head.
         mean_over_heads: mean over dimension 1 of a tensor, over the heads of all ranks.
         first_head: index in the model of the rank's first KV head.
-        mean_over_replicas: mean of scores [N, Hkv, T] over the ranks that hold the same KV head
+        mean_over_replicas: mean of scores [R, Hkv, T] over the ranks that hold the same KV head
             beside different query heads, so that all of them keep the same tokens.
+        workspace_bytes: bound on what one call holds besides its inputs. Where all layers of all
+            prompts would take more, prompts go one after another, and layers in groups, with the
+            same results. One layer of one prompt has to fit.
     """
 
     def __init__(
@@ -135,125 +62,159 @@ class CompressionPipeline:
         allocator: Allocator,
         merge: Merge | None,
         window: int,
-        num_layers: int,
         num_kv_heads: int,
         layout: kernels.PageLayout,
         state: HeadPageState,
         mean_over_heads: Callable[[torch.Tensor], torch.Tensor] = local_mean,
         first_head: int = 0,
         mean_over_replicas: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores,
+        workspace_bytes: int = DEFAULT_BYTES,
     ) -> None:
         self.scorer = scorer
         self.allocator = allocator
         self.merge = merge
         self.window = window
-        self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.layout = layout
         self.state = state
         self.mean_over_heads = mean_over_heads
         self.first_head = first_head
         self.mean_over_replicas = mean_over_replicas
+        self.workspace_bytes = workspace_bytes
 
-    @property
-    def spans_layers(self) -> bool:
-        """Head pages of a layer may hold tokens of another one."""
-        return self.allocator.scope in (Scope.STATIC, Scope.MODEL)
-
-    def compress(
-        self,
-        batch: EndingPrompts,
-        inputs: LayerInputs,
-        all_pages: torch.Tensor | None = None,
-        layer_pages: int = 0,
-    ) -> torch.Tensor | None:
-        """Score one layer, and compact whatever can be compacted by now, in place.
-
-        Args:
-            inputs: of the layer; layers come in order.
-            all_pages, layer_pages: head pages of all layers, and pages from one layer to the next,
-                when budgets span layers.
+    def compress(self, prompts: FinishedPrefills, stack: LayerStack) -> torch.Tensor:
+        """Compress the prompts in place and store their pages in the state.
 
         Returns:
-            [N, ...] int64, pages per head that became known; None when none did.
+            [N, L, Hkv] int64, pages of each head.
         """
-        allocator, demands = self.allocator, batch.demands
-        ctx = self._context(batch, inputs)
-        scores = self._agreed(self.scorer.score(ctx))
-        base, final = self._mask(batch, *scores)
-        prompts = ctx.prompts
-        if not self.spans_layers:
-            if isinstance(allocator, LayerAllocator):
-                tokens = allocator.head_budgets(base, demands.num_candidates, demands.capacity)
-                kept = tokens + demands.pinned[:, None]
-                count = self._pages(batch, kept)
-                self.state.set_pages(inputs.row, demands.slots, count, page_starts(count))
-            else:
-                nominal = (demands.capacity + demands.pinned)[:, None]
-                kept = nominal.expand(-1, self.num_kv_heads)
-                count = demands.num_kept_blocks[:, None].expand_as(kept)
-            staged = self._entries(batch, prompts, final, kept, count)
-            self._write(batch, prompts, staged, count, page_starts(count))
-            return count
-        assert all_pages is not None, "budgets that span layers need a view of all of them"
-        last = inputs.row == self.num_layers - 1
-        if isinstance(allocator, ModelAllocator):
-            observed = allocator.observe(ctx, scores._replace(base=base, final=final))
-            batch._waiting.append(_Waiting(prompts, final, observed))
-            if not last:
-                return None
-            demand = Demand(
-                demands.prompt_lens, demands.num_candidates, demands.capacity, demands.pinned
-            )
-            kept = allocator.kept_tokens([w.observed for w in batch._waiting], demand)
-            kept = kept[:, :, None].expand(-1, -1, self.num_kv_heads)
-            self._settle(batch, kept)
-            for row, waiting in enumerate(batch._waiting):
-                self._stage(batch, waiting.prompts, waiting.final, row, kept[:, row])
+        num_layers, num = len(stack.layers), len(prompts.block_table)
+        workspace = self.workspace(prompts, stack)
+        layers, together = workspace.split(self.workspace_bytes, num_layers, num)
+        if together == num:
+            return self._compress(prompts, stack, layers)
+        parts = [slice(start, start + together) for start in range(0, num, together)]
+        return torch.cat(
+            [self._compress(prompts.of_prompts(p), stack.of_prompts(p), layers) for p in parts]
+        )
+
+    def workspace(self, prompts: FinishedPrefills, stack: LayerStack) -> Workspace:
+        """What a call takes, an upper bound; kernels' own workspace is not counted."""
+        block_size, head_size = self.layout.block_size, self.layout.head_size
+        row = RowShape(
+            length=prompts.block_table.shape[1] * block_size,
+            num_q_heads=stack.queries.shape[3],
+            num_kv_heads=self.num_kv_heads,
+            head_size=head_size,
+            num_queries=stack.queries.shape[2],
+            hidden_size=0 if stack.hidden is None else stack.hidden.total.shape[1],
+        )
+        num_slots = self.num_kv_heads * prompts.max_pages * block_size
+        staged = prompts.pages_per_layer * block_size * 2 * head_size * stack.pages.itemsize
+        # scores with what does not compete masked out, and those masks
+        scoring = max(self.scorer.workspace(row), self.allocator.workspace(row) + 2 * row.scores)
+        scoring = 4 * (scoring + 3 * row.scores)
+        selecting = 4 * 2 * row.scores + 8 * num_slots
+        if self.merge is not None:
+            merging = self.merge.workspace(row, num_slots) + 3 * row.keys
+            selecting += 4 * merging + 8 * num_slots * head_size
+        # of every layer: scores, segments, block table, what was observed, sums in their order
+        held = 4 * row.scores + 8 * row.length + 8 * prompts.block_table.shape[1]
+        held += 4 * self.allocator.decision_workspace(row)
+        if stack.key_attention_sum is not None:
+            held += 4 * row.scores
+        return Workspace(
+            per_row=max(scoring, selecting), per_prompt=len(stack.layers) * (held + staged)
+        )
+
+    def _compress(
+        self, prompts: FinishedPrefills, stack: LayerStack, layers_together: int
+    ) -> torch.Tensor:
+        batch, num_layers = prompts.batch, len(stack.layers)
+        groups, observed = [], []
+        for group, scores in self._score(prompts, stack, layers_together):
+            groups.append(group)
+            if self.allocator.scope.needs_scores:
+                observed.append(self.allocator.observe(group.ctx, scores))
+            group.ctx.release()
+        kept = self._kept_tokens(prompts, observed, num_layers)
+        count = self._page_count(batch, kept)
+        start = page_starts(count.flatten(1)).view_as(count)
+        self.state.store(batch.slots, batch.num_full_blocks, batch.num_kept_blocks, count, start)
+        # groups whose pages stay among their own layers are written before the next is staged
+        if self.allocator.scope.spans_layers:
+            self._compact(prompts, stack, groups, kept, count, start)
         else:
-            assert batch.static_tokens is not None
-            kept = batch.static_tokens + demands.pinned[:, None, None]
-            if batch._page_count is None:
-                self._settle(batch, kept)
-            self._stage(batch, prompts, final, inputs.row, kept[:, inputs.row])
-            if not last:
-                return None
-        assert batch._staged is not None
-        assert batch._page_count is not None
-        num = len(demands.slots)
-        total = demands.num_kept_blocks[:, None] * (self.num_layers * self.num_kv_heads)
-        staged = batch._staged[:, :-1].reshape(num, 1, -1, 2 * self.layout.head_size)
-        everything = prompts._replace(pages=all_pages)
-        self._write(batch, everything, staged, total, torch.zeros_like(total), layer_pages)
-        count = batch._page_count
-        batch._staged, batch._waiting = None, []
+            for group in groups:
+                self._compact(prompts, stack, [group], kept, count, start)
         return count
 
-    def _context(self, batch: EndingPrompts, inputs: LayerInputs) -> LayerContext:
-        demands = batch.demands
-        capacity = demands.capacity
-        layout = self.layout._replace(key_scale=inputs.key_scale, value_scale=inputs.value_scale)
-        if batch.static_tokens is not None and self.allocator.per_layer:
-            capacity = batch.static_tokens[:, inputs.row, 0]
-        return LayerContext(
-            layer=inputs.layer,
-            prompt_lens=demands.prompt_lens,
+    def _score(
+        self, prompts: FinishedPrefills, stack: LayerStack, layers_together: int
+    ) -> Iterator[tuple[_Group, Scores]]:
+        """Score group by group; the base scores are -inf where nothing competes."""
+        num_layers, num = len(stack.layers), len(prompts.block_table)
+        batch = PromptBatch(*torch.stack(prompts.batch).repeat(1, num_layers).unbind())
+        whole = self._context(prompts, stack, batch)
+        for first in range(0, num_layers, layers_together):
+            last = min(first + layers_together, num_layers)
+            ctx = whole.of_layers(first, last)
+            rows = rows_of(batch, slice(first * num, last * num))
+            base, final = self._agreed(self.scorer.score(ctx))
+            competes = None
+            if prompts.visual is not None:
+                competes = prompts.visual.repeat(last - first, 1)
+                final = final.masked_fill(~competes[:, None], float("inf"))
+            if self.allocator.scope.needs_scores:
+                before = ctx.positions < (rows.prompt_lens - rows.num_recent)[:, None]
+                competes = before if competes is None else competes & before
+                base = base.masked_fill(~competes[:, None], float("-inf"))
+            yield _Group(first, last, ctx, rows, final), Scores(base, final)
+
+    def _context(
+        self, prompts: FinishedPrefills, stack: LayerStack, batch: PromptBatch
+    ) -> ScoringContext:
+        """All layers of all prompts; ``batch`` has a plan per row."""
+        num_layers, num = stack.queries.shape[:2]
+        device = stack.queries.device
+
+        def per_row(by_layer: torch.Tensor | None) -> torch.Tensor | None:
+            return None if by_layer is None else by_layer.repeat_interleave(num)
+
+        capacity = batch.capacity
+        if prompts.head_budgets is not None and self.allocator.per_layer:
+            capacity = prompts.head_budgets[:, :, 0].t().flatten()
+        blocks = torch.arange(num_layers, device=device) * (stack.layer_pages // self.num_kv_heads)
+        block_table = (prompts.block_table + blocks[:, None, None]).flatten(0, 1)
+        sums = stack.key_attention_sum
+        return ScoringContext(
+            layers=stack.layers,
+            stack=range(num_layers),
+            prompt_lens=batch.prompt_lens,
             capacity=capacity,
             window=self.window,
-            queries=inputs.queries,
-            prompts=kernels.PromptPages(inputs.pages, batch.block_table, self.num_kv_heads, layout),
-            scale=inputs.scale,
-            softcap=inputs.softcap,
-            recent=demands.recent,
-            instruction_len=demands.instruction_len,
-            segment=batch.segment,
-            num_segments=batch.num_segments,
+            queries=stack.queries.flatten(0, 1),
+            prompts=PromptPages(
+                stack.pages,
+                block_table,
+                self.num_kv_heads,
+                self.layout,
+                per_row(stack.key_scale),
+                per_row(stack.value_scale),
+            ),
+            scale=stack.scale.repeat_interleave(num),
+            softcap=stack.softcap,
+            num_recent=batch.num_recent,
+            instruction_len=batch.instruction_len,
+            segment=None if prompts.segment is None else prompts.segment.repeat(num_layers, 1),
+            num_segments=prompts.num_segments,
             first_head=self.first_head,
-            trace=batch.trace,
-            key_attention_sum=inputs.key_attention_sum,
-            hidden=inputs.hidden,
-            moments=inputs.moments,
-            projector=inputs.projector,
+            key_attention_sum=None
+            if sums is None
+            else sums[..., : block_table.shape[1] * self.layout.block_size].flatten(0, 1),
+            hidden=stack.hidden,
+            moments=stack.moments,
+            projector=stack.projector,
             mean_over_heads=self.mean_over_heads,
         )
 
@@ -263,128 +224,157 @@ class CompressionPipeline:
         is_one = scores.final is scores.base
         return Scores(base, base if is_one else self.mean_over_replicas(scores.final))
 
-    def _mask(
-        self, batch: EndingPrompts, base: torch.Tensor, final: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """-inf in ``base`` where nothing competes, +inf in ``final`` at text that is kept."""
-        demands = batch.demands
-        position = torch.arange(base.shape[2], device=base.device)
-        competes = position < (demands.prompt_lens - demands.recent)[:, None]
-        if batch.visual is not None:
-            final = final.masked_fill(~batch.visual[:, None], float("inf"))
-            competes = competes & batch.visual
-        return base.masked_fill(~competes[:, None], float("-inf")), final
+    def _kept_tokens(
+        self, prompts: FinishedPrefills, observed: list[torch.Tensor], num_layers: int
+    ) -> torch.Tensor:
+        """Kept tokens of each head as the allocator means them, [N, L, Hkv]."""
+        batch, num = prompts.batch, len(prompts.block_table)
+        seen = None
+        if observed:
+            by_layer = torch.cat(observed) if len(observed) > 1 else observed[0]
+            seen = by_layer.unflatten(0, (num_layers, num)).transpose(0, 1).contiguous()
+        request = BudgetRequest(
+            batch.prompt_lens,
+            batch.num_candidates,
+            batch.capacity,
+            batch.num_protected,
+            prompts.head_budgets,
+        )
+        kept = self.allocator.kept_tokens(seen, request)
+        return kept.expand(num, num_layers, self.num_kv_heads)
 
-    def _pages(self, batch: EndingPrompts, kept: torch.Tensor) -> torch.Tensor:
+    def _page_count(self, batch: PromptBatch, kept: torch.Tensor) -> torch.Tensor:
+        """Pages of every head [N, L, Hkv], from kept tokens of the same shape.
+
+        Heads that share their pages hold exactly the pages of the kept blocks: those of a layer, or
+        those of all layers.
+        """
+        match self.allocator.scope:
+            case Scope.EVEN:
+                return batch.num_kept_blocks[:, None, None].expand_as(kept)
+            case Scope.LAYER:
+                by_layer = torch.stack(batch).repeat_interleave(kept.shape[1], dim=1)
+                rows = PromptBatch(*by_layer.unbind())
+                return self._rounded(rows, kept.flatten(0, 1)).view_as(kept)
+        if self.allocator.per_layer:
+            return self._rounded(batch, kept[:, :, 0])[:, :, None].expand_as(kept)
+        return self._rounded(batch, kept.flatten(1)).view_as(kept)
+
+    def _rounded(self, batch: PromptBatch, kept: torch.Tensor) -> torch.Tensor:
         """Pages of the entries [N, X] of a group that shares its pages."""
-        demands = batch.demands
         return pages_from_kept(
             kept,
-            demands.tail,
-            demands.fixed,
-            demands.num_kept_blocks,
-            demands.num_full_blocks,
+            batch.tail,
+            batch.num_protected_in_blocks,
+            batch.num_kept_blocks,
+            batch.num_full_blocks,
             self.layout.block_size,
         )
 
-    def _settle(self, batch: EndingPrompts, kept: torch.Tensor) -> None:
-        """Pages of every layer and head, from kept tokens [N, L, Hkv]."""
-        if self.allocator.per_layer:
-            count = self._pages(batch, kept[:, :, 0])[:, :, None].expand_as(kept)
-        else:
-            count = self._pages(batch, kept.flatten(1)).view_as(kept)
-        starts = page_starts(count.flatten(1)).view_as(count)
-        self.state.set_all_pages(batch.demands.slots, count, starts)
-        batch._page_count = count
+    def _compact(
+        self,
+        prompts: FinishedPrefills,
+        stack: LayerStack,
+        groups: list[_Group],
+        kept: torch.Tensor,
+        count: torch.Tensor,
+        start: torch.Tensor,
+    ) -> None:
+        """Move the kept entries of consecutive groups, which have their pages to themselves.
+
+        Args:
+            kept, count, start: [N, L, Hkv] kept tokens, pages and number of the first page.
+        """
+        batch, num = prompts.batch, len(prompts.block_table)
+        first, last = groups[0].first, groups[-1].last
+        num_pages = prompts.pages_per_layer * (last - first)
+        width = self.layout.block_size * 2 * self.layout.head_size
+        # the last page takes what no head owns
+        pages = stack.pages.new_empty((num * num_pages + 1, width))
+        start = start - start[:, first : first + 1, :1]
+        for group in groups:
+            rows = (
+                per_head[:, group.first : group.last].transpose(0, 1).flatten(0, 1)
+                for per_head in (kept, count, start)
+            )
+            self._stage(prompts, group, *rows, pages)
+        kernels.write_pages(
+            PromptPages(
+                stack.pages[first * stack.layer_pages :],
+                prompts.block_table,
+                self.num_kv_heads,
+                self.layout,
+            ),
+            pages[:-1].view(num, num_pages, width),
+            batch.num_kept_blocks * (self.num_kv_heads * (last - first)),
+            batch.num_full_blocks,
+            batch.num_kept_blocks,
+            stack.layer_pages,
+        )
 
     def _stage(
         self,
-        batch: EndingPrompts,
-        prompts: kernels.PromptPages,
-        final: torch.Tensor,
-        row: int,
+        prompts: FinishedPrefills,
+        group: _Group,
         kept: torch.Tensor,
-    ) -> None:
-        """Copy the entries of one layer to their places among those of all layers."""
-        assert batch._page_count is not None
-        count = batch._page_count[:, row]
-        staged = self._entries(batch, prompts, final, kept, count)
-        num, width = len(staged), self.layout.block_size * 2 * self.layout.head_size
-        if batch._staged is None:
-            # the last page takes what no head owns
-            batch._staged = staged.new_empty((num, batch.total_pages + 1, width))
-        pages = staged.reshape(num, self.num_kv_heads, -1, width)
-        index = torch.arange(pages.shape[2], device=staged.device)
-        starts = page_starts(batch._page_count.flatten(1)).view_as(batch._page_count)[:, row]
-        target = starts[:, :, None] + index
-        target = target.masked_fill(index >= count[:, :, None], batch.total_pages)
-        batch._staged[torch.arange(num, device=staged.device)[:, None, None], target] = pages
-
-    def _entries(
-        self,
-        batch: EndingPrompts,
-        prompts: kernels.PromptPages,
-        final: torch.Tensor,
-        kept: torch.Tensor,
-        page_count: torch.Tensor,
-    ) -> torch.Tensor:
-        """What the pages of each head will hold, [N, Hkv, max_pages * block_size, 2 * D].
-
-        Args:
-            kept: [N, Hkv] kept tokens of each head as its allocator meant them.
-            page_count: [N, Hkv] its pages.
-        """
-        demands = batch.demands
-        position = torch.arange(final.shape[2], device=final.device)
-        if self.scorer.recent_fraction:
-            recent = (kept * self.scorer.recent_fraction).long().clamp_min(1)
-            is_recent = position >= demands.prompt_lens[:, None, None] - recent[:, :, None]
-            final = final.masked_fill(is_recent, float("inf"))
-        in_pages = demands.num_full_blocks * self.layout.block_size
-        candidates = torch.minimum(in_pages, demands.prompt_lens - demands.recent)
-        slots = page_count * self.layout.block_size
-        max_slots = batch.max_pages * self.layout.block_size
-        if self.merge is None:
-            chosen = kernels.select_tokens(final, slots, candidates, in_pages, max_slots)
-            return kernels.stage_tokens(prompts, chosen, slots)
-        competes = position < candidates[:, None]
-        if batch.visual is not None:
-            competes = competes & batch.visual
-        is_prompt = (position < demands.prompt_lens[:, None])[:, None, :, None]
-        read = (kernels.read_prompt(prompts, part).float() for part in ("key", "value"))
-        keys, values = (rows.masked_fill(~is_prompt, 0.0) for rows in read)
-        pinned = ~competes[:, None] & (position < in_pages[:, None])[:, None]
-        ctx = MergeContext(
-            keys=keys,
-            values=values,
-            final=final.masked_fill(pinned, float("inf")),
-            competes=competes,
-            prompt_lens=demands.prompt_lens,
-            in_pages=in_pages,
-            segment=batch.segment,
-            num_segments=batch.num_segments,
-            slots=slots,
-        )
-        tokens = self.merge.num_tokens(ctx)
-        ctx.kept = kernels.select_tokens(final, tokens, candidates, in_pages, max_slots)
-        return kernels.as_stored(prompts, *self.merge.merge(ctx))
-
-    def _write(
-        self,
-        batch: EndingPrompts,
-        prompts: kernels.PromptPages,
-        staged: torch.Tensor,
         count: torch.Tensor,
         start: torch.Tensor,
-        layer_pages: int = 0,
+        pages: torch.Tensor,
     ) -> None:
-        demands = batch.demands
-        kernels.write_pages(
-            prompts,
-            staged,
-            count,
-            start,
-            demands.num_full_blocks,
-            demands.num_kept_blocks,
-            layer_pages,
+        """Copy what the heads of some layers keep to its place among the pages of its prompt.
+
+        Args:
+            kept, count, start: [R, Hkv].
+            pages: [N * P + 1, block_size * 2 * D], P pages of each prompt.
+        """
+        batch, final, ctx = group.batch, group.final, group.ctx
+        if self.scorer.recent_fraction:
+            recent = (kept * self.scorer.recent_fraction).long().clamp_min(1)
+            is_recent = ctx.positions >= batch.prompt_lens[:, None, None] - recent[:, :, None]
+            final = final.masked_fill(is_recent, float("inf"))
+        in_pages = batch.num_full_blocks * self.layout.block_size
+        candidates = torch.minimum(in_pages, batch.prompt_lens - batch.num_recent)
+        slots = count * self.layout.block_size
+        max_slots = prompts.max_pages * self.layout.block_size
+        if self.merge is None:
+            chosen = kernels.select_tokens(final, slots, candidates, in_pages, max_slots)
+            staged = pages[:-1].view(len(prompts.block_table), -1, pages.shape[1])
+            kernels.stage_tokens(ctx.prompts, chosen, count, start, staged)
+            return
+        competes = ctx.positions < candidates[:, None]
+        if prompts.visual is not None:
+            competes = competes & prompts.visual.repeat(len(ctx.layers), 1)
+        protected = ~competes[:, None] & (ctx.positions < in_pages[:, None])[:, None]
+        merge_ctx = MergeContext(
+            keys=ctx.keys,
+            values=ctx.values,
+            final=final.masked_fill(protected, float("inf")),
+            competes=competes,
+            prompt_lens=batch.prompt_lens,
+            in_pages=in_pages,
+            segment=ctx.segment,
+            num_segments=prompts.num_segments,
+            slots=slots,
         )
+        tokens = self.merge.num_tokens(merge_ctx)
+        merge_ctx.kept = kernels.select_tokens(final, tokens, candidates, in_pages, max_slots)
+        entries = kernels.as_stored(ctx.prompts, *self.merge.merge(merge_ctx))
+        ctx.release()
+        self._place(entries, count, start, pages, len(prompts.block_table))
+
+    def _place(
+        self,
+        entries: torch.Tensor,
+        count: torch.Tensor,
+        start: torch.Tensor,
+        pages: torch.Tensor,
+        num: int,
+    ) -> None:
+        """Put entries [R, Hkv, K, 2 * D] where ``stage_tokens`` would put tokens."""
+        rows = entries.view(*count.shape, -1, pages.shape[1])
+        index = torch.arange(rows.shape[2], device=rows.device)
+        nowhere = len(pages) - 1
+        prompt = torch.arange(len(rows), device=rows.device)[:, None, None] % num
+        target = prompt * (nowhere // num) + start[..., None] + index
+        target = target.masked_fill(index >= count[..., None], nowhere)
+        kernels.as_bytes(pages)[target] = kernels.as_bytes(rows)

@@ -34,9 +34,10 @@ class PromptPlan:
         tail: tokens in the partial last block; always kept.
         capacity: nominal competing tokens that a head keeps.
         num_candidates: competing tokens as allocators count them.
-        pinned: tokens that every head keeps anyway; capacity + pinned is the nominal total.
-        fixed: tokens in full blocks that every head keeps anyway.
-        recent: R, last tokens that are always kept.
+        num_protected: tokens that every head keeps anyway; capacity + num_protected is the nominal
+            total.
+        num_protected_in_blocks: those of them that are in full blocks.
+        num_recent: R, last tokens that are always kept.
         num_rows: last prompt rows whose queries are looked at.
         instruction_len: how many of them belong to the instruction.
         stats_from: first position whose row counts in any sum over the prompt.
@@ -51,9 +52,9 @@ class PromptPlan:
     tail: int
     capacity: int
     num_candidates: int
-    pinned: int
-    fixed: int
-    recent: int
+    num_protected: int
+    num_protected_in_blocks: int
+    num_recent: int
     num_rows: int
     instruction_len: int
     stats_from: int
@@ -122,13 +123,15 @@ def _plan(planner: BlockPlanner, facts: PromptFacts) -> PromptPlan:
     config, block_size, length = planner.config, planner.block_size, facts.length
     num_full = length // block_size
     tail = length - num_full * block_size
-    capacity, num_candidates, recent = _competition(config, block_size, facts)
-    pinned = length - num_candidates if config.candidates is not Candidates.ALL else config.window
+    capacity, num_candidates, num_recent = _competition(config, block_size, facts)
+    num_protected = (
+        length - num_candidates if config.candidates is not Candidates.ALL else config.window
+    )
     in_pages = num_full * block_size
     if config.candidates is Candidates.ALL:
-        fixed = max(0, recent - tail)
+        num_protected_in_blocks = max(0, num_recent - tail)
     else:
-        fixed = in_pages - facts.num_visual(min(in_pages, length - recent))
+        num_protected_in_blocks = in_pages - facts.num_visual(min(in_pages, length - num_recent))
     num_rows, instruction_len = _rows(config, facts)
     stats_from, moments_from = _sums(config, length)
 
@@ -138,8 +141,8 @@ def _plan(planner: BlockPlanner, facts: PromptFacts) -> PromptPlan:
         if isinstance(config.allocation, StaticAllocator):
             tokens = _head_budgets(planner, capacity, num_candidates)
             mean = Fraction(sum(map(sum, tokens)), sum(map(len, tokens)))
-        pages = math.ceil((mean + pinned - tail) / block_size)
-        num_kept = min(num_full, max(1, pages, -(-fixed // block_size)))
+        pages = math.ceil((mean + num_protected - tail) / block_size)
+        num_kept = min(num_full, max(1, pages, -(-num_protected_in_blocks // block_size)))
     first_row = min(length - num_rows, stats_from)
     compresses = num_kept < num_full
     return PromptPlan(
@@ -148,9 +151,9 @@ def _plan(planner: BlockPlanner, facts: PromptFacts) -> PromptPlan:
         tail=tail,
         capacity=capacity,
         num_candidates=num_candidates,
-        pinned=pinned,
-        fixed=fixed,
-        recent=recent,
+        num_protected=num_protected,
+        num_protected_in_blocks=num_protected_in_blocks,
+        num_recent=num_recent,
         num_rows=num_rows,
         instruction_len=instruction_len,
         stats_from=stats_from,

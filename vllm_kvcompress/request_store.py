@@ -35,6 +35,12 @@ class RequestStore:
             if row is not None:
                 self._free.append(row)
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The storage as it was reserved last."""
+        assert self._rows is not None, "nothing was reserved"
+        return self._rows
+
     def reserve(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_kvcompress.kernels import PageLayout, PromptPages
-from vllm_kvcompress.scoring import LayerContext, LayerTrace
+from vllm_kvcompress.scoring import LayerTrace, ScoringContext
 
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, LENGTH, HEAD_SIZE, WINDOW = 3, 4, 2, 12, 4, 3
 NUM_SCORED = LENGTH - WINDOW
@@ -55,24 +55,25 @@ def dense_prompts(keys: torch.Tensor, values: torch.Tensor) -> PromptPages:
     return PromptPages(pages, table, num_heads, PageLayout(length, head_size))
 
 
-def layer_context(layer: int, capacity: int, trace: LayerTrace, **facts: Any) -> LayerContext:
+def layer_context(layer: int, capacity: int, trace: LayerTrace, **facts: Any) -> ScoringContext:
     """One layer of the model as a batch of one request; ``facts`` are further fields."""
     q, k, v = (torch.from_numpy(x[layer]).float() for x in queries_keys_values())
     facts = {
-        "recent": torch.tensor([WINDOW]),
+        "num_recent": torch.tensor([WINDOW]),
         "instruction_len": torch.tensor([TEXT_ROWS]),
         "segment": torch.tensor([SEGMENT]),
         "num_segments": 2,
         **facts,
     }
-    return LayerContext(
-        layer=layer,
+    return ScoringContext(
+        layers=(layer,),
+        stack=range(layer, layer + 1),
         prompt_lens=torch.tensor([LENGTH]),
         capacity=torch.tensor([capacity]),
         window=WINDOW,
         queries=q.transpose(0, 1)[None],
         prompts=dense_prompts(k[None], v[None]),
-        scale=SCALE,
+        scale=torch.tensor([SCALE]),
         trace=trace,
         **facts,
     )

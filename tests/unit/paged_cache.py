@@ -19,7 +19,7 @@ from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import Scope, StaticAllocator
 from vllm_kvcompress.config import Candidates
 from vllm_kvcompress.page_state import HeadPageState, PageTables
-from vllm_kvcompress.pipeline import CompressionPipeline, Demands, EndingPrompts, LayerInputs
+from vllm_kvcompress.pipeline import CompressionPipeline, FinishedPrefills, LayerStack, PromptBatch
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import Need
@@ -91,10 +91,11 @@ class Cache:
         return self.all_pages[layer * self.layer_pages :][: self.layer_pages]
 
     def tables(
-        self, state: HeadPageState, spans: bool, layer: int, seq_lens: list[int]
+        self, state: HeadPageState, layer: int, seq_lens: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables [R, Hkv, B] into ``all_pages`` and lengths [R, Hkv] of a layer's sequences."""
+        """Tables [R, Hkv, B] into ``all_pages`` and lengths [R, Hkv] of one layer."""
         rows = range(len(self.facts))
+        alike = len(state.page_count) == 1
         row = min(layer, len(state.page_count) - 1)
         (tables,), (kv_lens,) = PageTables(state, self.block_table.shape[1], self.block_size).fill(
             2 * torch.tensor(rows),
@@ -102,115 +103,113 @@ class Cache:
             torch.tensor(seq_lens, dtype=torch.int32),
             row,
             1,
-            self.layer_pages if spans else 0,
+            0 if alike else self.layer_pages,
         )
-        if not spans:
+        if alike:
             tables = tables + layer * self.layer_pages
         shape = (len(self.facts), NUM_KV_HEADS)
         return tables.view(*shape, -1), kv_lens.view(shape)
 
     def read(self, table: torch.Tensor, kv_len: torch.Tensor) -> np.ndarray:
-        """[kv_len, 2, D] of one virtual sequence."""
+        """[kv_len, 2, D] of one sequence of the per-head batch."""
         rows = self.all_pages[table.long()].view(-1, 2, HEAD_SIZE)
         return rows[: int(kv_len)].numpy()
 
 
-def compress(cache: Cache, planner: BlockPlanner) -> tuple[HeadPageState, CompressionPipeline]:
-    """Run every layer of the requests whose plan compresses; request i has slot 2 * i."""
+def compress(
+    cache: Cache, planner: BlockPlanner, **options
+) -> tuple[HeadPageState, CompressionPipeline]:
+    """Compress the requests whose plan says so; request i has slot 2 * i.
+
+    ``options`` are those of the pipeline.
+    """
     config = planner.config
     even = config.allocation.scope is Scope.EVEN
     state = HeadPageState(
         2 * len(cache.facts), 1 if even else LAYERS, NUM_KV_HEADS, torch.device("cpu")
     )
     pipeline = CompressionPipeline(
-        config.scoring, config.allocation, config.merging, config.window, LAYERS, NUM_KV_HEADS,
-        cache.layout, state,
+        config.scoring, config.allocation, config.merging, config.window, NUM_KV_HEADS,
+        cache.layout, state, **options,
     )  # fmt: skip
     plans = {i: planner.plan(fact) for i, fact in enumerate(cache.facts)}
     chosen = {i: plan for i, plan in plans.items() if plan.compresses}
     if not chosen:
         return state, pipeline
-    batch = ending_prompts(cache, planner, chosen)
-    demands = batch.demands
-    state.begin(demands.slots, demands.num_full_blocks, demands.num_kept_blocks, even)
-    total = demands.num_kept_blocks * NUM_KV_HEADS
-    for layer in range(LAYERS):
-        inputs = layer_inputs(cache, planner, chosen, layer)
-        if not pipeline.spans_layers:
-            count = pipeline.compress(batch, inputs)
-            assert count.sum(1).equal(total)
-            continue
-        count = pipeline.compress(batch, inputs, cache.all_pages, cache.layer_pages)
-        assert (count is None) == (layer < LAYERS - 1)
-    if pipeline.spans_layers:
-        assert count.shape == (len(chosen), LAYERS, NUM_KV_HEADS)
-        assert count.flatten(1).sum(1).equal(total * LAYERS)
+    prefills = finished_prefills(cache, planner, chosen)
+    count = pipeline.compress(prefills, layer_stack(cache, planner, chosen))
+    assert count.shape == (len(chosen), LAYERS, NUM_KV_HEADS)
+    total = prefills.batch.num_kept_blocks * NUM_KV_HEADS
+    assert count.flatten(1).sum(1).equal(total * LAYERS)
+    if not config.spans_layers:
+        assert count.sum(2).equal(total[:, None].expand(-1, LAYERS))
     return state, pipeline
 
 
-def ending_prompts(
+def finished_prefills(
     cache: Cache, planner: BlockPlanner, chosen: dict[int, PromptPlan]
-) -> EndingPrompts:
+) -> FinishedPrefills:
     config, plans = planner.config, chosen.values()
     owners = {Scope.EVEN: 1, Scope.LAYER: NUM_KV_HEADS}.get(
         config.allocation.scope, NUM_KV_HEADS * LAYERS
     )
     num_blocks = max(-(-plan.facts.length // cache.block_size) for plan in plans)
-    most = max(plan.num_kept_blocks for plan in plans)
-    batch = EndingPrompts(
-        demands=Demands(
+    segments = np.stack([plan.facts.segments(num_blocks * cache.block_size) for plan in plans])
+    has_segments = Need.SEGMENTS in config.needs
+    budgets = None
+    if isinstance(config.allocation, StaticAllocator):
+        budgets = torch.tensor([planner.head_budgets(plan) for plan in plans])
+    return FinishedPrefills(
+        batch=PromptBatch(
             2 * torch.tensor(list(chosen)),
             torch.tensor([plan.facts.length for plan in plans]),
-            *(torch.tensor([getattr(plan, f) for plan in plans]) for f in Demands._fields[2:]),
+            *(torch.tensor([getattr(plan, f) for plan in plans]) for f in PromptBatch._fields[2:]),
         ),
         block_table=cache.block_table[list(chosen), :num_blocks].long(),
         max_pages=max(min(p.num_kept_blocks * owners, p.num_full_blocks) for p in plans),
-        total_pages=most * NUM_KV_HEADS * LAYERS,
+        pages_per_layer=max(plan.num_kept_blocks for plan in plans) * NUM_KV_HEADS,
+        visual=torch.from_numpy(segments >= 0) if config.candidates is not Candidates.ALL else None,
+        segment=torch.from_numpy(segments) if has_segments else None,
+        num_segments=int(segments.max()) + 1 if has_segments else 0,
+        head_budgets=budgets,
     )
-    segments = np.stack([plan.facts.segments(num_blocks * cache.block_size) for plan in plans])
-    if Need.SEGMENTS in config.needs:
-        batch.segment, batch.num_segments = torch.from_numpy(segments), int(segments.max()) + 1
-    if config.candidates is not Candidates.ALL:
-        batch.visual = torch.from_numpy(segments >= 0)
-    if isinstance(config.allocation, StaticAllocator):
-        batch.static_tokens = torch.tensor([planner.head_budgets(plan) for plan in plans])
-    return batch
 
 
-def layer_inputs(
-    cache: Cache, planner: BlockPlanner, chosen: dict[int, PromptPlan], layer: int
-) -> LayerInputs:
+def layer_stack(cache: Cache, planner: BlockPlanner, chosen: dict[int, PromptPlan]) -> LayerStack:
     """What a model would show of the chosen prompts, NaN where nobody may look."""
     config, plans = planner.config, list(chosen.values())
     prompts = [cache.prompts[i] for i in chosen]
     num_rows = max(plan.num_rows for plan in plans)
-    queries = torch.full((len(plans), num_rows, NUM_Q_HEADS, HEAD_SIZE), float("nan"))
-    length = max(-(-p.length // cache.block_size) for p in prompts) * cache.block_size
-    sums = torch.full((len(plans), NUM_KV_HEADS, length), float("nan"))
-    for i, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
-        first = prompt.length - plan.num_rows
-        rows = torch.from_numpy(prompt.q[layer][:, first:]).transpose(0, 1)
-        queries[i, num_rows - plan.num_rows :] = rows
-        collected = key_attention_sum(prompt.q[layer], prompt.k[layer], SCALE)
-        sums[i, :, : prompt.length] = torch.from_numpy(collected)
+    queries = torch.full((LAYERS, len(plans), num_rows, NUM_Q_HEADS, HEAD_SIZE), float("nan"))
+    # the sums of longer prompts may have been there before
+    length = (max(-(-p.length // cache.block_size) for p in prompts) + 1) * cache.block_size
+    sums = torch.full((LAYERS, len(plans), NUM_KV_HEADS, length), float("nan"))
+    for layer in range(LAYERS):
+        for i, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
+            first = prompt.length - plan.num_rows
+            rows = torch.from_numpy(prompt.q[layer][:, first:]).transpose(0, 1)
+            queries[layer, i, num_rows - plan.num_rows :] = rows
+            collected = key_attention_sum(prompt.q[layer], prompt.k[layer], SCALE)
+            sums[layer, i, :, : prompt.length] = torch.from_numpy(collected)
     needs, scorer = config.needs, config.scoring
+    pairs = [(layer, prompt) for layer in range(LAYERS) for prompt in prompts]
     facts = {
         Need.KEY_ATTENTION_SUMS: ("key_attention_sum", lambda: sums),
         Need.HIDDEN_MOMENTS: (
             "hidden",
-            lambda: stack([hidden_moments(p.hidden[layer], scorer) for p in prompts]),
+            lambda: stack([hidden_moments(p.hidden[layer], scorer) for layer, p in pairs]),
         ),
         Need.QUERY_MOMENTS: (
             "moments",
-            lambda: stack([query_moments(p.raw[layer], scorer) for p in prompts]),
+            lambda: stack([query_moments(p.raw[layer], scorer) for layer, p in pairs]),
         ),
     }
-    return LayerInputs(
-        layer=layer,
-        row=layer,
+    return LayerStack(
+        layers=tuple(range(LAYERS)),
         queries=queries,
-        pages=cache.pages(layer),
-        scale=SCALE,
+        pages=cache.all_pages,
+        layer_pages=cache.layer_pages,
+        scale=torch.full((LAYERS,), SCALE),
         projector=maker_of(prompts),
         **{name: make() for need, (name, make) in facts.items() if need in needs},
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.scoring import LayerContext, LayerTrace
-from vllm_kvcompress.scoring.base import HiddenMoments, QueryMoments, Scorer
+from vllm_kvcompress.scoring import LayerTrace, ScoringContext
+from vllm_kvcompress.scoring.base import ROWS, HiddenMoments, QueryMoments, Scorer
 
 
 def published(text: str) -> list[float]:
@@ -68,20 +68,28 @@ class Maker:
 
     Attributes:
         last: position of each prompt's last token.
+        shared: whether it says that all layers rotate alike, which they do.
     """
 
     weight: np.ndarray
     last: list[int]
+    shared: bool = True
 
-    def project(self, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def project(self, layers: range, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         weight = torch.from_numpy(self.weight).float()
-        return self.rotate(torch.einsum("nmx,xhd->nmhd", hidden, weight), offsets)
+        return self.rotate(layers, torch.einsum("nmx,xhd->nmhd", hidden, weight), offsets)
 
-    def rotate(self, queries: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def rotate(self, layers: range, queries: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         size = queries.shape[-1]
         turns = [[rotation(last + i, size) for i in offsets.tolist()] for last in self.last]
-        turns = torch.from_numpy(np.array(turns)).float()
+        turns = torch.from_numpy(np.array(turns)).float().repeat(len(layers), 1, 1, 1)
         return torch.einsum("nmde,nmhe->nmhd", turns, queries)
+
+    def shares_rotation(self, layers: range) -> bool:
+        return self.shared
+
+    def of_prompts(self, prompts: slice) -> "Maker":
+        return dataclasses.replace(self, last=self.last[prompts])
 
 
 @dataclass
@@ -151,7 +159,7 @@ def context(
     window: int = 8,
     capacity: int = 4,
     garbage: float = float("nan"),
-) -> LayerContext:
+) -> ScoringContext:
     """One layer of several requests, with ``garbage`` wherever a scorer must not look."""
     num, longest = len(prompts), max(p.length for p in prompts)
     num_q, num_kv, size = prompts[0].q.shape[1], *prompts[0].k.shape[1::2]
@@ -168,15 +176,16 @@ def context(
         rows = max(window, p.instruction_len)
         queries[i, -rows:] = torch.from_numpy(p.q[layer][:, -rows:]).transpose(0, 1)
         segment[i, : p.length] = torch.from_numpy(p.segment)
-    return LayerContext(
-        layer=layer,
+    return ScoringContext(
+        layers=(layer,),
+        stack=range(layer, layer + 1),
         prompt_lens=torch.tensor([p.length for p in prompts]),
         capacity=torch.full((num,), capacity),
         window=window,
         queries=queries,
         prompts=lcg.dense_prompts(keys, values),
-        scale=size**-0.5,
-        recent=torch.full((num,), max(1, scorer.num_recent(window, 12))),
+        scale=torch.full((num,), size**-0.5),
+        num_recent=torch.full((num,), max(1, scorer.num_recent(window, 12))),
         instruction_len=torch.tensor([p.instruction_len for p in prompts]),
         segment=segment,
         num_segments=max(int(p.segment.max()) + 1 for p in prompts),
@@ -186,6 +195,27 @@ def context(
         moments=stack([query_moments(p.raw[layer], scorer) for p in prompts]),
         projector=maker_of(prompts),
     )
+
+
+def together(contexts: list[ScoringContext]) -> ScoringContext:
+    """One context of the layers of several, which have the same prompts."""
+    first, blocks, tables = contexts[0], 0, []
+    for ctx in contexts:
+        tables.append(ctx.prompts.block_table + blocks)
+        blocks += len(ctx.prompts.pages) // ctx.prompts.num_kv_heads
+    merged = {}
+    for name in ROWS:
+        parts = [getattr(ctx, name) for ctx in contexts]
+        if isinstance(parts[0], torch.Tensor):
+            merged[name] = torch.cat(parts)
+        elif name != "prompts" and parts[0] is not None:
+            merged[name] = type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+    merged["prompts"] = first.prompts._replace(
+        pages=torch.cat([ctx.prompts.pages for ctx in contexts]), block_table=torch.cat(tables)
+    )
+    layers = tuple(layer for ctx in contexts for layer in ctx.layers)
+    stack = range(contexts[0].stack.start, contexts[-1].stack.stop)
+    return dataclasses.replace(first, layers=layers, stack=stack, trace=LayerTrace(), **merged)
 
 
 def maker_of(prompts: list[Prompt]) -> Maker:
@@ -209,5 +239,4 @@ def query_moments(queries: np.ndarray, scorer: Scorer) -> QueryMoments:
 
 def stack(rows):
     """One record of tensors [N, ...] from N of them."""
-    names = [field.name for field in dataclasses.fields(rows[0])]
-    return type(rows[0])(*(torch.stack([getattr(r, name) for r in rows]) for name in names))
+    return type(rows[0])(*map(torch.stack, zip(*rows, strict=True)))

@@ -16,13 +16,13 @@ from paged_cache import (
     SCALE,
     Cache,
     compress,
-    layer_inputs,
+    layer_stack,
 )
 from planners import oracle_config, planner_of
 from scorer_inputs import Prompt, maker_of, rotation
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.allocation import ALLOCATORS, Allocator, LayerAllocator, ModelAllocator
+from vllm_kvcompress.allocation import ALLOCATORS, Allocator, Scope
 from vllm_kvcompress.allocation.pyramid import Pyramid
 from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import PromptFacts
@@ -53,7 +53,7 @@ def check(cache: Cache, planner: BlockPlanner, cfg: oracle.OracleConfig | None =
     """Compress, and compare what every virtual sequence shows with the oracle."""
     cfg = cfg or oracle_config(planner)
     before = cache.all_pages.clone()
-    state, pipeline = compress(cache, planner)
+    state, _ = compress(cache, planner)
     plans = [planner.plan(fact) for fact in cache.facts]
     size, layer_pages = cache.block_size, cache.layer_pages
     may_change = torch.zeros(len(before), dtype=torch.bool)
@@ -66,7 +66,7 @@ def check(cache: Cache, planner: BlockPlanner, cfg: oracle.OracleConfig | None =
     for layer in range(LAYERS):
         may_change[layer * layer_pages :][:NUM_KV_HEADS] = True
         lengths = [fact.length for fact in cache.facts]
-        tables, kv_lens = cache.tables(state, pipeline.spans_layers, layer, lengths)
+        tables, kv_lens = cache.tables(state, layer, lengths)
         for i, (prompt, plan, selection) in enumerate(
             zip(cache.prompts, plans, chosen, strict=True)
         ):
@@ -142,7 +142,7 @@ def head_scores(tmp_path_factory):
 
 
 def serves(scorer: type[Scorer], allocator: type[Allocator]) -> bool:
-    if issubclass(allocator, LayerAllocator) and not scorer.countable:
+    if allocator.scope is Scope.LAYER and not scorer.countable:
         return False
     return allocator.per_layer or not scorer.shared_sets
 
@@ -202,20 +202,21 @@ def test_merged_entries_equal_the_oracle(settings):
     check(Cache.random(IMAGES, 16, seed=6), planner)
 
 
-class Late(ModelAllocator):
+class Late(Allocator):
     """Pyramid, but decided once all layers are known."""
 
     name = "late"
+    scope = Scope.MODEL
 
     def observe(self, ctx, scores):
         assert scores.base.shape == (len(ctx.prompt_lens), NUM_KV_HEADS, len(ctx.positions))
-        return torch.full_like(ctx.prompt_lens, ctx.layer)
+        return torch.tensor(ctx.layers).repeat_interleave(ctx.num_prompts)
 
-    def kept_tokens(self, observed, demand):
-        assert torch.stack(observed, 1).tolist() == [[0, 1, 2]] * len(demand.capacity)
-        facts = zip(demand.capacity.tolist(), demand.num_candidates.tolist(), strict=True)
+    def kept_tokens(self, observed, request):
+        assert observed.tolist() == [[0, 1, 2]] * len(request.capacity)
+        facts = zip(request.capacity.tolist(), request.num_candidates.tolist(), strict=True)
         tokens = torch.tensor([Pyramid().head_budgets(*fact, LAYERS, 1) for fact in facts])
-        return tokens[:, :, 0] + demand.pinned[:, None]
+        return tokens + request.num_protected[:, None, None]
 
 
 @pytest.mark.parametrize("merge", ["none", "lookm", "recycle"])
@@ -236,13 +237,13 @@ def test_decoding_appends_to_the_tail(allocator):
     facts = texts(21, 6, 18)
     cache = Cache.random(facts, block_size, seed=1, extra=decoded)
     planner = planner_of(block_size, method=f"snapkv+{allocator}", window=3, budget=8)
-    state, pipeline = compress(cache, planner)
+    state, _ = compress(cache, planner)
     lengths = [fact.length for fact in facts]
     longer = [length + decoded for length in lengths]
     marks = np.arange(2 * HEAD_SIZE, dtype=np.float32).reshape(2, HEAD_SIZE)
     for layer in range(LAYERS):
-        short, short_lens = cache.tables(state, pipeline.spans_layers, layer, lengths)
-        long, long_lens = cache.tables(state, pipeline.spans_layers, layer, longer)
+        short, short_lens = cache.tables(state, layer, lengths)
+        long, long_lens = cache.tables(state, layer, longer)
         assert long_lens.equal(short_lens + decoded)
         for i, head in np.ndindex(len(facts), NUM_KV_HEADS):
             kept = cache.read(short[i, head], short_lens[i, head]).copy()
@@ -264,15 +265,13 @@ def test_together_as_alone(method):
     planner = planner_of(16, method=method, window=8, budget=40)
     together = Cache.random(IMAGES, 16, seed=3)
     lengths = [fact.length for fact in IMAGES]
-    state, pipeline = compress(together, planner)
+    state, _ = compress(together, planner)
     for i in range(len(IMAGES)):
         alone = Cache.random(IMAGES, 16, seed=3).only(i)
         its_state, _ = compress(alone, planner)
         for layer in range(LAYERS):
-            tables, kv_lens = together.tables(state, pipeline.spans_layers, layer, lengths)
-            own, own_lens = alone.tables(
-                its_state, pipeline.spans_layers, layer, lengths[i : i + 1]
-            )
+            tables, kv_lens = together.tables(state, layer, lengths)
+            own, own_lens = alone.tables(its_state, layer, lengths[i : i + 1])
             assert kv_lens[i].equal(own_lens[0])
             for head in range(NUM_KV_HEADS):
                 np.testing.assert_allclose(
@@ -287,28 +286,30 @@ def test_together_as_alone(method):
     "method", ["keydiff+uniform+lookm", "keydiff+pyramid+lookm", "h2o+vlcache+lookm"]
 )
 def test_every_layer_is_read_and_written_with_its_own_scales(monkeypatch, method):
-    """Merges that wait for the last layer use those of the layers that they merge."""
-    scales = [(1.5 + layer, 9.5 + layer) for layer in range(LAYERS)]
+    facts = texts(150, 130)
+    scales = torch.tensor([1.5, 2.5, 3.5])
     used: dict[str, list] = {"read_prompt": [], "as_stored": []}
 
     def spy(name):
         original = getattr(kernels, name)
 
         def call(prompts, *args):
-            used[name].append((prompts.layout.key_scale, prompts.layout.value_scale))
+            used[name].append((prompts.key_scale.tolist(), prompts.value_scale.tolist()))
             return original(prompts, *args)
 
         return call
 
-    def with_scales(cache, planner, chosen, layer):
-        key_scale, value_scale = scales[layer]
-        inputs = layer_inputs(cache, planner, chosen, layer)
-        return inputs._replace(key_scale=key_scale, value_scale=value_scale)
+    def with_scales(cache, planner, chosen):
+        return layer_stack(cache, planner, chosen)._replace(
+            key_scale=scales, value_scale=scales + 8
+        )
 
     for name in used:
         monkeypatch.setattr(kernels, name, spy(name))
-    monkeypatch.setattr(paged_cache, "layer_inputs", with_scales)
+    monkeypatch.setattr(paged_cache, "layer_stack", with_scales)
     planner = planner_of(16, method=method, budget=64, window=8)
-    compress(Cache.random(texts(150), 16, seed=1), planner)
-    assert used["as_stored"] == scales
-    assert list(dict.fromkeys(used["read_prompt"])) == scales
+    compress(Cache.random(facts, 16, seed=1), planner)
+    rows = scales.repeat_interleave(len(facts))
+    for calls in used.values():
+        assert calls
+        assert all(call == (rows.tolist(), (rows + 8).tolist()) for call in calls)

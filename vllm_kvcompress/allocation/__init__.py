@@ -5,9 +5,7 @@ from vllm_kvcompress.allocation.adakv import AdaKV
 from vllm_kvcompress.allocation.aircache import AirCacheLayers
 from vllm_kvcompress.allocation.base import (
     Allocator,
-    Demand,
-    LayerAllocator,
-    ModelAllocator,
+    BudgetRequest,
     Scope,
     StaticAllocator,
 )
@@ -26,9 +24,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 __all__ = [
     "ALLOCATORS",
     "Allocator",
-    "Demand",
-    "LayerAllocator",
-    "ModelAllocator",
+    "BudgetRequest",
     "Scope",
     "StaticAllocator",
     "apportion",

@@ -7,13 +7,15 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.allocation.base import LayerAllocator
+from vllm_kvcompress.allocation.base import Allocator, BudgetRequest, Scope
 from vllm_kvcompress.allocation.rounding import apportion
 from vllm_kvcompress.options import require_bool, require_choice, require_range
+from vllm_kvcompress.scoring.base import Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
-class AdaKV(LayerAllocator):
+class AdaKV(Allocator):
     """Head budgets from one top-k over the concatenated scores of a layer's heads.
 
     A head gets as many tokens as it has among the Hkv * b best of the layer, blended with the floor
@@ -32,6 +34,8 @@ class AdaKV(LayerAllocator):
     name: ClassVar[str] = "adakv"
     source: ClassVar[str] = "Ada-KV, arXiv 2407.11550"
     cost: ClassVar[str] = "L sorts of Hkv*P scores"
+    scope: ClassVar[Scope] = Scope.LAYER
+    per_layer: ClassVar[bool] = False
 
     alpha: float = 0.2
     normalize: bool = True
@@ -42,18 +46,24 @@ class AdaKV(LayerAllocator):
         require_bool("normalize", self.normalize)
         require_choice("rounding", self.rounding, ("exact", "official"))
 
-    def head_budgets(
-        self, base: torch.Tensor, num_candidates: torch.Tensor, capacity: torch.Tensor
-    ) -> torch.Tensor:
-        shares = self.counts(base, capacity.clamp_min(1)).double() * (1 - self.alpha)
+    def observe(self, ctx: ScoringContext, scores: Scores) -> torch.Tensor:
+        """Entries of each head among the layer's Hkv * b best, [R, Hkv] int64."""
+        return kernels.head_counts(scores.base, ctx.capacity.clamp_min(1), self.normalize)
+
+    def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
+        assert observed is not None
+        num, num_layers, num_heads = observed.shape
+        capacity = request.capacity.repeat_interleave(num_layers)
+        candidates = request.num_candidates.repeat_interleave(num_layers)
+        shares = observed.flatten(0, 1).double() * (1 - self.alpha)
         if self.rounding == "official":
             floor = (capacity * self.alpha).long()
-            return torch.minimum((shares + floor[:, None]).round().long(), num_candidates[:, None])
-        shares = shares + capacity[:, None] * self.alpha
-        return apportion(
-            shares, capacity * base.shape[1], torch.zeros_like(num_candidates), num_candidates
-        )
+            tokens = torch.minimum((shares + floor[:, None]).round().long(), candidates[:, None])
+        else:
+            shares = shares + capacity[:, None] * self.alpha
+            least = torch.zeros_like(candidates)
+            tokens = apportion(shares, capacity * num_heads, least, candidates)
+        return tokens.view(num, num_layers, num_heads) + request.num_protected[:, None, None]
 
-    def counts(self, base: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
-        """Entries of each head among the layer's Hkv * b best, [N, Hkv] int64."""
-        return kernels.head_counts(base, capacity, self.normalize)
+    def workspace(self, row: RowShape) -> int:
+        return row.scores

@@ -6,15 +6,16 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvcompress.allocation.base import Demand, ModelAllocator
+from vllm_kvcompress.allocation.base import Allocator, BudgetRequest, Scope
 from vllm_kvcompress.allocation.rounding import apportion
 from vllm_kvcompress.options import require_choice, require_range
 from vllm_kvcompress.scoring.aircache import ELITE_SCOPES, visual_attention
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
+from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
-class AirCacheLayers(ModelAllocator):
+class AirCacheLayers(Allocator):
     """Layer budgets from strength and skewness of the attention on visual tokens.
 
     Strength is the sum of what the elite of the instruction pays to the visual tokens, skewness
@@ -33,6 +34,7 @@ class AirCacheLayers(ModelAllocator):
     name: ClassVar[str] = "aircache"
     source: ClassVar[str] = "AirCache, arXiv 2503.23956"
     cost: ClassVar[str] = "2*L*Hq*I*P*D"
+    scope: ClassVar[Scope] = Scope.MODEL
     needs: ClassVar[Need] = Need.KEYS | Need.INSTRUCTION_QUERIES | Need.SEGMENTS
     reconstruction: ClassVar[bool] = True
 
@@ -45,16 +47,17 @@ class AirCacheLayers(ModelAllocator):
         require_choice("elite_scope", self.elite_scope, ELITE_SCOPES)
         require_choice("statistic", self.statistic, ("both", "strength", "skewness"))
 
-    def observe(self, ctx: LayerContext, scores: Scores) -> torch.Tensor:
-        """Strength and skewness, [N, 2] float64."""
+    def observe(self, ctx: ScoringContext, scores: Scores) -> torch.Tensor:
+        """Strength and skewness, [R, 2] float64."""
         assert ctx.segment is not None
         heads = visual_attention(ctx, self.elite, self.elite_scope)
         visual = (ctx.segment >= 0) & ctx.is_prompt
         return strength_and_skewness(ctx.mean_over_heads(heads).double(), visual)
 
-    def kept_tokens(self, observed: list[torch.Tensor], demand: Demand) -> torch.Tensor:
-        num_layers = len(observed)
-        measured = torch.stack(observed, dim=1).nan_to_num(0.0)  # [N, L, 2]
+    def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
+        assert observed is not None
+        num_layers = observed.shape[1]
+        measured = observed.nan_to_num(0.0)  # [N, L, 2]
         mean = measured.mean(1, keepdim=True)
         strength, skewness = torch.where(mean > 0, measured / mean, 1.0).unbind(2)
         # no layer is skewed: strength alone decides
@@ -65,12 +68,15 @@ class AirCacheLayers(ModelAllocator):
             "skewness": skewness,
         }[self.statistic]
         counts = apportion(
-            share * demand.capacity[:, None],
-            demand.capacity * num_layers,
-            torch.ones_like(demand.num_candidates),
-            demand.num_candidates,
+            share * request.capacity[:, None],
+            request.capacity * num_layers,
+            torch.ones_like(request.num_candidates),
+            request.num_candidates,
         )
-        return counts + demand.pinned[:, None]
+        return (counts + request.num_protected[:, None])[:, :, None]
+
+    def workspace(self, row: RowShape) -> int:
+        return 3 * row.num_queries * row.num_q_heads + row.logits + 12 * row.length
 
 
 def strength_and_skewness(importance: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

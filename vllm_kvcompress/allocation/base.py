@@ -8,37 +8,53 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
+from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 
 class Scope(enum.Enum):
-    """When an allocator decides, and what may differ."""
+    """What a budget may depend on, and among whom it may differ."""
 
     EVEN = "every head of every layer alike, known from the prompt length"
     STATIC = "per layer and head, known from the prompt length"
     LAYER = "per head, from the scores of its layer"
     MODEL = "per layer, from the scores of all layers"
 
+    @property
+    def spans_layers(self) -> bool:
+        """Whether one layer may get what another one does not."""
+        return self in (Scope.STATIC, Scope.MODEL)
 
-class Demand(NamedTuple):
-    """What N prompts offer to share out; all [N] int64 on the device.
+    @property
+    def needs_scores(self) -> bool:
+        return self in (Scope.LAYER, Scope.MODEL)
+
+
+class BudgetRequest(NamedTuple):
+    """What N prompts offer to share out; int64 on the device.
 
     Attributes:
-        prompt_lens: P.
-        num_candidates: tokens that compete.
-        capacity: nominal competing tokens a head keeps.
-        pinned: tokens that every head keeps anyway; capacity + pinned is the nominal total.
+        prompt_lens: [N], P.
+        num_candidates: [N], tokens that compete.
+        capacity: [N], nominal competing tokens a head keeps.
+        num_protected: [N], tokens that every head keeps anyway; capacity + num_protected is the
+            nominal total.
+        head_budgets: [N, L, Hkv] of a static allocator, else None.
     """
 
     prompt_lens: torch.Tensor
     num_candidates: torch.Tensor
     capacity: torch.Tensor
-    pinned: torch.Tensor
+    num_protected: torch.Tensor
+    head_budgets: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Allocator(abc.ABC):
     """Shares a budget out: a frozen dataclass whose fields are its options.
+
+    An allocator that looks at scores says with ``observe`` what it needs of them, and decides with
+    ``kept_tokens`` when all layers have been observed.
 
     Class attributes:
         cost: as ``Scorer.cost``.
@@ -62,6 +78,33 @@ class Allocator(abc.ABC):
             ValueError: a file was made for another model.
         """
 
+    def observe(self, ctx: ScoringContext, scores: Scores) -> torch.Tensor:
+        """What each row contributes to the decision, [R, ...]; asked if the scope needs scores.
+
+        Args:
+            scores: base is -inf at tokens that do not compete.
+        """
+        raise NotImplementedError(f"{self.name} looks at no scores")
+
+    @abc.abstractmethod
+    def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
+        """Tokens that each head keeps, protected ones included, int64.
+
+        Args:
+            observed: [N, L, ...] of ``observe``, None if the scope needs no scores.
+
+        Returns:
+            [N, L, Hkv]; L and Hkv may be 1 where all layers or heads are alike.
+        """
+
+    def workspace(self, row: RowShape) -> int:
+        """Float32 elements that observing one row holds at its peak."""
+        return 0
+
+    def decision_workspace(self, row: RowShape) -> int:
+        """Float32 elements that the decision holds at its peak, per row that was observed."""
+        return 0
+
 
 @dataclass(frozen=True)
 class StaticAllocator(Allocator):
@@ -80,41 +123,6 @@ class StaticAllocator(Allocator):
             num_candidates: n.
         """
 
-
-@dataclass(frozen=True)
-class LayerAllocator(Allocator):
-    """Decides per layer, on the device."""
-
-    scope = Scope.LAYER
-    per_layer = False
-
-    @abc.abstractmethod
-    def head_budgets(
-        self, base: torch.Tensor, num_candidates: torch.Tensor, capacity: torch.Tensor
-    ) -> torch.Tensor:
-        """Scored tokens of each head, [N, Hkv] int64.
-
-        Args:
-            base: [N, Hkv, T] float32 base scores, -inf at tokens that do not compete.
-            num_candidates: [N] int64, n.
-            capacity: [N] int64, nominal scored tokens per head; capacity <= n.
-        """
-
-
-@dataclass(frozen=True)
-class ModelAllocator(Allocator):
-    """Decides once all layers have been scored, on the device."""
-
-    scope = Scope.MODEL
-
-    @abc.abstractmethod
-    def observe(self, ctx: LayerContext, scores: Scores) -> torch.Tensor:
-        """What one layer contributes to the decision, [N, ...]."""
-
-    @abc.abstractmethod
-    def kept_tokens(self, observed: list[torch.Tensor], demand: Demand) -> torch.Tensor:
-        """Tokens that every head of each layer keeps, pinned ones included, [N, L] int64.
-
-        Args:
-            observed: one entry per layer, in order.
-        """
+    def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
+        assert request.head_budgets is not None, "a static budget is known before prefill"
+        return request.head_budgets + request.num_protected[:, None, None]

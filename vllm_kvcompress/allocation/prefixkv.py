@@ -7,14 +7,15 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvcompress.allocation.base import Demand, ModelAllocator
+from vllm_kvcompress.allocation.base import Allocator, BudgetRequest, Scope
 from vllm_kvcompress.allocation.profiles import load_forget_fractions
 from vllm_kvcompress.allocation.rounding import apportion
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
+from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
-class PrefixKV(ModelAllocator):
+class PrefixKV(Allocator):
     """Layer budgets from one level of accumulated attention that all layers reach.
 
     Tokens of a layer are ordered by the attention they received from the whole prompt; the layer
@@ -33,6 +34,7 @@ class PrefixKV(ModelAllocator):
     name: ClassVar[str] = "prefixkv"
     source: ClassVar[str] = "PrefixKV, arXiv 2412.03409"
     cost: ClassVar[str] = "as h2o, once if the scorer sums as well; a sort of L*P sums"
+    scope: ClassVar[Scope] = Scope.MODEL
     needs: ClassVar[Need] = Need.KEY_ATTENTION_SUMS
 
     profile: str | None = None
@@ -49,17 +51,26 @@ class PrefixKV(ModelAllocator):
             if found != num_layers:
                 raise ValueError(f"{self.profile} has {found} layers, the model has {num_layers}")
 
-    def observe(self, ctx: LayerContext, scores: Scores) -> torch.Tensor:
-        """Attention that each token received, [N, T] float32, 0 at t >= P."""
+    def observe(self, ctx: ScoringContext, scores: Scores) -> torch.Tensor:
+        """Attention that each token received, [R, T] float32, 0 at t >= P."""
         assert ctx.key_attention_sum is not None
         return ctx.mean_over_heads(ctx.key_attention_sum).masked_fill(~ctx.is_prompt, 0.0)
 
-    def kept_tokens(self, observed: list[torch.Tensor], demand: Demand) -> torch.Tensor:
-        total = (demand.capacity + demand.pinned) * len(observed)
+    def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
+        assert observed is not None
+        total = (request.capacity + request.num_protected) * observed.shape[1]
         if self.profile is None:
-            return shortest_starts(torch.stack(observed, dim=1), total, demand.prompt_lens)
+            starts = shortest_starts(observed, total, request.prompt_lens)
+            return starts[:, :, None]
         shares = _layer_shares(self.profile, total.device) * total[:, None]
-        return apportion(shares, total, torch.ones_like(total), demand.prompt_lens)
+        tokens = apportion(shares, total, torch.ones_like(total), request.prompt_lens)
+        return tokens[:, :, None]
+
+    def workspace(self, row: RowShape) -> int:
+        return row.scores + 2 * row.length
+
+    def decision_workspace(self, row: RowShape) -> int:
+        return 24 * row.length
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def apportion_host(
 def pages_from_kept(
     kept: torch.Tensor,
     tail: torch.Tensor,
-    fixed: torch.Tensor,
+    num_protected: torch.Tensor,
     num_kept_blocks: torch.Tensor,
     num_full_blocks: torch.Tensor,
     block_size: int,
@@ -46,12 +46,12 @@ def pages_from_kept(
     Args:
         kept: [N, H] int64 kept tokens of each entry, those of the tail block included.
         tail: [N] int64, tokens in the prompt's partial last block.
-        fixed: [N] int64, tokens in full blocks that are always kept.
+        num_protected: [N] int64, tokens in full blocks that are always kept.
         num_kept_blocks, num_full_blocks: [N] int64, n and m.
 
     Returns:
         [N, H] int64 pages.
     """
     shares = (kept - tail[:, None]).double() / block_size
-    low = (fixed + block_size - 1) // block_size
+    low = (num_protected + block_size - 1) // block_size
     return apportion(shares, num_kept_blocks * kept.shape[1], low, num_full_blocks)

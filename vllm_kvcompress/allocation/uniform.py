@@ -4,7 +4,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_kvcompress.allocation.base import Allocator, Scope
+import torch
+
+from vllm_kvcompress.allocation.base import Allocator, BudgetRequest, Scope
 
 
 @dataclass(frozen=True)
@@ -15,3 +17,6 @@ class Uniform(Allocator):
     source: ClassVar[str] = "SnapKV, arXiv 2404.14469"
     cost: ClassVar[str] = "none"
     scope: ClassVar[Scope] = Scope.EVEN
+
+    def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
+        return (request.capacity + request.num_protected)[:, None, None]

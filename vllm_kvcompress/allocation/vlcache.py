@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvcompress.allocation.base import Demand, ModelAllocator
+from vllm_kvcompress.allocation.base import Allocator, BudgetRequest, Scope
 from vllm_kvcompress.allocation.rounding import apportion
 from vllm_kvcompress.options import require_range
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
-from vllm_kvcompress.scoring.instruction import instruction_rows
+from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
+from vllm_kvcompress.scoring.instruction import instruction_elements, instruction_rows
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
-class VLCache(ModelAllocator):
+class VLCache(Allocator):
     """Layer budgets in proportion to how dense the attention of the instruction is.
 
     An attention probability counts as zero below ``threshold`` times the largest of its row;
@@ -33,6 +34,7 @@ class VLCache(ModelAllocator):
     name: ClassVar[str] = "vlcache"
     source: ClassVar[str] = "VL-Cache, arXiv 2410.23317"
     cost: ClassVar[str] = "2*L*Hq*I*P*D"
+    scope: ClassVar[Scope] = Scope.MODEL
     needs: ClassVar[Need] = Need.KEYS | Need.INSTRUCTION_QUERIES
 
     threshold: float = 0.01
@@ -40,8 +42,8 @@ class VLCache(ModelAllocator):
     def __post_init__(self) -> None:
         require_range("threshold", self.threshold, 0, 1)
 
-    def observe(self, ctx: LayerContext, scores: Scores) -> torch.Tensor:
-        """Density of the layer's attention, [N] float64."""
+    def observe(self, ctx: ScoringContext, scores: Scores) -> torch.Tensor:
+        """Density of the layer's attention, [R] float64."""
         seen = torch.zeros_like(ctx.prompt_lens)
         dense = torch.zeros_like(ctx.prompt_lens)[:, None]
         least = math.log(self.threshold) if self.threshold else -math.inf
@@ -49,14 +51,18 @@ class VLCache(ModelAllocator):
             # the softmax of a row divides all of it alike: logits can be compared instead
             strong = rows.logits >= rows.logits.amax(3, keepdim=True) + least
             strong &= (ctx.positions <= rows.positions[..., None])[:, None]
-            dense = dense + (strong.sum(3) * rows.counts[:, None]).sum(2)  # [N, Hq]
+            dense = dense + (strong.sum(3) * rows.counts[:, None]).sum(2)  # [R, Hq]
             seen = seen + ((rows.positions + 1) * rows.counts).sum(1)
         return ctx.mean_over_heads(dense / seen[:, None].double())
 
-    def kept_tokens(self, observed: list[torch.Tensor], demand: Demand) -> torch.Tensor:
-        density = torch.stack(observed, dim=1)  # [N, L]
-        length = demand.prompt_lens
-        total = (demand.capacity + demand.pinned) * len(observed)
-        part = (density / density.sum(1, keepdim=True)).nan_to_num(1 / len(observed))
+    def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
+        assert observed is not None
+        length = request.prompt_lens
+        total = (request.capacity + request.num_protected) * observed.shape[1]
+        part = (observed / observed.sum(1, keepdim=True)).nan_to_num(1 / observed.shape[1])
         shares = torch.maximum(part * total[:, None], 0.01 * length[:, None].double())
-        return apportion(shares, total, (length // 100).clamp_min(1), length)
+        tokens = apportion(shares, total, (length // 100).clamp_min(1), length)
+        return tokens[:, :, None]
+
+    def workspace(self, row: RowShape) -> int:
+        return 3 * row.keys + 3 * instruction_elements(row)

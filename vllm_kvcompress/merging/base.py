@@ -7,24 +7,26 @@ from typing import ClassVar
 
 import torch
 
+from vllm_kvcompress.workspace import RowShape
+
 
 @dataclass
 class MergeContext:
-    """Kept entries of one layer of N prompts, before they are written to their head pages.
+    """Kept entries of R (layer, prompt) rows, before they are written to their head pages.
 
     Merging happens inside the full blocks of a prompt: positions below ``in_pages`` are sources and
     targets; later ones are in the tail block and stay as they are.
 
     Attributes:
-        keys, values: [N, Hkv, T, D] float32 of the prompts, 0 at t >= P.
-        final: [N, Hkv, T] float32 ranking scores, +inf at tokens that are always kept.
-        competes: [N, T] bool, tokens below in_pages that may be dropped.
-        prompt_lens, in_pages: [N] int64, P and m * block_size.
-        segment: [N, T] int64, index of the image of a visual token, else -1; None if the merge does
+        keys, values: [R, Hkv, T, D] float32 of the prompts, 0 at t >= P.
+        final: [R, Hkv, T] float32 ranking scores, +inf at tokens that are always kept.
+        competes: [R, T] bool, tokens below in_pages that may be dropped.
+        prompt_lens, in_pages: [R] int64, P and m * block_size.
+        segment: [R, T] int64, index of the image of a visual token, else -1; None if the merge does
             not need it.
         num_segments: segments of the prompt that has the most.
-        slots: [N, Hkv] int64, entries that each head's pages hold.
-        kept: [N, Hkv, K] int64, kept positions below in_pages, ascending; T in unused entries,
+        slots: [R, Hkv] int64, entries that each head's pages hold.
+        kept: [R, Hkv, K] int64, kept positions below in_pages, ascending; T in unused entries,
             which follow the used ones. Set once ``num_tokens`` has been asked for.
     """
 
@@ -57,12 +59,16 @@ class Merge(abc.ABC):
     needs_segments: ClassVar[bool] = False
 
     def num_tokens(self, ctx: MergeContext) -> torch.Tensor:
-        """How many of a head's slots hold tokens, [N, Hkv] int64; the merge fills the others."""
+        """How many of a head's slots hold tokens, [R, Hkv] int64; the merge fills the others."""
         return ctx.slots
 
     @abc.abstractmethod
+    def workspace(self, row: RowShape, num_slots: int) -> int:
+        """Float32 elements that one row holds at its peak; ``num_slots`` of all its heads."""
+
+    @abc.abstractmethod
     def merge(self, ctx: MergeContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """Entries for the slots: keys and values [N, Hkv, K, D] float32, in slot order.
+        """Entries for the slots: keys and values [R, Hkv, K, D] float32, in slot order.
 
         What stands in unused entries does not matter.
         """

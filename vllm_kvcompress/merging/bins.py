@@ -7,7 +7,7 @@ from vllm_kvcompress.merging.base import MergeContext
 
 
 def ranking(ctx: MergeContext) -> torch.Tensor:
-    """Positions in the order in which a head keeps them, [N, Hkv, T] int64.
+    """Positions in the order in which a head keeps them, [R, Hkv, T] int64.
 
     What cannot be dropped comes first, then what competes (score descending, position ascending,
     NaN last), then what is not in the full blocks.
@@ -28,10 +28,10 @@ def sizes(segment: torch.Tensor, num_segments: int) -> torch.Tensor:
 
 
 def last_of_each(segment: torch.Tensor, limit: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Which entries are among the last ``limit`` [N, Hkv] of their segment, [N, Hkv, T] bool.
+    """Which entries are among the last ``limit`` [R, Hkv] of their segment, [R, Hkv, T] bool.
 
     Args:
-        segment: [N, Hkv, T] int64, -1 for none.
+        segment: [R, Hkv, T] int64, -1 for none.
     """
     order = segment.argsort(dim=2, stable=True)
     index = torch.arange(order.shape[2], device=order.device).expand_as(order)
@@ -45,15 +45,15 @@ def last_of_each(segment: torch.Tensor, limit: torch.Tensor, num_segments: int) 
 def bin_slots(
     segment: torch.Tensor, limit: torch.Tensor, first: torch.Tensor, num_segments: int
 ) -> torch.Tensor:
-    """Slot of the bin that each token goes to, [N, Hkv, T] int64; anything where it goes to none.
+    """Slot of the bin that each token goes to, [R, Hkv, T] int64; anything where it goes to none.
 
     A segment's tokens are split, in position order, into as many runs of near-equal length as it
     has bins: ``limit``, or one per token. Longer runs come first. Bins stand in segment order.
 
     Args:
-        segment: [N, Hkv, T] int64, ascending but for -1, which goes to no bin.
-        limit: [N, Hkv] int64, bins per segment.
-        first: [N, Hkv] int64, slot of a head's first bin.
+        segment: [R, Hkv, T] int64, ascending but for -1, which goes to no bin.
+        limit: [R, Hkv] int64, bins per segment.
+        first: [R, Hkv] int64, slot of a head's first bin.
     """
     members = sizes(segment, num_segments)
     runs = torch.minimum(members, limit[..., None])

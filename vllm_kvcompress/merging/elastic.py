@@ -9,6 +9,7 @@ import torch
 from vllm_kvcompress.merging.base import Merge, MergeContext
 from vllm_kvcompress.merging.slots import add_up, dropped, kept_positions, mean_with_own, take
 from vllm_kvcompress.options import require_whole
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Elastic(Merge):
     def __post_init__(self) -> None:
         require_whole("sinks", self.sinks, 0)
 
+    def workspace(self, row: RowShape, num_slots: int) -> int:
+        return 14 * row.scores + 8 * num_slots * row.head_size
+
     def merge(self, ctx: MergeContext) -> tuple[torch.Tensor, torch.Tensor]:
         kept = kept_positions(ctx)
         num_slots = kept.shape[2]
@@ -49,7 +53,7 @@ class Elastic(Merge):
         return blend(ctx.keys), blend(ctx.values)
 
     def _nearest_anchor(self, ctx: MergeContext, kept: torch.Tensor) -> torch.Tensor:
-        """Slot of the anchor that is nearest to each position (ties: the lower), [N, Hkv, T].
+        """Slot of the anchor that is nearest to each position (ties: the lower), [R, Hkv, T].
 
         K where a head has no anchor.
         """

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from vllm_kvcompress.merging.base import Merge, MergeContext
 from vllm_kvcompress.merging.slots import add_up, dropped, kept_positions, mean_with_own, take
 from vllm_kvcompress.options import require_choice
+from vllm_kvcompress.workspace import RowShape
 
 _SOURCES_AT_ONCE = 1024
 """Bounds the similarity matrix, which would be quadratic in the prompt."""
@@ -40,6 +41,10 @@ class LookM(Merge):
     def __post_init__(self) -> None:
         require_choice("merge_mode", self.merge_mode, ("pivot", "avg", "weighted"))
 
+    def workspace(self, row: RowShape, num_slots: int) -> int:
+        similarity = min(row.length, _SOURCES_AT_ONCE) * num_slots
+        return 2 * row.keys + 12 * row.scores + 9 * num_slots * row.head_size + similarity
+
     def merge(self, ctx: MergeContext) -> tuple[torch.Tensor, torch.Tensor]:
         kept = kept_positions(ctx)
         num_slots = kept.shape[2]
@@ -63,11 +68,11 @@ def _most_similar(keys: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor,
     """Largest cosine of each token with a kept one, and that one's slot (ties: the earliest).
 
     Args:
-        keys: [N, Hkv, T, D].
-        kept: [N, Hkv, K], T in unused entries.
+        keys: [R, Hkv, T, D].
+        kept: [R, Hkv, K], T in unused entries.
 
     Returns:
-        [N, Hkv, T] float32 and int64.
+        [R, Hkv, T] float32 and int64.
     """
     unit = F.normalize(keys, dim=-1)
     targets = take(unit, kept).transpose(2, 3)

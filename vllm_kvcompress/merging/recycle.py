@@ -10,6 +10,7 @@ from vllm_kvcompress.merging.base import Merge, MergeContext
 from vllm_kvcompress.merging.bins import bin_slots, last_of_each, ranking, sizes
 from vllm_kvcompress.merging.slots import add_up, dropped, kept_positions, take
 from vllm_kvcompress.options import require_whole
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Recycle(Merge):
         wanted = ctx.slots - holds.sum(2)
         return (wanted > 0).long() + (others < wanted[..., None]).sum(2)
 
+    def workspace(self, row: RowShape, num_slots: int) -> int:
+        return row.keys + 40 * row.scores + 8 * num_slots * row.head_size
+
     def merge(self, ctx: MergeContext) -> tuple[torch.Tensor, torch.Tensor]:
         kept = kept_positions(ctx)
         num_slots = kept.shape[2]
@@ -77,7 +81,7 @@ class Recycle(Merge):
         """Which tokens share bins, and how many bins they share.
 
         Returns:
-            [N, Hkv, T] int64, -1 at tokens that go into no bin; [N, Hkv] int64.
+            [R, Hkv, T] int64, -1 at tokens that go into no bin; [R, Hkv] int64.
         """
         assert ctx.segment is not None
         segment = ctx.segment.masked_fill(~ctx.competes, -1)
@@ -91,5 +95,5 @@ class Recycle(Merge):
 
 
 def _at(per_slot: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """Values [N, Hkv, K] at slots [N, Hkv, T]; 1 at slot K, which is nowhere."""
+    """Values [R, Hkv, K] at slots [R, Hkv, T]; 1 at slot K, which is nowhere."""
     return torch.nn.functional.pad(per_slot, (0, 1), value=1.0).gather(2, slot)

@@ -7,19 +7,19 @@ from vllm_kvcompress.merging.base import MergeContext
 
 
 def kept_positions(ctx: MergeContext) -> torch.Tensor:
-    """[N, Hkv, K] int64, T in unused entries."""
+    """[R, Hkv, K] int64, T in unused entries."""
     assert ctx.kept is not None, "a merge runs after the selection"
     return ctx.kept
 
 
 def take(rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Rows [N, Hkv, T, D] of the kept positions, [N, Hkv, K, D]; anything in unused entries."""
+    """Rows [R, Hkv, T, D] of the kept positions, [R, Hkv, K, D]; anything in unused entries."""
     index = kept.clamp(max=rows.shape[2] - 1)[..., None]
     return rows.gather(2, index.expand(-1, -1, -1, rows.shape[3]))
 
 
 def dropped(ctx: MergeContext) -> torch.Tensor:
-    """[N, Hkv, T] bool, positions below in_pages that are not kept."""
+    """[R, Hkv, T] bool, positions below in_pages that are not kept."""
     num_heads, length = ctx.final.shape[1:]
     position = torch.arange(length, device=ctx.final.device)
     gone = (position < ctx.in_pages[:, None])[:, None].expand(-1, num_heads, -1)
@@ -28,7 +28,7 @@ def dropped(ctx: MergeContext) -> torch.Tensor:
 
 
 def add_up(rows: torch.Tensor, slot: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """Sums [N, Hkv, K, ...] of rows [N, Hkv, T, ...] by slot [N, Hkv, T]; slot K is nowhere."""
+    """Sums [R, Hkv, K, ...] of rows [R, Hkv, T, ...] by slot [R, Hkv, T]; slot K is nowhere."""
     shape = (*rows.shape[:2], num_slots + 1, *rows.shape[3:])
     index = slot.view(*slot.shape, *[1] * (rows.dim() - 3)).expand_as(rows)
     return rows.new_zeros(shape).scatter_add_(2, index, rows)[:, :, :num_slots]
@@ -38,9 +38,9 @@ def mean_with_own(own: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -
     """Mean of a kept row and those that joined it; rows that nobody joined stay bit for bit.
 
     Args:
-        own: [N, Hkv, K, D] kept rows.
-        total: [N, Hkv, K, D] sums of the rows that joined.
-        count: [N, Hkv, K] how many joined.
+        own: [R, Hkv, K, D] kept rows.
+        total: [R, Hkv, K, D] sums of the rows that joined.
+        count: [R, Hkv, K] how many joined.
     """
     count = count[..., None]
     return torch.where(count > 0, (own + total) / (1 + count), own)

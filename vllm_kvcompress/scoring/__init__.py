@@ -5,13 +5,13 @@ from vllm_kvcompress.scoring.aircache import AirCache
 from vllm_kvcompress.scoring.bacon import Bacon
 from vllm_kvcompress.scoring.base import (
     HiddenMoments,
-    LayerContext,
     LayerTrace,
     Need,
     QueryMoments,
     QueryProjector,
     Scorer,
     Scores,
+    ScoringContext,
 )
 from vllm_kvcompress.scoring.das import DAS
 from vllm_kvcompress.scoring.elastic import Elastic
@@ -47,11 +47,11 @@ SCORERS: dict[str, type[Scorer]] = {
 __all__ = [
     "SCORERS",
     "HiddenMoments",
-    "LayerContext",
     "LayerTrace",
     "Need",
     "QueryMoments",
     "QueryProjector",
     "Scorer",
     "Scores",
+    "ScoringContext",
 ]

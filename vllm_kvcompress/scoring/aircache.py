@@ -9,7 +9,8 @@ import torch
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_choice, require_range
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 ELITE_SCOPES = ("head", "layer")
 
@@ -47,17 +48,20 @@ class AirCache(Scorer):
     def num_recent(self, window: int, kept: int) -> int:
         return 1
 
-    def score(self, ctx: LayerContext) -> Scores:
-        heads = visual_attention(ctx, self.elite, self.elite_scope)  # [N, Hq, T]
+    def workspace(self, row: RowShape) -> int:
+        return 3 * row.num_queries * row.num_q_heads + row.logits + 2 * row.scores
+
+    def score(self, ctx: ScoringContext) -> Scores:
+        heads = visual_attention(ctx, self.elite, self.elite_scope)  # [R, Hq, T]
         mean = heads.unflatten(1, (ctx.prompts.num_kv_heads, -1)).mean(2)
         return Scores(base=mean, final=mean)
 
 
-def visual_attention(ctx: LayerContext, elite: float, elite_scope: str) -> torch.Tensor:
+def visual_attention(ctx: ScoringContext, elite: float, elite_scope: str) -> torch.Tensor:
     """Mean attention of the elite on each visual token, by query head.
 
     Returns:
-        [N, Hq, T] float32, 0 off the visual tokens.
+        [R, Hq, T] float32, 0 off the visual tokens.
     """
     assert ctx.segment is not None
     chosen = _elite(ctx, elite, elite_scope)
@@ -66,8 +70,8 @@ def visual_attention(ctx: LayerContext, elite: float, elite_scope: str) -> torch
     )
 
 
-def _elite(ctx: LayerContext, elite: float, elite_scope: str) -> torch.Tensor:
-    """Which of the last rows are elite, [N, Hq, Q] bool."""
+def _elite(ctx: ScoringContext, elite: float, elite_scope: str) -> torch.Tensor:
+    """Which of the last rows are elite, [R, Hq, Q] bool."""
     assert ctx.instruction_len is not None
     logits = kernels.last_row_logits(
         ctx.queries, ctx.prompts, ctx.prompt_lens, ctx.instruction_len, ctx.scale, ctx.softcap

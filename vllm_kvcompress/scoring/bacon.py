@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_choice, require_odd, require_range, require_whole
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
+from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Bacon(SnapKV):
     added.
     Source: BACON, arXiv 2606.14782 and its released code.
 
-    Adaptation notes: the trace over layers belongs to the requests of one step, never to the
-    process; arithmetic is float32; a layer's capacity is the nominal budget - W, not the head's.
+    Adaptation notes: the evidence that layers leave for later ones belongs to one prompt, never to
+    the process; arithmetic is float32; a layer's capacity is the nominal budget - W, not the
+    head's.
 
     Options, besides those of snapkv:
         mode: "e" (evidence), "el" (+ coherence), "elt" (+ persistence, gated), "rel" (attenuated).
@@ -53,7 +55,10 @@ class Bacon(SnapKV):
         require_range("topk_frac", self.topk_frac, 0, 1e6)
         require_choice("trace_reduce", self.trace_reduce, ("head", "head_mean"))
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def workspace(self, row: RowShape) -> int:
+        return super().workspace(row) + 5 * row.scores
+
+    def score(self, ctx: ScoringContext) -> Scores:
         mean, last = self.window_scores(ctx)
         kernel = self.kernel
         if self.score_dtype == "model":  # pooled scores are rounded before they are calibrated
@@ -65,21 +70,22 @@ class Bacon(SnapKV):
                 for row in (mean, last)
             )
             kernel = 1
-        base, evidence, final = kernels.bacon_calibrate(
-            mean,
-            last,
-            ctx.trace.previous(ctx.layer, self.trace_r),
+        base, evidence = kernels.bacon_evidence(
+            mean, last, ctx.num_candidates, kernel=kernel, pool=self.pool
+        )
+        left = evidence
+        if self.trace_reduce == "head_mean":
+            left = ctx.mean_over_heads(evidence)[:, None].expand_as(evidence).contiguous()
+        final = kernels.bacon_calibrate(
+            base,
+            evidence,
+            ctx.trace.extend(left.unflatten(0, (-1, ctx.num_prompts)), self.trace_r),
             ctx.num_candidates,
             ctx.capacity,
-            kernel=kernel,
-            pool=self.pool,
+            trace_r=self.trace_r,
             mode=self.mode,
             local_k=self.local_k,
             lambda_c=self.lambda_c,
             topk_frac=self.topk_frac,
         )
-        seen = evidence
-        if self.trace_reduce == "head_mean":
-            seen = ctx.mean_over_heads(evidence)[:, None].expand_as(evidence).contiguous()
-        ctx.trace.record(ctx.layer, seen)
         return Scores(base, self.rounded(final, ctx.queries.dtype))

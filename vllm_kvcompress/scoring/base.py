@@ -2,16 +2,18 @@
 """What a scorer sees and what it returns."""
 
 import abc
+import dataclasses
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import PromptPages
+from vllm_kvcompress.workspace import RowShape
 
 
 class Need(enum.Flag):
@@ -35,33 +37,36 @@ class Need(enum.Flag):
 
 
 class LayerTrace:
-    """Per-layer tensors that later layers of the same forward pass look back at.
+    """What layers leave for later layers of the same prompts, where these are scored in groups.
 
-    It lives and dies with the step in which the prompts end, and its rows are the requests of that
-    step: no request can see another one's trace, or its own from before a preemption.
+    It lives and dies with one call of the pipeline: no prompt can see another one's trace.
     """
 
     def __init__(self) -> None:
-        self._by_layer: dict[int, torch.Tensor] = {}
+        self._earlier: torch.Tensor | None = None
 
-    def record(self, layer: int, value: torch.Tensor) -> None:
-        self._by_layer[layer] = value
+    def extend(self, layers: torch.Tensor, reach: int) -> torch.Tensor:
+        """The last ``reach`` layers of earlier groups, followed by those of this one.
 
-    def previous(self, layer: int, reach: int) -> list[torch.Tensor]:
-        """Recorded values of layers [layer - reach, layer), oldest first."""
-        for old in [j for j in self._by_layer if j < layer - reach]:
-            del self._by_layer[old]
-        return [self._by_layer[j] for j in sorted(self._by_layer) if j < layer]
+        Args:
+            layers: [L, N, ...] of the group's layers, in order.
+
+        Returns:
+            [Lt, N, ...] with Lt >= L.
+        """
+        if self._earlier is not None:
+            layers = torch.cat([self._earlier, layers])
+        self._earlier = layers[max(len(layers) - reach, 0) :]
+        return layers
 
 
-@dataclass(frozen=True)
-class HiddenMoments:
+class HiddenMoments(NamedTuple):
     """Sums over the prompt's tokens of the (normed) attention input x, float32.
 
     Attributes:
-        count: [N] tokens summed over.
-        total, square: [N, d] sums of x and of x^2.
-        last: [N, d] x of the last prompt token.
+        count: [R] tokens summed over.
+        total, square: [R, d] sums of x and of x^2.
+        last: [R, d] x of the last prompt token.
     """
 
     count: torch.Tensor
@@ -70,14 +75,13 @@ class HiddenMoments:
     last: torch.Tensor
 
 
-@dataclass(frozen=True)
-class QueryMoments:
+class QueryMoments(NamedTuple):
     """Sums over the prompt's tokens of the queries before RoPE and after their norm, float32.
 
     Attributes:
-        count: [N] tokens summed over.
-        total: [N, Hq, D].
-        outer: [N, Hq, D, D], sums of q q^T.
+        count: [R] tokens summed over.
+        total: [R, Hq, D].
+        outer: [R, Hq, D, D], sums of q q^T.
     """
 
     count: torch.Tensor
@@ -86,17 +90,24 @@ class QueryMoments:
 
 
 class QueryProjector(Protocol):
-    """The layer's own way from hidden states to queries at positions after the prompt.
+    """The layers' own way from hidden states to queries at positions after the prompts.
 
     Position 0 of the offsets is the last prompt token's; under M-RoPE the largest of its components
-    counts, and all components of the new position are equal.
+    counts, and all components of the new position are equal. ``layers`` count from 0 in the stack
+    of compressed layers; R = len(layers) * N rows, layer by layer.
     """
 
-    def project(self, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """[N, M, d] float32 and offsets [M] int64 -> rotated queries [N, M, Hq, D] float32."""
+    def project(self, layers: range, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """[R, M, d] float32 and offsets [M] int64 -> rotated queries [R, M, Hq, D] float32."""
 
-    def rotate(self, queries: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """RoPE of [N, M, H, D] float32 at offsets [M] int64."""
+    def rotate(self, layers: range, queries: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """RoPE of [R, M, H, D] float32 at offsets [M] int64."""
+
+    def shares_rotation(self, layers: range) -> bool:
+        """Whether all of the layers rotate alike: what one of them rotates serves the others."""
+
+    def of_prompts(self, prompts: slice) -> "QueryProjector":
+        """The same for some of the N prompts."""
 
 
 def local_mean(values: torch.Tensor) -> torch.Tensor:
@@ -105,42 +116,46 @@ def local_mean(values: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class LayerContext:
-    """One layer of all requests whose prompt ends in this step (N rows).
+class ScoringContext:
+    """Some layers of N finished prompts: R rows, each one layer of one prompt.
 
-    T is the longest prompt rounded up to blocks; tensors over T hold garbage or zeros at t >= P.
+    Row l * N + n is layer l of prompt n, and the rows do not know of each other. T is the longest
+    prompt rounded up to blocks; tensors over T hold garbage or zeros at t >= P.
 
     Attributes:
-        layer: index of the layer in the model.
-        prompt_lens: [N] int64, P.
-        capacity: [N] int64, nominal scored tokens per head of this layer.
+        layers: indices in the model of the layers; R = len(layers) * N.
+        stack: positions of the layers among all compressed layers.
+        prompt_lens: [R] int64, P.
+        capacity: [R] int64, nominal scored tokens per head of the row's layer.
         window: W.
-        queries: [N, Q, Hq, D], after norm and RoPE, of positions P-Q .. P-1, Q >= W if the window
-            is needed; rows that no method asked for hold garbage.
-        prompts: pages of the prompts' keys and values.
-        scale, softcap: the model's logit scale and soft cap (0: none).
-        recent: [N] int64, R: the last R tokens are always kept (``Scorer.num_recent``).
-        instruction_len: [N] int64, how many of the last rows belong to the instruction
+        queries: [R, Q, Hq, D], after norm and RoPE, of positions P-Q .. P-1, Q >= W if the window
+            is needed; queries that no method asked for hold garbage.
+        prompts: pages of the rows' keys and values.
+        scale: [R] float32, of the layer's logits.
+        softcap: of the logits (0: none).
+        num_recent: [R] int64, how many last tokens are always kept (``Scorer.num_recent``).
+        instruction_len: [R] int64, how many of the last tokens belong to the instruction
             (``PromptFacts.num_instruction_tokens``).
-        segment: [N, T] int64, index of the image (or temporal patch) of a visual token, else -1.
+        segment: [R, T] int64, index of the image (or temporal patch) of a visual token, else -1.
         num_segments: segments of the prompt that has the most.
         first_head: index in the model of the rank's first KV head.
-        trace: shared by all layers of this step.
-        key_attention_sum: [N, Hkv, T] float32, attention that key t received from all rows
+        trace: what layers leave for later ones.
+        key_attention_sum: [R, Hkv, T] float32, attention that key t received from all queries
             i >= t, mean over the query heads of a group.
         hidden, moments, projector: see their types.
         mean_over_heads: mean over dimension 1 of a tensor, over the heads of all ranks.
     """
 
-    layer: int
+    layers: tuple[int, ...]
+    stack: range
     prompt_lens: torch.Tensor
     capacity: torch.Tensor
     window: int
     queries: torch.Tensor
     prompts: PromptPages
-    scale: float
+    scale: torch.Tensor
     softcap: float = 0.0
-    recent: torch.Tensor | None = None
+    num_recent: torch.Tensor | None = None
     instruction_len: torch.Tensor | None = None
     segment: torch.Tensor | None = None
     num_segments: int = 0
@@ -152,14 +167,30 @@ class LayerContext:
     projector: QueryProjector | None = None
     mean_over_heads: Callable[[torch.Tensor], torch.Tensor] = local_mean
 
+    def of_layers(self, start: int, stop: int) -> "ScoringContext":
+        """The rows of the layers [start, stop) of this context."""
+        if (start, stop) == (0, len(self.layers)):
+            return self
+        rows = slice(start * self.num_prompts, stop * self.num_prompts)
+        names = [f.name for f in dataclasses.fields(self)]
+        own = {name: rows_of(getattr(self, name), rows) for name in names if name in ROWS}
+        return dataclasses.replace(
+            self, layers=self.layers[start:stop], stack=self.stack[start:stop], **own
+        )
+
+    @property
+    def num_prompts(self) -> int:
+        """N."""
+        return len(self.prompt_lens) // len(self.layers)
+
     @property
     def num_candidates(self) -> torch.Tensor:
-        """[N] int64, n = P - W: the prefix before the window."""
+        """[R] int64, n = P - W: the prefix before the window."""
         return self.prompt_lens - self.window
 
     @property
     def window_queries(self) -> torch.Tensor:
-        """[N, W, Hq, D], queries of positions P-W .. P-1."""
+        """[R, W, Hq, D], queries of positions P-W .. P-1."""
         return self.queries[:, self.queries.shape[1] - self.window :]
 
     @cached_property
@@ -170,29 +201,62 @@ class LayerContext:
 
     @cached_property
     def is_prompt(self) -> torch.Tensor:
-        """[N, T] bool, t < P."""
+        """[R, T] bool, t < P."""
         return self.positions < self.prompt_lens[:, None]
 
     @cached_property
     def keys(self) -> torch.Tensor:
-        """[N, Hkv, T, D] float32, 0 at t >= P."""
+        """[R, Hkv, T, D] float32, 0 at t >= P."""
         return self._read("key")
 
     @cached_property
     def values(self) -> torch.Tensor:
-        """[N, Hkv, T, D] float32, 0 at t >= P."""
+        """[R, Hkv, T, D] float32, 0 at t >= P."""
         return self._read("value")
+
+    def release(self) -> None:
+        """Free keys and values; they are read anew if they are asked for again."""
+        for name in ("keys", "values"):
+            self.__dict__.pop(name, None)
 
     def _read(self, part: str) -> torch.Tensor:
         rows = kernels.read_prompt(self.prompts, part).float()
         return rows.masked_fill(~self.is_prompt[:, None, :, None], 0.0)
 
 
+ROWS = (
+    "prompt_lens",
+    "capacity",
+    "queries",
+    "prompts",
+    "scale",
+    "num_recent",
+    "instruction_len",
+    "segment",
+    "key_attention_sum",
+    "hidden",
+    "moments",
+)
+"""Attributes of a context that have a dimension R."""
+
+
+def rows_of(value: Any, rows: slice) -> Any:
+    """Some rows of what has a dimension R."""
+    if isinstance(value, torch.Tensor):
+        return value[rows]
+    if isinstance(value, PromptPages):
+        table, *scales = (
+            rows_of(part, rows) for part in (value.block_table, value.key_scale, value.value_scale)
+        )
+        return value._replace(block_table=table, key_scale=scales[0], value_scale=scales[1])
+    return None if value is None else type(value)(*(part[rows] for part in value))
+
+
 class Scores(NamedTuple):
     """Scores of the prompt's tokens, larger = keep.
 
     ``base`` is the plain importance that budgets are counted on, ``final`` ranks inside a head.
-    Both [N, Hkv, T] float32. What stands at tokens that are kept or barred anyway (the last R, and
+    Both [R, Hkv, T] float32. What stands at tokens that are kept or barred anyway (the last R, and
     text where only visual tokens compete) and at t >= P does not matter.
     """
 
@@ -236,9 +300,13 @@ class Scorer(abc.ABC):
         return 0
 
     def stats_from(self, prompt_len: int) -> int:
-        """First position whose row counts in moments."""
+        """First position whose token counts in moments."""
         return 0
 
+    def workspace(self, row: RowShape) -> int:
+        """Float32 elements that scoring one row holds at its peak, the scores included."""
+        return 4 * row.scores
+
     @abc.abstractmethod
-    def score(self, ctx: LayerContext) -> Scores:
-        """Score every prompt of the context."""
+    def score(self, ctx: ScoringContext) -> Scores:
+        """Score every row of the context."""

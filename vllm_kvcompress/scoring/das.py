@@ -10,7 +10,7 @@ import torch
 
 from vllm_kvcompress.options import require_choice, require_range
 from vllm_kvcompress.scoring.bacon import Bacon
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
 from vllm_kvcompress.scoring.elastic import Elastic
 from vllm_kvcompress.scoring.expected import Expected
 from vllm_kvcompress.scoring.h2o import H2O
@@ -18,6 +18,7 @@ from vllm_kvcompress.scoring.mixkv import MixKV
 from vllm_kvcompress.scoring.postvision import PostVision
 from vllm_kvcompress.scoring.shiftkv import ShiftKV
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.workspace import RowShape
 
 _NEVER_NEGATIVE = (SnapKV, Bacon, MixKV, ShiftKV, H2O, Expected, Elastic, PostVision)
 BASES: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in _NEVER_NEGATIVE}
@@ -80,13 +81,16 @@ class DAS(Scorer):
     def stats_from(self, prompt_len: int) -> int:
         return self.scorer.stats_from(prompt_len)
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def workspace(self, row: RowShape) -> int:
+        return self.scorer.workspace(row) + 14 * row.scores
+
+    def score(self, ctx: ScoringContext) -> Scores:
         base, final = self.scorer.score(ctx)
         if ctx.num_segments < 2:
             return Scores(base, final)
         assert ctx.segment is not None
-        assert ctx.recent is not None
-        end = ctx.prompt_lens - ctx.recent
+        assert ctx.num_recent is not None
+        end = ctx.prompt_lens - ctx.num_recent
         scored = (ctx.segment >= 0) & (ctx.positions < end[:, None])
         bin_of = ctx.segment.masked_fill(~scored, ctx.num_segments)  # the last bin: nobody's
         factor = self._factors(final, scored, bin_of, ctx.num_segments)
@@ -96,7 +100,7 @@ class DAS(Scorer):
     def _factors(
         self, scores: torch.Tensor, scored: torch.Tensor, bin_of: torch.Tensor, num_bins: int
     ) -> torch.Tensor:
-        """Factor of every segment, [N, Hkv, M] float32 in [1, kmax].
+        """Factor of every segment, [R, Hkv, M] float32 in [1, kmax].
 
         Segments stand one after another, so the running sum at a segment's last token is what the
         images up to it have received. An infinite score (a sink) tells nothing of its image.
@@ -106,10 +110,10 @@ class DAS(Scorer):
         counts = counted.cumsum(2)
         end = torch.zeros(len(bin_of), num_bins + 1, dtype=torch.int64, device=bin_of.device)
         after = torch.arange(1, bin_of.shape[1] + 1, device=bin_of.device).expand_as(bin_of)
-        end = end.scatter_reduce(1, bin_of, after, "amax")[:, :-1].cummax(1).values  # [N, M]
+        end = end.scatter_reduce(1, bin_of, after, "amax")[:, :-1].cummax(1).values  # [R, M]
         index = end[:, None].expand(-1, scores.shape[1], -1)
         pad = torch.nn.functional.pad
-        received = pad(sums, (1, 0)).gather(2, index)  # [N, Hkv, M]
+        received = pad(sums, (1, 0)).gather(2, index)  # [R, Hkv, M]
         holders = pad(counts, (1, 0)).gather(2, index)
         own = received - pad(received[..., :-1], (1, 0))
         own_mean = own / (holders - pad(holders[..., :-1], (1, 0))).clamp_min(1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_kvcompress.options import require_whole
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Elastic(Scorer):
     def num_recent(self, window: int, kept: int) -> int:
         return 1
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def score(self, ctx: ScoringContext) -> Scores:
         assert ctx.key_attention_sum is not None, f"{self.name} needs column sums"
-        collected = ctx.mean_over_heads(ctx.key_attention_sum)[:, None]  # [N, 1, T]
+        collected = ctx.mean_over_heads(ctx.key_attention_sum)[:, None]  # [R, 1, T]
         final = collected.masked_fill(ctx.positions < self.sinks, float("inf"))
         shape = ctx.key_attention_sum.shape
         return Scores(base=collected.expand(shape), final=final.expand(shape))

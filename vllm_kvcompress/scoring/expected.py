@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress.options import require_bool, require_range, require_whole
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 _OFFSETS_AT_ONCE = 64
 _KEYS_AT_ONCE = 2048
@@ -60,25 +61,33 @@ class Expected(Scorer):
     def stats_from(self, prompt_len: int) -> int:
         return min(self.sinks, prompt_len - 1)
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def workspace(self, row: RowShape) -> int:
+        queries = row.num_q_heads * row.head_size
+        covariance = 10 * queries * row.head_size
+        pieces = 2 * queries * min(row.length, _KEYS_AT_ONCE)
+        rotated = 6 * _OFFSETS_AT_ONCE * row.head_size**2
+        return 3 * row.keys + 6 * row.logits + covariance + pieces + rotated
+
+    def score(self, ctx: ScoringContext) -> Scores:
         is_sink = ctx.positions < self.sinks
-        outside = is_sink | ~ctx.is_prompt  # [N, T]
+        outside = is_sink | ~ctx.is_prompt  # [R, T]
         logits = self._logits(ctx).masked_fill(outside[:, None, None], float("-inf"))
-        score = logits.softmax(-1).mean(2)  # [N, Hkv, T]
+        score = logits.softmax(-1).mean(2)  # [R, Hkv, T]
         if self.vnorm:
             score = (score + self.epsilon) * ctx.values.norm(dim=-1)
         base = score.masked_fill(is_sink, 0.0)
         return Scores(base=base, final=score.masked_fill(is_sink, float("inf")))
 
-    def _logits(self, ctx: LayerContext) -> torch.Tensor:
-        """Log of the expected exponential of the logits, [N, Hkv, G, T] float32."""
+    def _logits(self, ctx: ScoringContext) -> torch.Tensor:
+        """Log of the expected exponential of the logits, [R, Hkv, G, T] float32."""
         assert ctx.moments is not None, "expected needs query moments"
         num_kv_heads = ctx.keys.shape[1]
-        turn = self._mean_rotation(ctx)[:, None]  # [N, 1, D, D], row j: the image of unit vector j
+        turn = self._mean_rotation(ctx)[:, None]  # [R, 1, D, D], row j: the image of unit vector j
+        scale = ctx.scale[:, None, None, None]
         count = ctx.moments.count.clamp_min(1)[:, None, None]
-        mean = ctx.moments.total / count  # [N, Hq, D]
+        mean = ctx.moments.total / count  # [R, Hq, D]
         turned = torch.matmul(mean[:, :, None], turn)[:, :, 0].unflatten(1, (num_kv_heads, -1))
-        logits = ctx.scale * torch.matmul(turned, ctx.keys.transpose(2, 3))
+        logits = scale * torch.matmul(turned, ctx.keys.transpose(2, 3))
         if not self.covariance:
             return logits
         # float64: the difference of two large numbers
@@ -86,27 +95,28 @@ class Expected(Scorer):
         spread = ctx.moments.outer.double() / count[..., None]
         spread = (spread - centre[..., None] * centre[:, :, None]).float()
         spread = torch.matmul(torch.matmul(turn.transpose(2, 3), spread), turn)
-        spread = spread.unflatten(1, (num_kv_heads, -1))  # [N, Hkv, G, D, D]
+        spread = spread.unflatten(1, (num_kv_heads, -1))  # [R, Hkv, G, D, D]
         # G products as large as the keys: a piece of the prompt at a time
         pieces = [
             (torch.matmul(keys, spread) * keys).sum(-1)
             for keys in ctx.keys[:, :, None].split(_KEYS_AT_ONCE, dim=3)
         ]
-        return logits + 0.5 * ctx.scale**2 * torch.cat(pieces, dim=3)
+        return logits + (0.5 * scale.double().square()).float() * torch.cat(pieces, dim=3)
 
-    def _mean_rotation(self, ctx: LayerContext) -> torch.Tensor:
-        """RoPE averaged over the horizon, as the images [N, D, D] of the unit vectors.
+    def _mean_rotation(self, ctx: ScoringContext) -> torch.Tensor:
+        """RoPE averaged over the horizon, as the images [R, D, D] of the unit vectors.
 
-        Not shared among layers: some models rotate local and global layers differently.
+        Computed once per prompt where all layers rotate alike; some models rotate local and global
+        layers differently.
         """
-        assert ctx.projector is not None, "expected needs the layer's RoPE"
-        num, head_size = len(ctx.prompt_lens), ctx.keys.shape[3]
+        assert ctx.projector is not None, "expected needs the layers' RoPE"
+        layers = ctx.stack[:1] if ctx.projector.shares_rotation(ctx.stack) else ctx.stack
+        num, head_size = len(layers) * ctx.num_prompts, ctx.prompts.layout.head_size
         unit = torch.eye(head_size, device=ctx.keys.device).expand(num, 1, -1, -1)
         total = torch.zeros_like(unit[:, 0])
         for start in range(1, self.horizon + 1, _OFFSETS_AT_ONCE):
             stop = min(start + _OFFSETS_AT_ONCE, self.horizon + 1)
             offsets = torch.arange(start, stop, device=unit.device)
-            total = total + ctx.projector.rotate(
-                unit.expand(-1, stop - start, -1, -1), offsets
-            ).sum(1)
-        return total / self.horizon
+            units = unit.expand(-1, stop - start, -1, -1)
+            total = total + ctx.projector.rotate(layers, units, offsets).sum(1)
+        return (total / self.horizon).repeat(len(ctx.stack) // len(layers), 1, 1)

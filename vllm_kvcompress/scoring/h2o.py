@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 from vllm_kvcompress.options import require_bool, require_choice, require_range
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class H2O(Scorer):
         share = Fraction(str(self.recent_share))
         return math.floor(share * kept) if share else window
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def score(self, ctx: ScoringContext) -> Scores:
         assert ctx.key_attention_sum is not None, "h2o needs column sums"
         score = ctx.key_attention_sum
         if self.variant == "observed":

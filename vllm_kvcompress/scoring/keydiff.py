@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 _EPS = 1e-12
 
@@ -31,9 +32,12 @@ class KeyDiff(Scorer):
     def num_recent(self, window: int, kept: int) -> int:
         return 1
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def workspace(self, row: RowShape) -> int:
+        return 3 * row.keys + 5 * row.scores
+
+    def score(self, ctx: ScoringContext) -> Scores:
         unit = ctx.keys / ctx.keys.norm(dim=-1, keepdim=True).clamp_min(_EPS)
-        anchor = unit.sum(2) / ctx.prompt_lens[:, None, None]  # [N, Hkv, D]
+        anchor = unit.sum(2) / ctx.prompt_lens[:, None, None]  # [R, Hkv, D]
         anchor = anchor / anchor.norm(dim=-1, keepdim=True).clamp_min(_EPS)
         final = -torch.matmul(unit, anchor[:, :, :, None])[..., 0]
         return Scores(base=(1 + final).clamp_min(0), final=final)

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress.options import require_choice
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scores
+from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
 from vllm_kvcompress.scoring.redundancy import RatioTable
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.workspace import RowShape
 
 _EPS = 1e-8
 
@@ -49,7 +50,10 @@ class MixKV(SnapKV):
         if self.ratio_table is not None:
             self._table  # noqa: B018, a bad file is refused here and not while serving
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def workspace(self, row: RowShape) -> int:
+        return super().workspace(row) + 5 * row.keys + 8 * row.scores
+
+    def score(self, ctx: ScoringContext) -> Scores:
         base = self.importance(ctx)
         match self.diversity:
             case "attn":
@@ -62,10 +66,10 @@ class MixKV(SnapKV):
                 final = self._mixed(ctx, base)
         return Scores(base, final)
 
-    def _mixed(self, ctx: LayerContext, base: torch.Tensor) -> torch.Tensor:
+    def _mixed(self, ctx: ScoringContext, base: torch.Tensor) -> torch.Tensor:
         unit = ctx.keys / ctx.keys.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         count = ctx.prompt_lens[:, None]
-        mean = unit.sum(2) / count[:, :, None]  # [N, Hkv, D], the window included
+        mean = unit.sum(2) / count[:, :, None]  # [R, Hkv, D], the window included
         likeness = torch.matmul(unit, mean[:, :, :, None])[..., 0]
         diversity = _as_large(-likeness, base, ctx.num_candidates)
         if self.diversity == "keydiff":
@@ -75,7 +79,7 @@ class MixKV(SnapKV):
             return 0.33 * (diversity + importance)
         ratio = (count * mean.square().sum(-1) - 1) / (count - 1)
         if self.ratio_table is not None:
-            known = self._table.ratios(ctx.layer, ctx.first_head, ratio)
+            known = self._table.ratios(ctx.layers, ctx.first_head, ratio)
             ratio = torch.where(known.isnan(), ratio, known)
         ratio = ratio.clamp(0, 1)[:, :, None]
         return ratio * diversity + (1 - ratio) * importance
@@ -91,7 +95,7 @@ def _as_large(
 ) -> torch.Tensor:
     """``values`` brought to [0, 1] over the scored prefix, then to the mean of ``base``.
 
-    All [N, Hkv, T]; 0 at t >= n. ``base`` is 0 there.
+    All [R, Hkv, T]; 0 at t >= n. ``base`` is 0 there.
     """
     position = torch.arange(values.shape[2], device=values.device)
     outside = (position >= num_candidates[:, None])[:, None]

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
-from vllm_kvcompress.scoring.instruction import instruction_rows
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.scoring.instruction import instruction_elements, instruction_rows
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,15 @@ class PostVision(Scorer):
     def num_recent(self, window: int, kept: int) -> int:
         return 1  # of every head; the others follow from what the head keeps
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def workspace(self, row: RowShape) -> int:
+        kept = 2 * -(-row.num_queries // 32) * row.logits
+        return 2 * row.keys + 3 * instruction_elements(row) + kept
+
+    def score(self, ctx: ScoringContext) -> Scores:
         collected = [
             rows.logits.softmax(3).masked_fill_(~rows.counts[:, None, :, None], 0.0).sum(2)
             for rows in instruction_rows(ctx)
         ]
-        heads = torch.stack(collected).sum(0)  # [N, Hq, T]
+        heads = torch.stack(collected).sum(0)  # [R, Hq, T]
         score = heads.unflatten(1, (ctx.prompts.num_kv_heads, -1)).mean(2)
         return Scores(base=score, final=score)

@@ -14,7 +14,7 @@ def mean_and_deviation(
     """Mean and sample deviation of the prompt's hidden states.
 
     Returns:
-        [N, d] float32 each, or [N, 1] over tokens and features together.
+        [R, d] float32 each, or [R, 1] over tokens and features together.
     """
     count = hidden.count.double()[:, None]
     # float64: the difference of two large sums

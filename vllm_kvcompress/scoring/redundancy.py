@@ -4,6 +4,7 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,18 +24,21 @@ class RatioTable:
         self._ratios = _load(path)
         self._rows: dict[int, torch.Tensor] = {}
 
-    def ratios(self, layer: int, first_head: int, like: torch.Tensor) -> torch.Tensor:
-        """Ratios of a rank's heads in one layer, NaN where the table has none.
-
-        Copied to the device when a layer is asked for the first time, and never again.
+    def ratios(self, layers: Sequence[int], first_head: int, like: torch.Tensor) -> torch.Tensor:
+        """Ratios of a rank's heads, NaN where the table has none.
 
         Args:
             first_head: index in the model of the rank's first KV head.
-            like: [N, Hkv], gives the number of heads, type and device.
+            like: [R, Hkv], the same number of rows for every layer.
 
         Returns:
-            [Hkv].
+            [R, Hkv].
         """
+        table = torch.stack([self._layer_ratios(layer, first_head, like) for layer in layers])
+        return table.repeat_interleave(len(like) // len(layers), dim=0)
+
+    def _layer_ratios(self, layer: int, first_head: int, like: torch.Tensor) -> torch.Tensor:
+        """[Hkv], copied to the device when a layer is asked for the first time, never again."""
         if layer not in self._rows:
             heads = range(first_head, first_head + like.shape[1])
             if missing := [head for head in heads if (layer, head) not in self._ratios]:

@@ -8,9 +8,10 @@ import torch
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_bool, require_choice, require_range, require_whole
-from vllm_kvcompress.scoring.base import HiddenMoments, LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
 from vllm_kvcompress.scoring.proxies import mean_and_deviation, standard_normal
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.workspace import RowShape
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "released": {"stats": "scalar", "cover": "floor", "mix_last": True},
@@ -90,13 +91,22 @@ class ShiftKV(Scorer):
     def stats_from(self, prompt_len: int) -> int:
         return max(0, prompt_len - self.stat_ctx) if self.stat_ctx else 0
 
-    def score(self, ctx: LayerContext) -> Scores:
-        assert ctx.hidden is not None, "shiftkv needs hidden states"
+    def workspace(self, row: RowShape) -> int:
+        hidden = 5 * self.proxies * row.hidden_size
+        queries = 5 * self.proxies * row.num_q_heads * row.head_size
+        return hidden + queries + (self.groups + 6) * row.scores
+
+    def score(self, ctx: ScoringContext) -> Scores:
+        num_first = sum(layer < 2 for layer in ctx.layers) if self.llava_compat else 0
+        if 0 < num_first < len(ctx.layers):  # they have fewer proxies
+            first = self.score(ctx.of_layers(0, num_first))
+            others = self.score(ctx.of_layers(num_first, len(ctx.layers)))
+            return Scores(*map(torch.cat, zip(first, others, strict=True)))
         assert ctx.projector is not None, "shiftkv needs the query projection"
-        hidden, offsets, groups = self._proxies(ctx.layer, ctx.hidden)
+        hidden, offsets, groups = self._proxies(ctx)
         where, numbers = (ctx.prompts, ctx.prompt_lens), (ctx.scale, ctx.softcap)
         # the model rotates in its own type: nothing is lost
-        proxies = ctx.projector.project(hidden, offsets).to(ctx.queries.dtype)
+        proxies = ctx.projector.project(ctx.stack, hidden, offsets).to(ctx.queries.dtype)
         masses = kernels.group_attention_sum(proxies, *where, groups, *numbers)
         own = kernels.group_attention_sum(ctx.queries[:, -1:], *where, 1, *numbers)
         end = ctx.prompt_lens
@@ -106,14 +116,22 @@ class ShiftKV(Scorer):
         votes = kernels.cover_votes(masses, end, self.tau, self._rule("cover"))
         return Scores(base=SnapKV().importance(ctx), final=votes + self.vote_lambda * own[:, :, 0])
 
-    def _proxies(self, layer: int, hidden: HiddenMoments) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Hidden states [N, M, d], their offsets [M] after the prompt, and the number of groups."""
-        device = hidden.last.device
-        if self.llava_compat and layer < 2:
+    def _proxies(self, ctx: ScoringContext) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Hidden states [R, M, d], their offsets [M] after the prompt, and the number of groups."""
+        assert ctx.hidden is not None, "shiftkv needs hidden states"
+        hidden, device = ctx.hidden, ctx.hidden.last.device
+        if self.llava_compat and ctx.layers[0] < 2:
             copies = hidden.last[:, None].expand(-1, 16, -1)
             return copies, torch.arange(1, 17, device=device), 1
-        size = self.proxies // self.groups
-        offsets = (torch.arange(self.proxies, device=device) % size + 1) * self.groups
-        noise = standard_normal(self.seed, layer, self.proxies, hidden.last.shape[1], device)
-        mean, deviation = mean_and_deviation(hidden, self._rule("stats") == "feature")
-        return mean[:, None] + self.gamma * deviation[:, None] * noise, offsets, self.groups
+        per_group = self.proxies // self.groups
+        offsets = (torch.arange(self.proxies, device=device) % per_group + 1) * self.groups
+        size = hidden.last.shape[1]
+        noise = torch.stack(
+            [standard_normal(self.seed, layer, self.proxies, size, device) for layer in ctx.layers]
+        )[:, None]  # [L, 1, M, d]
+        by_prompt = (len(ctx.layers), ctx.num_prompts, 1, -1)
+        mean, deviation = (
+            part.view(by_prompt)
+            for part in mean_and_deviation(hidden, self._rule("stats") == "feature")
+        )
+        return (mean + self.gamma * deviation * noise).flatten(0, 1), offsets, self.groups

@@ -9,7 +9,8 @@ import torch
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels.reference import row_logits
 from vllm_kvcompress.options import require_choice, require_odd
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.workspace import RowShape
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,24 @@ class SnapKV(Scorer):
         require_choice("reduction", self.reduction, ("mean", "max"))
         require_choice("score_dtype", self.score_dtype, ("float32", "model"))
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def workspace(self, row: RowShape) -> int:
+        if self.score_dtype == "model":
+            return 2 * row.keys + 3 * row.num_queries * row.logits
+        return 4 * row.scores
+
+    def score(self, ctx: ScoringContext) -> Scores:
         base = self.importance(ctx)
         return Scores(base=base, final=base)
 
-    def importance(self, ctx: LayerContext) -> torch.Tensor:
-        """Pooled window mean, [N, Hkv, T] float32, 0 at t >= n."""
+    def importance(self, ctx: ScoringContext) -> torch.Tensor:
+        """Pooled window mean, [R, Hkv, T] float32, 0 at t >= n."""
         mean, _ = self.window_scores(ctx)
         return self.rounded(
             kernels.pool_prefix(mean, ctx.num_candidates, self.kernel, self.pool), ctx.queries.dtype
         )
 
-    def window_scores(self, ctx: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """Window mean and last row before pooling, each [N, Hkv, T] float32, 0 at t >= n."""
+    def window_scores(self, ctx: ScoringContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Window mean and last row before pooling, each [R, Hkv, T] float32, 0 at t >= n."""
         if self.score_dtype == "model":
             return self._rounded_window_scores(ctx)
         return kernels.window_scores(
@@ -70,7 +76,7 @@ class SnapKV(Scorer):
         """``scores`` in the precision of ``score_dtype``, as float32."""
         return scores if self.score_dtype == "float32" else scores.to(dtype).float()
 
-    def _rounded_window_scores(self, ctx: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rounded_window_scores(self, ctx: ScoringContext) -> tuple[torch.Tensor, torch.Tensor]:
         window_pos = ctx.num_candidates[:, None] + ctx.positions[: ctx.window]
         logits = row_logits(ctx.window_queries, ctx.keys, window_pos, ctx.scale, ctx.softcap)
         probs = logits.softmax(-1).to(ctx.queries.dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_kvcompress.options import require_whole
-from vllm_kvcompress.scoring.base import LayerContext, Need, Scorer, Scores
+from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Streaming(Scorer):
     def num_recent(self, window: int, kept: int) -> int:
         return 1
 
-    def score(self, ctx: LayerContext) -> Scores:
+    def score(self, ctx: ScoringContext) -> Scores:
         shape = (len(ctx.prompt_lens), ctx.prompts.num_kv_heads, len(ctx.positions))
         later = ctx.positions.float()
         final = later.masked_fill(ctx.positions < self.sinks, float("inf"))
