@@ -49,6 +49,10 @@ struct TileKernels {
   void (*add_rows)(const float* values, int64_t stride, int64_t num_rows, const float* weights,
                    int64_t num_keys, float* out);
 
+  // Adds k^T (A k + linear) for each key k of a tile to out [kTileKeys], where the rows of A stand
+  // as query rows. linear [num_rows].
+  void (*quadratic)(const QueryRows& rows, const float* linear, const float* tile, float* out);
+
   bool has_pairs;  // knows pairs of bfloat16
 };
 
