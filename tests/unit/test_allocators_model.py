@@ -333,7 +333,7 @@ class TestPrefixKV:
             ([], "expected a JSON list"),
             ([0.5, "0.5"], "layer 1 needs a number"),
             ([0.5, 1.5], "layer 1 needs a number"),
-            ([1, 1.0], "every layer forgets everything"),
+            ([1, 1.0], "nothing would be kept"),
         ],
     )
     def test_bad_profiles(self, tmp_path, content, message):
