@@ -99,7 +99,7 @@ class VisualEngine(Engine):
         scored = plan.capacity * owners
         if isinstance(planner.config.allocation, StaticAllocator):
             scored = sum(map(sum, planner.head_budgets(plan)))
-        in_pages = scored + (plan.pinned - plan.tail) * owners
+        in_pages = scored + (plan.num_protected - plan.tail) * owners
         behind = entry.num_computed_tokens - plan.num_full_blocks * size
         return {
             "blocks_ideal": math.ceil(in_pages / size) / owners + math.ceil(behind / size),

@@ -34,11 +34,13 @@ elite_attention = Operation(
     reference_paged.elite_attention, triton="elite_rows", cpp=native.elite_attention
 )
 pool_prefix = Operation(reference.pool_prefix, triton="calibration", cpp=native.pool_prefix)
-bacon_evidence = Operation(reference.bacon_evidence, triton="calibration")
+bacon_evidence = Operation(
+    reference.bacon_evidence, triton="calibration", cpp=native.bacon_evidence
+)
 bacon_calibrate = Operation(
     reference.bacon_calibrate, triton="calibration", cpp=native.bacon_calibrate
 )
-apportion = Operation(reference.apportion, triton="budgets")
+apportion = Operation(reference.apportion, triton="budgets", cpp=native.apportion)
 head_counts = Operation(reference.head_counts, triton="head_budgets", cpp=native.head_counts)
 select_tokens = Operation(reference.select_tokens, triton="selection", cpp=native.select_tokens)
 read_prompt = reference_paged.read_prompt

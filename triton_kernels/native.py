@@ -48,16 +48,20 @@ def _orders(layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _keys(prompts: PromptPages) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
     """What tells the operations where the keys of prompts stand; scales go with the logits."""
-    pages, block_table, num_kv_heads, layout = prompts
-    return pages, block_table, num_kv_heads, _orders(layout)[0]
+    return (*prompts[:3], _orders(prompts.layout)[0])
+
+
+def _logit_scale(prompts: PromptPages, scale: torch.Tensor) -> torch.Tensor:
+    """What the logits of each row are multiplied by when keys come as they are stored: [R]."""
+    return scale if prompts.key_scale is None else scale * prompts.key_scale
 
 
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """See ``reference.read_prompt``; the result is float32."""
-    pages, block_table, num_kv_heads, layout = prompts
+    pages, block_table, num_kv_heads, layout, key_scale, value_scale = prompts
     is_key = part == "key"
     index = _orders(layout)[0 if is_key else 1]
-    scale = layout.key_scale if is_key else layout.value_scale
+    scale = key_scale if is_key else value_scale
     return torch.ops.vllm_kvcompress.read_prompt(
         pages, block_table, num_kv_heads, index, layout.head_size, scale
     )
@@ -67,7 +71,7 @@ def window_scores(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
     reduction: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +80,7 @@ def window_scores(
         queries,
         *_keys(prompts),
         prompt_lens,
-        scale * prompts.layout.key_scale,
+        _logit_scale(prompts, scale),
         softcap,
         reduction == "max",
     )
@@ -87,7 +91,7 @@ def key_attention_sum(
     lengths: torch.Tensor,
     positions: torch.Tensor,
     prompts: PromptPages,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.key_attention_sum``, on paged keys."""
@@ -96,7 +100,7 @@ def key_attention_sum(
         lengths,
         positions,
         *_keys(prompts),
-        scale * prompts.layout.key_scale,
+        _logit_scale(prompts, scale),
         softcap,
     )
 
@@ -106,7 +110,7 @@ def group_attention_sum(
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
     num_groups: int,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.group_attention_sum``, on paged keys."""
@@ -115,7 +119,7 @@ def group_attention_sum(
         *_keys(prompts),
         prompt_lens,
         num_groups,
-        scale * prompts.layout.key_scale,
+        _logit_scale(prompts, scale),
         softcap,
     )
 
@@ -130,7 +134,7 @@ def last_row_logits(
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
     instruction_len: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.last_row_logits``; keys before the instruction are not read."""
@@ -139,7 +143,7 @@ def last_row_logits(
         *_keys(prompts),
         prompt_lens,
         instruction_len,
-        scale * prompts.layout.key_scale,
+        _logit_scale(prompts, scale),
         softcap,
     )
 
@@ -150,7 +154,7 @@ def elite_attention(
     segment: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.elite_attention``, on paged keys."""
@@ -160,7 +164,7 @@ def elite_attention(
         segment,
         *_keys(prompts),
         prompt_lens,
-        scale * prompts.layout.key_scale,
+        _logit_scale(prompts, scale),
         softcap,
     )
 
@@ -174,34 +178,48 @@ def pool_prefix(
     return torch.ops.vllm_kvcompress.pool_prefix(scores, num_candidates, kernel, kind == "max")
 
 
+def bacon_evidence(
+    mean: torch.Tensor, last: torch.Tensor, num_candidates: torch.Tensor, *, kernel: int, pool: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.bacon_evidence``."""
+    return torch.ops.vllm_kvcompress.bacon_evidence(
+        mean, last, num_candidates, kernel, pool == "max"
+    )
+
+
 def bacon_calibrate(
-    mean: torch.Tensor,
-    last: torch.Tensor,
-    trace: list[torch.Tensor],
+    base: torch.Tensor,
+    evidence: torch.Tensor,
+    trace: torch.Tensor,
     num_candidates: torch.Tensor,
     capacity: torch.Tensor,
     *,
-    kernel: int,
-    pool: str,
+    trace_r: int,
     mode: str,
     local_k: int,
     lambda_c: float,
     topk_frac: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """See ``reference.bacon_calibrate``."""
     return torch.ops.vllm_kvcompress.bacon_calibrate(
-        mean,
-        last,
+        base,
+        evidence,
         trace,
         num_candidates,
         capacity,
-        kernel,
-        pool == "max",
+        trace_r,
         mode,
         local_k,
         lambda_c,
         topk_frac,
     )
+
+
+def apportion(
+    shares: torch.Tensor, total: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+) -> torch.Tensor:
+    """See ``reference.apportion``."""
+    return torch.ops.vllm_kvcompress.apportion(shares, total, low, high)
 
 
 def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> torch.Tensor:
@@ -222,38 +240,42 @@ def select_tokens(
     )
 
 
-def stage_tokens(prompts: PromptPages, kept: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def stage_tokens(
+    prompts: PromptPages,
+    kept: torch.Tensor,
+    page_count: torch.Tensor,
+    page_start: torch.Tensor,
+    staged: torch.Tensor,
+) -> None:
     """See ``reference.stage_tokens``."""
-    pages, block_table, _, layout = prompts
-    return torch.ops.vllm_kvcompress.stage_tokens(
-        pages,
-        block_table,
+    layout = prompts.layout
+    torch.ops.vllm_kvcompress.stage_tokens(
+        prompts.pages,
+        prompts.block_table,
         kept,
-        count,
+        page_count,
+        page_start,
         *_orders(layout),
         layout.block_size,
         layout.head_size,
+        staged,
     )
 
 
 def write_pages(
     prompts: PromptPages,
     staged: torch.Tensor,
-    page_count: torch.Tensor,
-    page_start: torch.Tensor,
+    num_pages: torch.Tensor,
     num_full_blocks: torch.Tensor,
     num_kept_blocks: torch.Tensor,
-    layer_pages: int = 0,
+    layer_pages: int,
 ) -> None:
-    """See ``reference.write_pages``; pages that no head owns are not touched."""
-    pages, block_table, num_kv_heads, layout = prompts
+    """See ``reference.write_pages``; other pages are not touched."""
+    layout = prompts.layout
     torch.ops.vllm_kvcompress.write_pages(
-        pages,
-        block_table,
-        num_kv_heads,
+        *prompts[:3],
         staged,
-        page_count,
-        page_start,
+        num_pages,
         num_full_blocks,
         num_kept_blocks,
         *_orders(layout),

@@ -10,7 +10,7 @@ from vllm_kvcompress.kernels import radix, tiled_radix
 
 @triton.jit
 def _limits(count_ptr, candidates_ptr, pinned_end_ptr, i_seq, num_heads):
-    """Positions to keep, candidates, end of the pinned ones, and candidates to keep: int32."""
+    """Positions to keep, candidates, end of the protected ones, and candidates to keep: int32."""
     i_row = i_seq // num_heads
     count = tl.load(count_ptr + i_seq).to(tl.int32)
     candidates = tl.load(candidates_ptr + i_row).to(tl.int32)

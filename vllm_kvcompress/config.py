@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_kvcompress.allocation import ALLOCATORS, Allocator, Scope
 from vllm_kvcompress.merging import MERGES, Merge
+from vllm_kvcompress.policy import ALWAYS, When
 from vllm_kvcompress.presets import PRESETS
 from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
 from vllm_kvcompress.scoring import SCORERS, Need, Scorer
@@ -124,6 +125,9 @@ class KVCompressionConfig:
             compete.
         window: length W of the observation window.
         candidates: which tokens compete.
+        when: policy of compression.
+        workspace_mib: MiB per worker for what requests keep until they are compressed, and as many
+            for temporaries of one compression.
         options: of the three methods, by name; a name that two of them have goes to both.
     """
 
@@ -133,6 +137,8 @@ class KVCompressionConfig:
     budget: Budget = Budget(tokens=128)
     window: int = 32
     candidates: Candidates = Candidates.ALL
+    when: When = ALWAYS
+    workspace_mib: int = 512
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -155,7 +161,10 @@ class KVCompressionConfig:
         method = raw.get("method")
         if not isinstance(method, str) or not method:
             raise KVCompressionError.from_reasons(
-                ['\'method\' is missing: give a scorer, for example {"method": "bacon"}.']
+                [
+                    "no method: set --kv-compression METHOD, for example bacon, or "
+                    '{"method": "bacon"} in additional_config.'
+                ]
             )
         raw = {**PRESETS[method].settings, **_without(raw, "method")} if method in PRESETS else raw
         raw = dict(raw)
@@ -169,6 +178,7 @@ class KVCompressionConfig:
                 known = table if kind != "scorer" else {*table, *PRESETS}
                 reasons.append(f"unknown {kind} {name!r}.{_suggest(name, sorted(known))}")
         budget, window = _take_sizes(raw, reasons)
+        when, workspace_mib = _take_serving(raw, reasons)
         if reasons:  # options can only be checked against methods that exist
             raise KVCompressionError.from_reasons(reasons)
 
@@ -177,14 +187,16 @@ class KVCompressionConfig:
         default = Candidates.VISUAL if SCORERS[scorer].visual_only else Candidates.ALL
         candidates = _take_candidates(raw, default, reasons)
         options = _take_options(raw, methods, reasons)
-        valid = ["method", "budget", "window", "candidates"]
+        valid = ["method", "budget", "window", "candidates", "when", "workspace_mib"]
         valid += [name for m in methods for name in _option_names(m)]
         chosen = "+".join(names[:2] if merge == "none" else names[:3])
         reasons += [f"unknown key {key!r} for {chosen}.{_suggest(key, valid)}" for key in raw]
         if not reasons:
             if options.get("text_prior") and not options.get("text_hard_cap"):
                 candidates = Candidates.AFTER_TEXT
-            config = cls(scorer, allocator, merge, budget, window, candidates, options)
+            config = cls(
+                scorer, allocator, merge, budget, window, candidates, when, workspace_mib, options
+            )
             reasons += [*_combination_reasons(config), *_size_reasons(config)]
         if reasons:
             raise KVCompressionError.from_reasons(reasons)
@@ -197,6 +209,8 @@ class KVCompressionConfig:
             "method": f"{self.scorer}+{self.allocator}+{self.merge}",
             "budget": self.budget.tokens if self.budget.ratio is None else self.budget.ratio,
             "window": self.window,
+            "when": str(self.when),
+            "workspace_mib": self.workspace_mib,
             **({} if self.candidates is Candidates.AFTER_TEXT else candidates),
             **self.options,
         }
@@ -274,6 +288,20 @@ def _take_sizes(raw: dict[str, Any], reasons: list[str]) -> tuple[Budget, int]:
     return budget, window
 
 
+def _take_serving(raw: dict[str, Any], reasons: list[str]) -> tuple[When, int]:
+    """Move policy and workspace out of ``raw``."""
+    when = ALWAYS
+    try:
+        when = When.parse(raw.pop("when", when))
+    except ValueError as error:
+        reasons.append(f"--kv-compression-when: {error}.")
+    size = raw.pop("workspace_mib", KVCompressionConfig.workspace_mib)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        reasons.append(f"workspace_mib: expected a whole number of MiB >= 1, got {size!r}.")
+        size = KVCompressionConfig.workspace_mib
+    return when, size
+
+
 def _take_candidates(raw: dict[str, Any], default: Candidates, reasons: list[str]) -> Candidates:
     """Move ``candidates`` out of ``raw``."""
     value = raw.pop("candidates", default.value)
@@ -330,9 +358,9 @@ def _combination_reasons(config: KVCompressionConfig) -> list[str]:
          f"merge recycle weighs dropped tokens by their scores, and those of {config.scorer} are "
          "no weights: use another scorer, or merge lookm"),
         (config.candidates is Candidates.VISUAL and config.options.get("text_hard_cap"),
-         "text_hard_cap lets text compete: leave candidates at all"),
+         'text_hard_cap lets text compete: set "candidates": "all"'),
         (config.candidates is Candidates.ALL and scorer.visual_only and not scorer.reconstruction,
-         f"{config.scorer} scores visual tokens only: leave candidates at visual"),
+         f'{config.scorer} scores visual tokens only: set "candidates": "visual"'),
     )  # fmt: skip
     return [reason + "." for refused, reason in checks if refused]
 

@@ -14,11 +14,14 @@ import numpy as np
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vllm_kvcompress.policy import Outcome
+
 PREFIX = "vllm:kv_compression_"
 SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 _NAMES = (
     "requests_compressed",
+    *(f"compressed_{outcome.value}" for outcome in Outcome),
     "requests_kept_whole",
     "prompt_tokens",
     "kept_tokens",
@@ -73,12 +76,21 @@ class CompressionCollector(Collector):
         values = totals(self._directory)
         requests = CounterMetricFamily(
             PREFIX + "requests",
-            "Requests whose prefill ended, by outcome: kept_whole fits its budget.",
+            "Prompts by outcome; kept_whole fits its budget.",
             labels=["outcome"],
         )
         requests.add_metric(["compressed"], values["requests_compressed"])
         requests.add_metric(["kept_whole"], values["requests_kept_whole"])
         yield requests
+        compressions = CounterMetricFamily(
+            PREFIX + "compressions",
+            "Compressed prompts by occasion: at_once, when the pool ran short (pressure), or "
+            "instead_of_preemption.",
+            labels=["when"],
+        )
+        for outcome in Outcome:
+            compressions.add_metric([outcome.value], values[f"compressed_{outcome.value}"])
+        yield compressions
         blocks = CounterMetricFamily(
             PREFIX + "request_blocks",
             "KV blocks held by compressed requests, before and after compression.",
@@ -97,7 +109,7 @@ class CompressionCollector(Collector):
         everything = cumulative[-1] + values["seconds_le_inf"]
         yield HistogramMetricFamily(
             PREFIX + "seconds",
-            "Time of scoring and compaction per step in which prompts ended, all layers.",
+            "Time of one compression, all layers of the prompts that are compressed together.",
             buckets=[
                 *((f"{edge:g}", n) for edge, n in zip(SECONDS_BUCKETS, cumulative, strict=True)),
                 ("+Inf", everything),

@@ -74,9 +74,9 @@ class PageTables:
         self.num_layers, _, self.num_kv_heads = state.page_count.shape
         device = state.page_count.device
         num_seqs = state.num_slots * self.num_kv_heads
-        one, every = num_seqs * width, self.num_layers * num_seqs * width
+        num_ids = table_ids(num_seqs, width, self.num_layers)
         # zeros: ids past a table's length have to be ids of some page
-        self._ids = torch.zeros(max(one, min(every, MOST_IDS)), dtype=torch.int32, device=device)
+        self._ids = torch.zeros(num_ids, dtype=torch.int32, device=device)
         self._kv_len = torch.zeros(self.num_layers * num_seqs, dtype=torch.int32, device=device)
 
     def layers_at_once(self, num_rows: int) -> int:
@@ -114,6 +114,12 @@ class PageTables:
         )
         kernels.head_page_tables(table, kv_len, block_table, seq_lens, held, self.block_size)
         return table, kv_len
+
+
+def table_ids(num_seqs: int, width: int, num_layers: int) -> int:
+    """Ids that there is room for: one layer's tables at least, those of all layers at most."""
+    one = num_seqs * width
+    return max(one, min(num_layers * one, MOST_IDS))
 
 
 def page_starts(count: torch.Tensor) -> torch.Tensor:

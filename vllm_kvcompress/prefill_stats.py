@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over all tokens of a prompt, gathered chunk by chunk. Knows tensors, not vLLM."""
+"""Statistics of all tokens of a prompt, gathered chunk by chunk. Knows tensors, not vLLM."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.request_store import RequestStore
 from vllm_kvcompress.scoring import HiddenMoments, Need, QueryMoments
 
 
 @dataclass
-class SumRows:
+class StatsRows:
     """Prompt tokens of this step, of M requests; device tensors, int64.
 
     Attributes:
-        store: [M] where the requests' sums are kept, see ``PromptSums.rows``.
+        entries: [M] where the requests' statistics are kept.
         tokens: [M, C] batch tokens, right-aligned; 0 where a request has fewer than C.
         lengths: [M] tokens of each.
         positions: [M] position of the first.
@@ -25,7 +23,7 @@ class SumRows:
         block_table: [M, B] over all keys that the tokens see.
     """
 
-    store: torch.Tensor
+    entries: torch.Tensor
     tokens: torch.Tensor
     lengths: torch.Tensor
     positions: torch.Tensor
@@ -33,38 +31,47 @@ class SumRows:
     block_table: torch.Tensor
 
 
-class PromptSums:
-    """Running sums of the requests that are inside their prompt.
+class PrefillStats:
+    """Statistics of prompts that are being computed, or wait for their compression.
 
     Each layer adds its tokens of a step with the ``add`` methods. The totals of finished prompts
     are read for all layers at once.
 
     Args:
         num_layers: compressed layers.
-        needs: what is summed.
+        num_entries: most prompts at a time.
+        max_length: of a prompt, in tokens.
+        needs: what is gathered.
     """
 
-    def __init__(self, num_layers: int, needs: Need) -> None:
-        self.num_layers = num_layers
+    def __init__(self, num_layers: int, num_entries: int, max_length: int, needs: Need) -> None:
+        self.num_layers, self.num_entries, self.max_length = num_layers, num_entries, max_length
         self.needs = needs
-        self._stores = {need: RequestStore() for need in Need if need.all_rows and need in needs}
+        self._stores: dict[Need, torch.Tensor] = {}
+        self._last_position: torch.Tensor | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._stores)
+        return self.needs.all_rows
 
-    def rows(self, req_ids: Sequence[str]) -> np.ndarray:
-        """Store rows of the requests; every store hands out the same ones."""
-        rows = [store.rows(req_ids) for store in self._stores.values()]
-        return rows[0]
-
-    def discard(self, req_ids: Iterable[str]) -> None:
-        ids = list(req_ids)
+    def clear(self, entries: torch.Tensor) -> None:
+        """Entries [M] of new prompts start at zero."""
         for store in self._stores.values():
-            store.discard(ids)
+            store[entries] = 0
 
-    def add_columns(
+    def set_positions(self, rows: StatsRows, positions: torch.Tensor) -> None:
+        """Remember where the prompts end so far; ``positions`` [tokens, 1 or 3] of the batch."""
+        if self._last_position is None:
+            self._last_position = positions.new_zeros(self.num_entries)
+        self._last_position[rows.entries] = positions[rows.tokens[:, -1]].amax(1)
+
+    def last_positions(self, entries: torch.Tensor) -> torch.Tensor:
+        """[N] int64, largest component of the last token's position."""
+        assert self._last_position is not None, "positions were set while the prompts were computed"
+        return self._last_position[entries]
+
+    def add_keys(
         self,
-        sums: SumRows,
+        rows: StatsRows,
         layer: int,
         queries: torch.Tensor,
         prompts: kernels.PromptPages,
@@ -80,58 +87,60 @@ class PromptSums:
             scale: [M] float32.
         """
         added = kernels.key_attention_sum(
-            queries[sums.tokens], sums.lengths, sums.positions, prompts, scale, softcap
+            queries[rows.tokens], rows.lengths, rows.positions, prompts, scale, softcap
         )
-        store = self._reserve(Need.KEY_ATTENTION_SUMS, added)
-        store[sums.store, layer, :, : added.shape[2]] += added
+        store = self._reserve(Need.KEY_ATTENTION_SUMS, added, added.shape[1], self.max_length)
+        store[rows.entries, layer, :, : added.shape[2]] += added
 
-    def add_hidden(self, sums: SumRows, layer: int, hidden: torch.Tensor) -> None:
+    def add_hidden(self, rows: StatsRows, layer: int, hidden: torch.Tensor) -> None:
         """Add x and x^2, and keep the last x; ``hidden`` [tokens, d] is the attention input."""
-        chunk = hidden[sums.tokens].float()  # [M, C, d]
-        counted = self._counted(sums)[:, :, None]
+        chunk = hidden[rows.tokens].float()  # [M, C, d]
+        counted = self._counted(rows)[:, :, None]
         x = chunk * counted
         count = counted.sum(1).expand_as(x[:, 0])
         added = torch.stack([x.sum(1), x.square().sum(1), count, chunk[:, -1]], 1)
-        store = self._reserve(Need.HIDDEN_MOMENTS, added)
-        store[sums.store, layer, :3] += added[:, :3]
-        store[sums.store, layer, 3] = added[:, 3]
+        store = self._reserve(Need.HIDDEN_MOMENTS, added, *added.shape[1:])
+        store[rows.entries, layer, :3] += added[:, :3]
+        store[rows.entries, layer, 3] = added[:, 3]
 
-    def add_queries(self, sums: SumRows, layer: int, queries: torch.Tensor) -> None:
+    def add_queries(self, rows: StatsRows, layer: int, queries: torch.Tensor) -> None:
         """Add q and q q^T; ``queries`` [tokens, Hq, D] before RoPE, after their norm."""
-        counted = self._counted(sums)
-        chunk = queries[sums.tokens].float() * counted[:, :, None, None]  # [M, C, Hq, D]
+        counted = self._counted(rows)
+        chunk = queries[rows.tokens].float() * counted[:, :, None, None]  # [M, C, Hq, D]
         outer = torch.einsum("mchd,mche->mhde", chunk, chunk)
         count = counted.sum(1)[:, None, None, None].expand(-1, outer.shape[1], 1, outer.shape[3])
         added = torch.cat([outer, chunk.sum(1)[:, :, None], count], 2)  # [M, Hq, D + 2, D]
-        store = self._reserve(Need.QUERY_MOMENTS, added)
-        store[sums.store, layer] += added
+        store = self._reserve(Need.QUERY_MOMENTS, added, *added.shape[1:])
+        store[rows.entries, layer] += added
 
-    def key_attention_sum(self, store: torch.Tensor) -> torch.Tensor:
-        """Totals [L, N, Hkv, T'] of the N finished prompts in the rows ``store`` [N]."""
-        return self._totals(Need.KEY_ATTENTION_SUMS, store)
+    def totals(self, entries: torch.Tensor) -> dict[str, Any]:
+        """Of N finished prompts, as fields of ``LayerStack``: L * N rows, layer by layer."""
+        found: dict[str, Any] = {}
+        if Need.KEY_ATTENTION_SUMS in self.needs:
+            found["key_attention_sum"] = self._totals(Need.KEY_ATTENTION_SUMS, entries)
+        if Need.HIDDEN_MOMENTS in self.needs:
+            total, square, count, last = (
+                self._totals(Need.HIDDEN_MOMENTS, entries).flatten(0, 1).unbind(1)
+            )
+            found["hidden"] = HiddenMoments(count[:, 0], total, square, last)
+        if Need.QUERY_MOMENTS in self.needs:
+            total = self._totals(Need.QUERY_MOMENTS, entries).flatten(0, 1)
+            found["moments"] = QueryMoments(total[:, 0, -1, 0], total[:, :, -2], total[:, :, :-2])
+        return found
 
-    def hidden(self, store: torch.Tensor) -> HiddenMoments:
-        """Totals of L * N rows, layer by layer."""
-        rows = self._totals(Need.HIDDEN_MOMENTS, store).flatten(0, 1)
-        total, square, count, last = rows.unbind(1)
-        return HiddenMoments(count[:, 0], total, square, last)
+    def _reserve(self, need: Need, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """The storage [entries, L, *shape]."""
+        if need not in self._stores:
+            size = (self.num_entries, self.num_layers, *shape)
+            self._stores[need] = torch.zeros(size, dtype=torch.float32, device=like.device)
+        return self._stores[need]
 
-    def moments(self, store: torch.Tensor) -> QueryMoments:
-        """Totals of L * N rows, layer by layer."""
-        total = self._totals(Need.QUERY_MOMENTS, store).flatten(0, 1)
-        return QueryMoments(total[:, 0, -1, 0], total[:, :, -2], total[:, :, :-2])
-
-    def _reserve(self, need: Need, added: torch.Tensor) -> torch.Tensor:
-        """The storage [rows, L, ...] for what [M, ...] is added to."""
-        shape = (self.num_layers, *added.shape[1:])
-        return self._stores[need].reserve(shape, torch.float32, added.device)
-
-    def _totals(self, need: Need, store: torch.Tensor) -> torch.Tensor:
+    def _totals(self, need: Need, entries: torch.Tensor) -> torch.Tensor:
         """[L, N, ...]."""
-        layers = torch.arange(self.num_layers, device=store.device)[:, None]
-        return self._stores[need].tensor[store, layers]
+        layers = torch.arange(self.num_layers, device=entries.device)[:, None]
+        return self._stores[need][entries, layers]
 
-    def _counted(self, sums: SumRows) -> torch.Tensor:
+    def _counted(self, rows: StatsRows) -> torch.Tensor:
         """[M, C] float32, 1 for tokens that count in moments."""
-        back = torch.arange(sums.tokens.shape[1], 0, -1, device=sums.tokens.device)
-        return (back <= sums.counted[:, None]).float()
+        back = torch.arange(rows.tokens.shape[1], 0, -1, device=rows.tokens.device)
+        return (back <= rows.counted[:, None]).float()

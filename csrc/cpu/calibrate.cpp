@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling over the scored prefix, and BACON's scores from window attention in one go, one (request,
-// KV head) at a time. Definitions: triton_kernels/reference_scores.py.
+// Pooling over the scored prefix, and BACON's scores from window attention, one KV head of a row
+// at a time. Definitions: triton_kernels/reference_scores.py.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -52,11 +52,15 @@ void pool_row(const float* x, int64_t count, int64_t length, int64_t width, bool
   std::fill(out + count, out + length, outside);
 }
 
+void check_scores(const at::Tensor& scores, const at::Tensor& num_candidates) {
+  TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat,
+              "scores: expected float32 [R, Hkv, T]");
+  TORCH_CHECK(num_candidates.scalar_type() == at::kLong, "num_candidates: expected int64");
+}
+
 at::Tensor pool_prefix(const at::Tensor& scores, const at::Tensor& num_candidates, int64_t kernel,
                        bool take_max) {
-  TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat,
-              "scores: expected float32 [N, Hkv, T]");
-  TORCH_CHECK(num_candidates.scalar_type() == at::kLong, "num_candidates: expected int64");
+  check_scores(scores, num_candidates);
   const auto x = scores.contiguous(), scored = num_candidates.contiguous();
   const int64_t num_heads = x.size(1), length = x.size(2);
   auto pooled = at::empty(x.sizes(), x.options());
@@ -145,8 +149,6 @@ void combine(const float* base, const float* evidence, const std::vector<const f
 }
 
 struct Options {
-  int64_t kernel;
-  bool take_max;
   Mode mode;
   int64_t local_k;
   double lambda_c, topk_frac;
@@ -166,61 +168,81 @@ float strength_of(const float* base, int64_t count, int64_t capacity, const Opti
   return matched * (gate < 0.0f ? 0.0f : gate > 1.0f ? 1.0f : gate);
 }
 
-// B, E and S of one head, [length] each, from its window mean and last row.
-void score_head(const float* mean, const float* last, const std::vector<const float*>& trace,
-                int64_t count, int64_t length, int64_t capacity, const Options& options,
-                Scratch& scratch, float* base, float* evidence, float* final) {
-  constexpr float lowest = -std::numeric_limits<float>::infinity();
-  pool_row(mean, count, length, options.kernel, options.take_max, lowest, base);
-  pool_row(last, count, length, options.kernel, options.take_max, 0.0f, evidence);
-  for (int64_t t = 0; t < count; ++t) {
-    const float more = evidence[t] - base[t];
-    evidence[t] = more < 0.0f ? 0.0f : more;
-  }
-  std::copy_n(base, length, final);
-  if (count == 0) return;
-  combine(base, evidence, trace, count, options.mode, options.local_k, scratch);
-  const float strength = strength_of(base, count, capacity, options, scratch);
-  for (int64_t t = 0; t < count; ++t) final[t] += strength * scratch.value[t];
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bacon_calibrate(
-    const at::Tensor& mean, const at::Tensor& last, at::TensorList trace,
-    const at::Tensor& num_candidates, const at::Tensor& capacity, int64_t kernel, bool take_max,
-    std::string mode, int64_t local_k, double lambda_c, double topk_frac) {
-  const Options options{kernel, take_max, parse_mode(mode), local_k, lambda_c, topk_frac};
-  std::vector<at::Tensor> inputs{mean.contiguous(), last.contiguous()};
-  for (const at::Tensor& layer : trace) inputs.push_back(layer.contiguous());
-  std::vector<const float*> data;
-  for (const at::Tensor& input : inputs) {
-    const bool fits = input.dim() == 3 && input.sizes() == mean.sizes();
-    TORCH_CHECK(fits && input.scalar_type() == at::kFloat,
-                "mean, last and trace: expected float32 [N, Hkv, T]");
-    data.push_back(input.const_data_ptr<float>());
-  }
-  const auto scored = num_candidates.contiguous(), capacities = capacity.contiguous();
-  TORCH_CHECK(scored.scalar_type() == at::kLong && capacities.scalar_type() == at::kLong,
-              "num_candidates and capacity: expected int64");
-  const int64_t* counts = scored.const_data_ptr<int64_t>();
-  const int64_t* nominal = capacities.const_data_ptr<int64_t>();
+std::tuple<at::Tensor, at::Tensor> bacon_evidence(const at::Tensor& mean, const at::Tensor& last,
+                                                  const at::Tensor& num_candidates, int64_t kernel,
+                                                  bool take_max) {
+  check_scores(mean, num_candidates);
+  check_scores(last, num_candidates);
+  TORCH_CHECK(last.sizes() == mean.sizes(), "mean and last: expected the same shape");
+  const auto means = mean.contiguous(), lasts = last.contiguous();
+  const auto scored = num_candidates.contiguous();
   const int64_t num_heads = mean.size(1), length = mean.size(2);
-  auto base = at::empty(mean.sizes(), mean.options());
-  auto evidence = at::empty(mean.sizes(), mean.options());
-  auto final = at::empty(mean.sizes(), mean.options());
-  float *b = base.mutable_data_ptr<float>(), *e = evidence.mutable_data_ptr<float>();
-  float* s = final.mutable_data_ptr<float>();
+  auto base = at::empty(means.sizes(), means.options());
+  auto evidence = at::empty(means.sizes(), means.options());
+  float *bases = base.mutable_data_ptr<float>(), *more = evidence.mutable_data_ptr<float>();
   at::parallel_for(0, mean.size(0) * num_heads, grain_of(length), [&](int64_t begin, int64_t end) {
-    Scratch scratch(length);
-    std::vector<const float*> layers(trace.size());
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / num_heads, at = i * length;
-      for (size_t j = 0; j < layers.size(); ++j) layers[j] = data[2 + j] + at;
-      const int64_t count = std::clamp<int64_t>(counts[n], 0, length);
-      score_head(data[0] + at, data[1] + at, layers, count, length, nominal[n], options, scratch,
-                 b + at, e + at, s + at);
+      constexpr float lowest = -std::numeric_limits<float>::infinity();
+      const int64_t at = i * length;
+      const int64_t count =
+          std::clamp<int64_t>(scored.const_data_ptr<int64_t>()[i / num_heads], 0, length);
+      float *b = bases + at, *e = more + at;
+      pool_row(means.const_data_ptr<float>() + at, count, length, kernel, take_max, lowest, b);
+      pool_row(lasts.const_data_ptr<float>() + at, count, length, kernel, take_max, 0.0f, e);
+      for (int64_t t = 0; t < count; ++t) {
+        const float above = e[t] - b[t];
+        e[t] = above < 0.0f ? 0.0f : above;
+      }
     }
   });
-  return {base, evidence, final};
+  return {base, evidence};
+}
+
+at::Tensor bacon_calibrate(const at::Tensor& base, const at::Tensor& evidence,
+                           const at::Tensor& trace, const at::Tensor& num_candidates,
+                           const at::Tensor& capacity, int64_t trace_r, std::string mode,
+                           int64_t local_k, double lambda_c, double topk_frac) {
+  const Options options{parse_mode(mode), local_k, lambda_c, topk_frac};
+  check_scores(base, num_candidates);
+  check_scores(evidence, num_candidates);
+  TORCH_CHECK(evidence.sizes() == base.sizes(), "base and evidence: expected the same shape");
+  TORCH_CHECK(capacity.scalar_type() == at::kLong, "capacity: expected int64");
+  const int64_t num_rows = base.size(0), num_heads = base.size(1), length = base.size(2);
+  TORCH_CHECK(trace.dim() == 4 && trace.scalar_type() == at::kFloat && trace.size(1) > 0 &&
+                  num_rows % trace.size(1) == 0 && trace.size(2) == num_heads &&
+                  trace.size(3) == length,
+              "trace: expected float32 [Lt, N, Hkv, T]");
+  const int64_t num_prompts = trace.size(1), first = trace.size(0) - num_rows / num_prompts;
+  TORCH_CHECK(first >= 0, "trace: expected the rows' own layers at its end");
+  const auto bases = base.contiguous(), more = evidence.contiguous();
+  const auto layers = trace.stride(3) == 1 ? trace : trace.contiguous();
+  const auto scored = num_candidates.contiguous(), capacities = capacity.contiguous();
+  auto final = bases.clone();
+  float* out = final.mutable_data_ptr<float>();
+  at::parallel_for(0, num_rows * num_heads, grain_of(length), [&](int64_t begin, int64_t end) {
+    Scratch scratch(length);
+    std::vector<const float*> seen;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / num_heads, head = i % num_heads;
+      const int64_t count =
+          std::clamp<int64_t>(scored.const_data_ptr<int64_t>()[row], 0, length);
+      if (count == 0) continue;
+      const int64_t layer = first + row / num_prompts;
+      seen.clear();
+      for (int64_t j = std::max<int64_t>(layer - trace_r, 0); j < layer; ++j) {
+        seen.push_back(layers.const_data_ptr<float>() + j * layers.stride(0) +
+                       row % num_prompts * layers.stride(1) + head * layers.stride(2));
+      }
+      const float* b = bases.const_data_ptr<float>() + i * length;
+      combine(b, more.const_data_ptr<float>() + i * length, seen, count, options.mode,
+              options.local_k, scratch);
+      const float strength =
+          strength_of(b, count, capacities.const_data_ptr<int64_t>()[row], options, scratch);
+      float* s = out + i * length;
+      for (int64_t t = 0; t < count; ++t) s[t] += strength * scratch.value[t];
+    }
+  });
+  return final;
 }
 
 }  // namespace
@@ -229,7 +251,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bacon_calibrate(
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
   m.def("pool_prefix(Tensor scores, Tensor num_candidates, int kernel, bool take_max) -> Tensor",
         &kvcompress::pool_prefix);
-  m.def("bacon_calibrate(Tensor mean, Tensor last, Tensor[] trace, Tensor num_candidates, "
-        "Tensor capacity, int kernel, bool take_max, str mode, int local_k, float lambda_c, "
-        "float topk_frac) -> (Tensor, Tensor, Tensor)", &kvcompress::bacon_calibrate);
+  m.def("bacon_evidence(Tensor mean, Tensor last, Tensor num_candidates, int kernel, "
+        "bool take_max) -> (Tensor, Tensor)", &kvcompress::bacon_evidence);
+  m.def("bacon_calibrate(Tensor base, Tensor evidence, Tensor trace, Tensor num_candidates, "
+        "Tensor capacity, int trace_r, str mode, int local_k, float lambda_c, float topk_frac) "
+        "-> Tensor", &kvcompress::bacon_calibrate);
 }

@@ -18,8 +18,9 @@ namespace {
 at::Tensor last_row_logits(const at::Tensor& queries, const at::Tensor& pages,
                            const at::Tensor& block_table, int64_t num_kv_heads,
                            const at::Tensor& key_index, const at::Tensor& prompt_lens,
-                           const at::Tensor& instruction_len, double scale, double softcap) {
-  TORCH_CHECK(queries.dim() == 4, "queries: expected [N, Q, Hq, D]");
+                           const at::Tensor& instruction_len, const at::Tensor& scale,
+                           double softcap) {
+  TORCH_CHECK(queries.dim() == 4, "queries: expected [R, Q, Hq, D]");
   TORCH_CHECK(prompt_lens.scalar_type() == at::kLong && instruction_len.scalar_type() == at::kLong,
               "prompt_lens and instruction_len: expected int64");
   const int64_t num = queries.size(0), num_rows = queries.size(1), head_size = queries.size(3);
@@ -27,12 +28,13 @@ at::Tensor last_row_logits(const at::Tensor& queries, const at::Tensor& pages,
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
   const at::Tensor source = queries.select(1, num_rows - 1).to(at::kFloat).contiguous();
   const at::Tensor lens = prompt_lens.contiguous(), texts = instruction_len.contiguous();
+  const at::Tensor scales = row_scales(scale, num);
   auto result = at::full({num, queries.size(2), num_rows}, -std::numeric_limits<float>::infinity(),
                          source.options());
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "last_row_logits", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
     at::parallel_for(0, num * num_kv_heads, 1, [&](int64_t begin, int64_t end) {
-      PackedRows rows(group, head_size, scale, softcap);
+      PackedRows rows(group, head_size, softcap);
       std::vector<float> tile(head_size * kTileKeys);
       std::vector<float> logits(ceil_div(group, kRowBlock) * kRowBlock * kTileKeys);
       for (int64_t i = begin; i < end; ++i) {
@@ -42,8 +44,9 @@ at::Tensor last_row_logits(const at::Tensor& queries, const at::Tensor& pages,
         TORCH_CHECK(prompt_len <= length, "prompt_lens: expected at most ", length, ", got ",
                     prompt_len);
         TORCH_CHECK(0 <= text && text <= std::min(num_rows, prompt_len),
-                    "instruction_len: expected at most ", std::min(num_rows, prompt_len), ", got ", text);
-        rows.clear();
+                    "instruction_len: expected at most ", std::min(num_rows, prompt_len),
+                    ", got ", text);
+        rows.start(scales.const_data_ptr<float>()[n]);
         for (int64_t g = 0; g < group; ++g) {
           rows.add(source.const_data_ptr<float>() + (i * group + g) * head_size, prompt_len);
         }
@@ -96,14 +99,14 @@ struct Instruction {
 
 // out [Hq, length], zeros at first.
 void attend(const Instruction& x, const KeyTiles& tiles, int64_t group, int64_t head_size,
-            double scale, double softcap, float* out) {
+            float scale, double softcap, float* out) {
   at::parallel_for(0, x.num_heads, 1, [&](int64_t begin, int64_t end) {
-    PackedRows rows(x.num_rows, head_size, scale, softcap);
+    PackedRows rows(x.num_rows, head_size, softcap);
     RowAttention attention(tiles);
     std::vector<uint8_t> hidden(tiles.num_keys());
     for (int64_t head = begin; head < end; ++head) {
       float* target = out + head * x.length;
-      rows.clear();
+      rows.start(scale);
       for (int64_t t = std::max<int64_t>(x.first(), 0); t < x.prompt_len; ++t) {
         const int64_t row = t - x.first();
         if (!x.is_elite(head, t)) continue;
@@ -131,9 +134,9 @@ void attend(const Instruction& x, const KeyTiles& tiles, int64_t group, int64_t 
 at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
                            const at::Tensor& segment, const at::Tensor& pages,
                            const at::Tensor& block_table, int64_t num_kv_heads,
-                           const at::Tensor& key_index, const at::Tensor& prompt_lens, double scale,
-                           double softcap) {
-  TORCH_CHECK(queries.dim() == 4, "queries: expected [N, Q, Hq, D]");
+                           const at::Tensor& key_index, const at::Tensor& prompt_lens,
+                           const at::Tensor& scale, double softcap) {
+  TORCH_CHECK(queries.dim() == 4, "queries: expected [R, Q, Hq, D]");
   TORCH_CHECK(elite.scalar_type() == at::kBool, "elite: expected bool");
   TORCH_CHECK(prompt_lens.scalar_type() == at::kLong && segment.scalar_type() == at::kLong,
               "prompt_lens and segment: expected int64");
@@ -143,6 +146,7 @@ at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
   TORCH_CHECK(segment.size(1) == length, "segment: expected [N, ", length, "]");
   const at::Tensor source = queries.to(at::kFloat).contiguous(), lens = prompt_lens.contiguous();
   const at::Tensor chosen = elite.contiguous(), segments = segment.contiguous();
+  const at::Tensor scales = row_scales(scale, num);
   auto result = at::zeros({num, num_heads, length}, source.options());
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "elite_attention", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
@@ -156,8 +160,8 @@ at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
                           num_rows, num_heads, prompt_len, length};
       const KeyTiles tiles =
           read_tiles(keys, n, num_kv_heads, head_size, x.tiles(), prompt_len);
-      attend(x, tiles, num_heads / num_kv_heads, head_size, scale, softcap,
-             result.mutable_data_ptr<float>() + n * result.stride(0));
+      attend(x, tiles, num_heads / num_kv_heads, head_size, scales.const_data_ptr<float>()[n],
+             softcap, result.mutable_data_ptr<float>() + n * result.stride(0));
     }
   });
   return result;
@@ -168,9 +172,9 @@ at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
   m.def("last_row_logits(Tensor queries, Tensor pages, Tensor block_table, int num_kv_heads, "
-        "Tensor key_index, Tensor prompt_lens, Tensor instruction_len, float scale, float softcap) "
-        "-> Tensor", &kvcompress::last_row_logits);
+        "Tensor key_index, Tensor prompt_lens, Tensor instruction_len, Tensor scale, "
+        "float softcap) -> Tensor", &kvcompress::last_row_logits);
   m.def("elite_attention(Tensor queries, Tensor elite, Tensor segment, Tensor pages, "
-        "Tensor block_table, int num_kv_heads, Tensor key_index, Tensor prompt_lens, float scale, "
+        "Tensor block_table, int num_kv_heads, Tensor key_index, Tensor prompt_lens, Tensor scale, "
         "float softcap) -> Tensor", &kvcompress::elite_attention);
 }

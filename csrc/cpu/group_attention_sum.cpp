@@ -14,8 +14,9 @@ namespace {
 at::Tensor group_attention_sum(const at::Tensor& queries, const at::Tensor& pages,
                         const at::Tensor& block_table, int64_t num_kv_heads,
                         const at::Tensor& key_index, const at::Tensor& prompt_lens,
-                        int64_t num_groups, double scale, double softcap) {
-  TORCH_CHECK(queries.dim() == 4, "queries: expected [N, M, Hq, D]");
+                        int64_t num_groups, const at::Tensor& scale,
+                        double softcap) {
+  TORCH_CHECK(queries.dim() == 4, "queries: expected [R, M, Hq, D]");
   TORCH_CHECK(prompt_lens.scalar_type() == at::kLong, "prompt_lens: expected int64");
   const int64_t num = queries.size(0), num_rows = queries.size(1), head_size = queries.size(3);
   TORCH_CHECK(num_rows % num_groups == 0, "num_groups: expected a divisor of ", num_rows, ", got ",
@@ -23,6 +24,7 @@ at::Tensor group_attention_sum(const at::Tensor& queries, const at::Tensor& page
   const int64_t group = queries.size(2) / num_kv_heads;
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
   const at::Tensor source = queries.to(at::kFloat).contiguous(), lens = prompt_lens.contiguous();
+  const at::Tensor scales = row_scales(scale, num);
   auto masses = at::zeros({num, num_kv_heads, num_groups, length}, source.options());
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "group_attention_sum", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
@@ -32,7 +34,8 @@ at::Tensor group_attention_sum(const at::Tensor& queries, const at::Tensor& page
                   ", got ", prompt_len);
       const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, head_size, prompt_len);
       const QueryTokens rows{source.const_data_ptr<float>() + n * source.stride(0), num_rows,
-                             num_kv_heads, group, head_size, prompt_len, 0, scale, softcap};
+                             num_kv_heads, group, head_size, prompt_len, 0,
+                             scales.const_data_ptr<float>()[n], softcap};
       attend_parts(rows, tiles, num_rows / num_groups, num_groups, prompt_len, length,
                    masses.mutable_data_ptr<float>() + n * masses.stride(0));
     }
@@ -45,6 +48,6 @@ at::Tensor group_attention_sum(const at::Tensor& queries, const at::Tensor& page
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
   m.def("group_attention_sum(Tensor queries, Tensor pages, Tensor block_table, int num_kv_heads, "
-        "Tensor key_index, Tensor prompt_lens, int num_groups, float scale, float softcap) "
+        "Tensor key_index, Tensor prompt_lens, int num_groups, Tensor scale, float softcap) "
         "-> Tensor", &kvcompress::group_attention_sum);
 }

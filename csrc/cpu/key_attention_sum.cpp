@@ -37,11 +37,12 @@ void add_columns(const QueryTokens& chunk, const KeyTiles& tiles, int64_t num_ke
 at::Tensor key_attention_sum(const at::Tensor& queries, const at::Tensor& lengths,
                        const at::Tensor& positions, const at::Tensor& pages,
                        const at::Tensor& block_table, int64_t num_kv_heads,
-                       const at::Tensor& key_index, double scale, double softcap) {
+                       const at::Tensor& key_index, const at::Tensor& scale, double softcap) {
   TORCH_CHECK(queries.dim() == 4, "queries: expected [M, C, Hq, D]");
   TORCH_CHECK(lengths.scalar_type() == at::kLong && positions.scalar_type() == at::kLong,
               "lengths and positions: expected int64");
   const auto counts = lengths.contiguous(), firsts = positions.contiguous();
+  const auto scales = row_scales(scale, queries.size(0));
   const auto source = queries.to(at::kFloat).contiguous();
   const int64_t num = queries.size(0), width = queries.size(1), head_size = queries.size(3);
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
@@ -58,7 +59,8 @@ at::Tensor key_attention_sum(const at::Tensor& queries, const at::Tensor& length
       // rows are right-aligned
       const QueryTokens chunk{
           source.const_data_ptr<float>() + ((n + 1) * width - count) * source.stride(1), count,
-          num_kv_heads, queries.size(2) / num_kv_heads, head_size, position + 1, 1, scale, softcap};
+          num_kv_heads, queries.size(2) / num_kv_heads, head_size, position + 1, 1,
+          scales.const_data_ptr<float>()[n], softcap};
       add_columns(chunk, tiles, seen, length, sums.mutable_data_ptr<float>() + n * sums.stride(0));
     }
   });
@@ -70,6 +72,6 @@ at::Tensor key_attention_sum(const at::Tensor& queries, const at::Tensor& length
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
   m.def("key_attention_sum(Tensor queries, Tensor lengths, Tensor positions, Tensor pages, "
-        "Tensor block_table, int num_kv_heads, Tensor key_index, float scale, float softcap) "
+        "Tensor block_table, int num_kv_heads, Tensor key_index, Tensor scale, float softcap) "
         "-> Tensor", &kvcompress::key_attention_sum);
 }

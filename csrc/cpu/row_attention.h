@@ -106,7 +106,8 @@ class RowAttention {
 struct QueryTokens {
   const float* queries;
   int64_t count, num_kv_heads, group, head_size, seen, more;
-  double scale, softcap;
+  float scale;
+  double softcap;
 };
 
 // Attention of each of num_parts runs of per_part tokens, summed over them, mean over query heads.
@@ -114,11 +115,11 @@ struct QueryTokens {
 inline void attend_parts(const QueryTokens& x, const KeyTiles& tiles, int64_t per_part,
                          int64_t num_parts, int64_t num_keys, int64_t stride, float* out) {
   at::parallel_for(0, x.num_kv_heads * num_parts, 1, [&](int64_t begin, int64_t end) {
-    PackedRows rows(per_part * x.group, x.head_size, x.scale, x.softcap);
+    PackedRows rows(per_part * x.group, x.head_size, x.softcap);
     RowAttention attention(tiles);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / num_parts, first = i % num_parts * per_part;
-      rows.clear();
+      rows.start(x.scale);
       for (int64_t r = first; r < std::min(first + per_part, x.count); ++r) {
         for (int64_t g = 0; g < x.group; ++g) {
           rows.add(x.queries + ((r * x.num_kv_heads + head) * x.group + g) * x.head_size,

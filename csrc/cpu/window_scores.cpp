@@ -38,11 +38,11 @@ void reduce_heads(const float* heads, int64_t num_heads, float factor, bool take
   for (int64_t j = 0; j < count; ++j) out[j] *= share;
 }
 
-// The windows of N prompts, scaled: those of all query heads of a KV head together.
+// The windows of R rows, scaled: those of all query heads of a KV head together.
 struct Windows {
-  // queries: [N, W, Hq, D] float32; lens: [N]
-  Windows(const at::Tensor& queries, const int64_t* lens, int64_t num_kv_heads, double scale,
-          double softcap)
+  // queries: [R, W, Hq, D] float32; lens, scales: [R]
+  Windows(const at::Tensor& queries, const int64_t* lens, int64_t num_kv_heads,
+          const float* scales, double softcap)
       : size(queries.size(1)),
         num_heads(num_kv_heads),
         group(queries.size(2) / num_kv_heads),
@@ -51,7 +51,8 @@ struct Windows {
     const float* from = queries.const_data_ptr<float>();
     for (int64_t pair = 0; pair < queries.size(0) * num_heads; ++pair) {
       const int64_t n = pair / num_heads, head = pair % num_heads;
-      PackedRows& window = rows.emplace_back(group * size, head_size, scale, softcap);
+      PackedRows& window = rows.emplace_back(group * size, head_size, softcap);
+      window.start(scales[n]);
       for (int64_t g = 0; g < group; ++g) {
         for (int64_t w = 0; w < size; ++w) {
           const int64_t row = ((n * size + w) * num_heads + head) * group + g;
@@ -63,10 +64,10 @@ struct Windows {
 
   int64_t size, num_heads, group, head_size;  // W, Hkv, G, D
   std::vector<int64_t> prompt_lens;
-  std::vector<PackedRows> rows;  // [N, Hkv]
+  std::vector<PackedRows> rows;  // [R, Hkv]
 };
 
-// mean, last: [N, Hkv, length], zeros at first.
+// mean, last: [R, Hkv, length], zeros at first.
 template <typename T>
 void score(const Windows& queries, const PromptKeys<T>& keys, int64_t length, bool take_max,
            float* mean, float* last) {
@@ -125,11 +126,13 @@ void score(const Windows& queries, const PromptKeys<T>& keys, int64_t length, bo
 std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, const at::Tensor& pages,
                                                  const at::Tensor& block_table,
                                                  int64_t num_kv_heads, const at::Tensor& key_index,
-                                                 const at::Tensor& prompt_lens, double scale,
-                                                 double softcap, bool take_max) {
-  TORCH_CHECK(queries.dim() == 4, "queries: expected [N, W, Hq, D]");
+                                                 const at::Tensor& prompt_lens,
+                                                 const at::Tensor& scale, double softcap,
+                                                 bool take_max) {
+  TORCH_CHECK(queries.dim() == 4, "queries: expected [R, W, Hq, D]");
   TORCH_CHECK(prompt_lens.scalar_type() == at::kLong, "prompt_lens: expected int64");
   const at::Tensor lens = prompt_lens.contiguous();
+  const at::Tensor scales = row_scales(scale, queries.size(0));
   const int64_t num = queries.size(0), window = queries.size(1), head_size = queries.size(3);
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
   const int64_t* prompt_len = lens.const_data_ptr<int64_t>();
@@ -139,8 +142,8 @@ std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, cons
   }
   auto mean = at::zeros({num, num_kv_heads, length}, queries.options().dtype(at::kFloat));
   auto last = at::zeros(mean.sizes(), mean.options());
-  const Windows windows(queries.to(at::kFloat).contiguous(), prompt_len, num_kv_heads, scale,
-                        softcap);
+  const Windows windows(queries.to(at::kFloat).contiguous(), prompt_len, num_kv_heads,
+                        scales.const_data_ptr<float>(), softcap);
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "window_scores", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
     score(windows, keys, length, take_max, mean.mutable_data_ptr<float>(),
@@ -154,6 +157,6 @@ std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, cons
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
   m.def("window_scores(Tensor queries, Tensor pages, Tensor block_table, int num_kv_heads, "
-        "Tensor key_index, Tensor prompt_lens, float scale, float softcap, bool take_max) "
+        "Tensor key_index, Tensor prompt_lens, Tensor scale, float softcap, bool take_max) "
         "-> (Tensor, Tensor)", &kvcompress::window_scores);
 }

@@ -20,12 +20,9 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import core
 
-from vllm_kvcompress.adapter import runner as adapter_runner
-from vllm_kvcompress.adapter.kv_cache import CompressedSpec
+from vllm_kvcompress.adapter.kv_cache import CompressedManager
 
 BLOCK_SIZE = 32
-LOGPROB_TOLERANCE = 2e-5
-"""Float noise of two orders of summation; a wrong token moves log-probabilities by over 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +157,18 @@ def generate(llm: LLM, prompts: Sequence[Any], params: Any = None) -> list[Answe
     return [answer_of(output) for output in outputs]
 
 
-def assert_same(got: Sequence[Answer], expected: Sequence[Any], tolerance=LOGPROB_TOLERANCE):
+def assert_same(
+    got: Sequence[Answer], expected: Sequence[Any], tolerance: float | None = None
+) -> None:
     """Equal tokens and, within float noise, equal log-probabilities, request by request.
 
-    ``expected``: answers, or outputs of the oracle.
+    Args:
+        expected: answers, or outputs of the oracle.
+        tolerance: what log-probabilities may differ by; None: see ``text_tolerance``.
     """
+    from float_noise import text_tolerance  # which is measured with an engine of this module
+
+    tolerance = text_tolerance() if tolerance is None else tolerance
     assert len(got) == len(expected)
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.token_ids == list(b.token_ids), f"request {index}: {a.token_ids} != {b.token_ids}"
@@ -291,11 +295,8 @@ def free_blocks(llm: LLM) -> int:
 
 def held_blocks(stepper: Stepper, name: str) -> int:
     """Real (not null) blocks in the compressed group's table of one request."""
-    for manager in scheduler_of(stepper.llm).kv_cache_manager.coordinator.single_type_managers:
-        if isinstance(manager.kv_cache_spec, CompressedSpec):
-            blocks = manager.req_to_blocks.get(stepper.internal[name], [])
-            return sum(not block.is_null for block in blocks)
-    raise AssertionError("this engine does not compress")
+    blocks = compressed_manager(stepper.llm).req_to_blocks.get(stepper.internal[name], [])
+    return sum(not block.is_null for block in blocks)
 
 
 def cache_stats(llm: LLM) -> tuple[int, int]:
@@ -311,40 +312,31 @@ def model_runner(llm: LLM):
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
-def compressed_builder(llm: LLM):
-    """The worker's builder of the compressed group, owner of state and stored rows."""
-    for groups in model_runner(llm).attn_groups:
-        for group in groups:
-            if isinstance(group.kv_cache_spec, CompressedSpec):
-                return group.metadata_builders[0]
-    raise AssertionError("this engine does not compress")
+def compressed_manager(llm: LLM) -> CompressedManager:
+    """The scheduler's manager of compressed blocks."""
+    return scheduler_of(llm).kv_cache_manager.compressed
 
 
-def request_slots(llm: LLM):
-    return adapter_runner._states[model_runner(llm)].slots
+def compressed_layers(llm: LLM):
+    """What the worker keeps for its compressed layers."""
+    return llm.llm_engine.model_executor.driver_worker.worker.compressed_layers
 
 
 def assert_clean(llm: LLM, free_before: int) -> None:
-    """No block, slot or stored row is held by anybody."""
+    """No block, slot or entry is held by anybody."""
     assert scheduler_of(llm).get_num_unfinished_requests() == 0
     assert free_blocks(llm) == free_before
     check_pool(block_pool(llm))
-    slots = request_slots(llm)
-    assert slots._slot_of == {}
-    assert sorted(slots._free) == list(range(compressed_builder(llm).max_num_rows))
-    assert_nothing_stored(llm)
-    for manager in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers:
-        assert not any(manager.req_to_blocks.values())
-        assert not manager.num_cached_block
-
-
-def assert_nothing_stored(llm: LLM) -> None:
-    """No request has query rows or sums of earlier chunks."""
-    builder = compressed_builder(llm)
-    # those of requests that left are given back when the next batch is built
-    builder._forget(request_slots(llm).take_left())
-    for store in (builder.stored_rows, *builder.sums._stores.values()):
-        assert store._row_of == {}
+    layers, manager = compressed_layers(llm), compressed_manager(llm)
+    assert len(layers.slots) == len(layers.waiting.entries) == 0
+    assert sorted(layers.slots._free) == list(range(layers.max_num_seqs))
+    assert layers.plans == {}
+    assert manager.tracked == {}
+    assert manager.free_entries == layers.num_entries
+    assert scheduler_of(llm).compression.boundaries == {}
+    for each in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers:
+        assert not any(each.req_to_blocks.values())
+        assert not each.num_cached_block
 
 
 def check_pool(pool) -> None:

@@ -16,20 +16,17 @@ from engine import (
     Answer,
     Method,
     Stepper,
-    compressed_builder,
+    compressed_layers,
+    compressed_manager,
     engine,
     greedy,
     held_blocks,
-    model_runner,
     random_prompt,
-    scheduler_of,
 )
 from head_pages import HeldPages, held_pages
 from PIL import Image
 from tiny_models import TOKENIZER
 
-from vllm_kvcompress.adapter import runner as adapter_runner
-from vllm_kvcompress.adapter.kv_cache import manager_of
 from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.merging import MERGES
@@ -158,20 +155,15 @@ def open_engine(chunk: int) -> Iterator[Any]:
 def reconfigure(llm, raw: Raw) -> None:
     """Make an idle engine of this process compress by other settings.
 
-    An engine takes its settings at its start and hands them to the metadata builder of its
-    worker, to what the worker knows of requests, to the manager of the compressed blocks, and to
-    the scheduler's rule for where prompts are split. All four are changed here, and the prefix
-    cache is emptied, so that no prompt begins with blocks that another method has left.
+    An engine takes its settings at its start and hands them to its worker and to the manager of
+    the compressed blocks. Both are changed here, and the prefix cache is emptied, so that no prompt
+    begins with blocks that another method has left.
     """
     settings = KVCompressionConfig.parse(raw)
-    builder, scheduler = compressed_builder(llm), scheduler_of(llm)
-    planner = replace(builder.planner, settings=json.dumps(settings.to_json()))
-    builder.configure(settings, planner)
-    adapter_runner._states[model_runner(llm)].planner = planner
-    manager = manager_of(scheduler.kv_cache_manager)
-    assert manager is not None
-    manager.planner = planner
-    scheduler.need_mamba_block_aligned_split = settings.spans_layers
+    layers = compressed_layers(llm)
+    planner = replace(layers.planner, settings=json.dumps(settings.to_json()))
+    layers.configure(planner)
+    compressed_manager(llm).planner = planner
     assert llm.reset_prefix_cache(), "requests are running"
 
 
@@ -200,7 +192,7 @@ def serve(llm, requests: Sequence[Request]) -> list[Served]:
         stepper.step()
         for name, ids in stepper.prompts.items():
             computed = stepper.num_computed(name)
-            if computed < len(ids):
+            if computed <= len(ids):  # compressed at the beginning of the step after the prompt
                 continue
             if name not in held:
                 held[name] = held_pages(stepper, name)

@@ -18,7 +18,9 @@ from every_method import (
     Request,
     Served,
     checkpoint,
+    mixed_requests,
 )
+from float_noise import measured_tolerance
 from head_pages import assert_unshared, positions_of
 from oracle import Oracle, OracleConfig, Prompt, Selection, merged_entries, select
 from oracle.allocators import head_tokens, layer_capacities
@@ -34,7 +36,12 @@ NEAR_TIE = 1e-5
 ENTRY_TOLERANCE = 2e-5
 """Of keys and values, relative to the largest of the head."""
 
-LOGPROB_TOLERANCE = 5e-5
+
+@functools.cache
+def logprob_tolerance() -> float:
+    """For the model and the requests of ``every_method``."""
+    prompts = [request.prompt for request in mixed_requests()]
+    return measured_tolerance(checkpoint(), prompts, limit_mm_per_prompt={"image": 2, "video": 0})
 
 
 class PatientOracle(Oracle):
@@ -154,7 +161,7 @@ class Reference:
                         want = Expected(selection, keys, values, answer)
                 assert_entries(got.held.keys, want.keys, "key")
                 assert_entries(got.held.values, want.values, "value")
-                assert_same([got.answer], [answer], LOGPROB_TOLERANCE)
+                assert_same([got.answer], [answer], logprob_tolerance())
             except AssertionError as error:
                 raise AssertionError(f"request {index}: {error}") from error
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from engine import Stepper, compressed_builder, request_slots, scheduler_of
+from engine import Stepper, compressed_layers, compressed_manager
 
 from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES
-from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.page_state import PageTables
 
 
@@ -35,43 +34,37 @@ def held_pages(stepper: Stepper, name: str) -> HeldPages:
     Blocks are those that the scheduler knows of: both model runners follow it.
     """
     llm = stepper.llm
-    builder = compressed_builder(llm)
+    layers = compressed_layers(llm)
     req_id = stepper.internal[name]
-    slot = request_slots(llm)._slot_of[req_id]
-    manager = next(
-        manager
-        for manager in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
-        if isinstance(manager.kv_cache_spec, CompressedSpec)
-    )
+    (slot,) = layers.slots.of([req_id])
     request = stepper.request(name)
     length = request.num_computed_tokens - request.num_in_flight_tokens
-    width = -(-length // builder.block_size)
-    device = builder.state.num_full_blocks.device
-    blocks = [block.block_id for block in manager.req_to_blocks[req_id]][:width]
-    table = torch.tensor([blocks], dtype=torch.int32, device=device)
-    layout = builder.page_layout()
-    state, size, num_heads = builder.state, builder.block_size, builder.num_kv_heads
-    all_pages, layer_pages = builder.span()
+    width = -(-length // layers.block_size)
+    device = layers.facts.device
+    held_blocks = compressed_manager(llm).req_to_blocks[req_id]
+    table = torch.tensor([[b.block_id for b in held_blocks][:width]], dtype=torch.int32)
+    table = table.to(device)
+    layout, size, num_heads = layers.facts.layout, layers.block_size, layers.num_kv_heads
+    all_pages, layer_pages = layers.facts.pages
     held = HeldPages([], [], [], length)
-    for layer_row, layer in enumerate(builder.layers):
-        cache, float8 = layer.kv_cache, FLOAT8_TYPES.get(layer.kv_cache_dtype)
-        pages = cache.view(cache.shape[0] * cache.shape[1], -1) if all_pages is None else all_pages
-        first = layer_row * len(pages) if all_pages is None else 0
-        row = 0 if builder.even else layer_row
-        (tables,), (kv_len,) = PageTables(state, width, size).fill(
+    for layer_idx, layer in enumerate(layers.facts.modules):
+        float8 = FLOAT8_TYPES.get(layer.kv_cache_dtype)
+        # ids of even budgets count from the layer's own pages
+        first = layer_idx * layer_pages if layers.even else 0
+        (tables,), (kv_len,) = PageTables(layers.state, width, size).fill(
             torch.tensor([slot], device=device),
             table,
             torch.tensor([length], dtype=torch.int32, device=device),
-            row,
+            0 if layers.even else layer_idx,
             1,
-            layer_pages,
+            0 if layers.even else layer_pages,
         )
         for per_head in (held.keys, held.values, held.page_ids):
             per_head.append([])
         for head in range(num_heads):
             count = int(kv_len[head])
             used = tables[head, : -(-count // size)].long()
-            rows = pages[used]
+            rows = all_pages[used + first]
             rows = rows.float() if float8 is None else rows.view(float8).float()
             for part, index, scale, per_head in (
                 (0, layout.key_index, layer._k_scale_float, held.keys),

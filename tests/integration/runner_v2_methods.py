@@ -27,7 +27,7 @@ from every_method import (
     settings,
     write_head_scores,
 )
-from expectations import LOGPROB_TOLERANCE, Reference
+from expectations import Reference, logprob_tolerance
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
 
 by_method = pytest.mark.parametrize("method", METHODS)
@@ -76,7 +76,7 @@ def test_equals_oracle(llm, wanted):
     prompts = [request.prompt for request in mixed_requests()]
     free = free_blocks(llm)
     for _ in range(2):  # with prefix-cache hits the second time
-        assert_same(generate(llm, prompts, greedy(OUTPUT_TOKENS)), wanted, LOGPROB_TOLERANCE)
+        assert_same(generate(llm, prompts, greedy(OUTPUT_TOKENS)), wanted, logprob_tolerance())
     Stepper(llm).flush()
     assert free_blocks(llm) == free
 
@@ -93,4 +93,4 @@ def test_preempted(llm, wanted):
         assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
         stepper.run()
         answers = [stepper.done[str(index)] for index in range(len(wanted))]
-        assert_same(answers, wanted, LOGPROB_TOLERANCE)
+        assert_same(answers, wanted, logprob_tolerance())

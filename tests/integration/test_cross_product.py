@@ -26,7 +26,7 @@ from every_method import (
     settings,
     write_head_scores,
 )
-from expectations import LOGPROB_TOLERANCE, Reference, oracle_config
+from expectations import Reference, logprob_tolerance, oracle_config
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import ALLOCATORS
@@ -173,7 +173,7 @@ def test_batch_equals_requests_alone(llm, complete, method):
     together = [served.answer for served in serve(llm, requests)]
     for request, answer in zip(requests, together, strict=True):
         assert llm.reset_prefix_cache()
-        assert_same([serve(llm, [request])[0].answer], [answer], LOGPROB_TOLERANCE)
+        assert_same([serve(llm, [request])[0].answer], [answer], logprob_tolerance())
 
 
 def test_pages_held(llm, reference, complete):

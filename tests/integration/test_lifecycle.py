@@ -20,6 +20,7 @@ from engine import (
     scheduler_of,
     scheduling,
 )
+from float_noise import text_tolerance
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -288,7 +289,7 @@ def test_prompt_logprobs(checkpoint, shared_engine):
 
     ours = prompt_logprobs(llm)
     with engine(checkpoint("llama"), **settings) as llm:
-        assert ours == pytest.approx(prompt_logprobs(llm), abs=2e-5)
+        assert ours == pytest.approx(prompt_logprobs(llm), abs=text_tolerance())
 
 
 def test_blocks_freed_too_early_are_noticed(checkpoint, monkeypatch):

@@ -44,7 +44,7 @@ from every_method import (
     settings,
     write_head_scores,
 )
-from expectations import LOGPROB_TOLERANCE, Reference, oracle_config
+from expectations import Reference, logprob_tolerance, oracle_config
 from oracle import page_plan
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
@@ -203,10 +203,10 @@ def test_prefix_hits(engines, reference, raw_of, name):
     assert cache_stats(llm)[1] - hits_before == hit + again
 
     (expected,) = reference(SECOND).expected(raw, [SECOND])
-    assert_same([second], [expected.answer], LOGPROB_TOLERANCE)
+    assert_same([second], [expected.answer], logprob_tolerance())
     reference(FIRST).check(raw, [FIRST], repeated)
     (expected,) = reference(FIRST).expected(raw, [FIRST])
-    assert_same([start(stepper.done["first"])], [expected.answer], LOGPROB_TOLERANCE)
+    assert_same([start(stepper.done["first"])], [expected.answer], logprob_tolerance())
 
 
 def start(answer: Answer) -> Answer:
@@ -264,7 +264,7 @@ def test_preemption(engines, reference, raw_of, mode, name):
     reconfigure(llm, raw)
     expected = alone(llm, STORM)
     oracle = [one.answer for one in reference(*STORM).expected(raw, STORM)]
-    assert_same([start(answer) for answer in expected], oracle, LOGPROB_TOLERANCE)
+    assert_same([start(answer) for answer in expected], oracle, logprob_tolerance())
     assert llm.reset_prefix_cache()
     free = free_blocks(llm)
     stepper = Stepper(llm)
@@ -280,7 +280,7 @@ def test_preemption(engines, reference, raw_of, mode, name):
     assert forced == 12
     assert stepper.preemptions > 0, "the pool was large enough for all"
     assert_clean(llm, free)
-    assert_same([stepper.done[str(i)] for i in range(len(STORM))], expected, LOGPROB_TOLERANCE)
+    assert_same([stepper.done[str(i)] for i in range(len(STORM))], expected, logprob_tolerance())
 
 
 def resume(llm, count: int) -> tuple[Answer, list[int]]:
@@ -314,7 +314,7 @@ def test_resumed_prompts_end_their_step(engines, raw_of, name):
     answer, ends = resume(llm, 12)
     assert length in ends
     assert ends[ends.index(length) + 1] == length + 12, "the outputs are replayed as one chunk"
-    assert_same([answer], expected, LOGPROB_TOLERANCE)
+    assert_same([answer], expected, logprob_tolerance())
     scheduler_of(llm).need_mamba_block_aligned_split = False
     answer, ends = resume(llm, 12)
     assert length not in ends
@@ -327,7 +327,7 @@ def test_budgets_inside_layers_need_no_split(engines, raw_of, name):
     reconfigure(llm, raw_of(name))
     answer, ends = resume(llm, 12)
     assert 130 not in ends
-    assert_same([answer], alone(llm, STORM[-1:]), LOGPROB_TOLERANCE)
+    assert_same([answer], alone(llm, STORM[-1:]), logprob_tolerance())
 
 
 @pytest.mark.parametrize("name", ["snapkv+pyramid", "snapkv+adakv"])

@@ -23,7 +23,7 @@ from every_method import (
     settings,
     write_head_scores,
 )
-from expectations import LOGPROB_TOLERANCE, Reference
+from expectations import Reference, logprob_tolerance
 from subprocesses import result_of, run_python
 
 from vllm_kvcompress.adapter import runner as adapter_runner
@@ -110,7 +110,7 @@ def expected(reference: Reference, raw: dict[str, Any]) -> list[Answer]:
 @pytest.mark.parametrize("method", [method for method in TESTED if "sparsemm" not in method])
 def test_equals_one_rank(results, raws, reference, method):
     for wave in results[method]:
-        assert_same(wave, expected(reference, raws[method]), LOGPROB_TOLERANCE)
+        assert_same(wave, expected(reference, raws[method]), logprob_tolerance())
 
 
 def test_pages_per_head_are_rounded_on_each_rank(results, raws, reference, monkeypatch):
@@ -130,6 +130,6 @@ def test_pages_per_head_are_rounded_on_each_rank(results, raws, reference, monke
     monkeypatch.setattr(oracle.plan, "head_pages", head_pages)
     two_ranks = expected(Reference(), raw)
     for wave in results["snapkv+sparsemm"]:
-        assert_same(wave, two_ranks, LOGPROB_TOLERANCE)
+        assert_same(wave, two_ranks, logprob_tolerance())
     with pytest.raises(AssertionError):
-        assert_same(two_ranks, one_rank, LOGPROB_TOLERANCE)
+        assert_same(two_ranks, one_rank, logprob_tolerance())

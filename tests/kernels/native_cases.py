@@ -25,7 +25,7 @@ def prompts_of(
 ) -> PromptPages:
     """Paged prompts in a scrambled layout; whatever lies past a prompt's end is NaN.
 
-    Keys of float8 pages have a scale.
+    Keys of float8 pages have a scale per row.
     """
     num_blocks = -(-max(lengths) // size)
     numel = size * head_size
@@ -42,6 +42,11 @@ def prompts_of(
             last = int(table[row, full]) * num_kv_heads
             pages[last : last + num_kv_heads, stale] = NAN
         table[row, -(-length // size) :] = 0
-    scale = 0.37 if dtype.itemsize == 1 else 1.0
-    layout = PageLayout(size, head_size, *order, key_scale=scale)
-    return PromptPages(pages.to(dtype), table, num_kv_heads, layout)
+    layout = PageLayout(size, head_size, *order)
+    scale = 0.37 / (1 + torch.arange(len(lengths))) if dtype.itemsize == 1 else None
+    return PromptPages(pages.to(dtype), table, num_kv_heads, layout, scale)
+
+
+def scales_of(num: int, scale: float) -> torch.Tensor:
+    """[num] float32, the first one as given, each other one smaller."""
+    return scale / (1 + torch.arange(num) / 8)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import DTYPES, NAN, prompts_of
+from native_cases import DTYPES, NAN, prompts_of, scales_of
 
 from vllm_kvcompress.kernels import native, reference
 
 INF = float("inf")
 COVERS = ("floor", "min")
+HALF, QUARTER = torch.tensor([0.5]), torch.tensor([0.25])
 
 pytestmark = pytest.mark.usefixtures("cpp")
 
@@ -38,7 +39,10 @@ class TestGroupMasses:
         prompts = prompts_of(lengths, num_kv_heads, head_size, size, dtype, generator)
         factor, softcap = options.get("factor", 2.0), options.get("softcap", 0.0)
         queries = random_queries(len(lengths), rows, num_q_heads, head_size, factor=factor)
-        lens, numbers = torch.tensor(lengths), (groups, head_size**-0.5, softcap)
+        lens, numbers = (
+            torch.tensor(lengths),
+            (groups, scales_of(len(lengths), head_size**-0.5), softcap),
+        )
         keys = reference.read_prompt(prompts, "key")
         expected = reference.group_attention_sum(queries, keys, lens, *numbers)
         found = native.group_attention_sum(queries, prompts, lens, *numbers)
@@ -81,9 +85,9 @@ class TestGroupMasses:
         prompts.pages[prompts.block_table[0, :36, None], keys[:, 0]] = -INF
         queries, lens = random_queries(1, 8, 2, 4).abs(), torch.tensor([640])
         expected = reference.group_attention_sum(
-            queries, reference.read_prompt(prompts, "key"), lens, 2, 0.5
+            queries, reference.read_prompt(prompts, "key"), lens, 2, HALF
         )
-        found = native.group_attention_sum(queries, prompts, lens, 2, 0.5)
+        found = native.group_attention_sum(queries, prompts, lens, 2, HALF)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-9)
 
     def test_a_nan_spoils_what_it_spoils_in_the_definition(self):
@@ -91,8 +95,8 @@ class TestGroupMasses:
         queries, lens = random_queries(1, 4, 4, 16), torch.tensor([100])
         queries[0, 2, 1, 5] = NAN
         keys = reference.read_prompt(prompts, "key")
-        expected = reference.group_attention_sum(queries, keys, lens, 2, 0.25)[..., :100]
-        found = native.group_attention_sum(queries, prompts, lens, 2, 0.25)[..., :100]
+        expected = reference.group_attention_sum(queries, keys, lens, 2, QUARTER)[..., :100]
+        found = native.group_attention_sum(queries, prompts, lens, 2, QUARTER)[..., :100]
         assert found.isnan().any()
         assert not found.isnan().all()
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-9, equal_nan=True)
@@ -102,9 +106,9 @@ class TestGroupMasses:
         queries = torch.zeros(1, 6, 1, 8)
         for length in (0, 65):
             with pytest.raises(RuntimeError, match="prompt_lens: expected 1 to 64"):
-                native.group_attention_sum(queries, prompts, torch.tensor([length]), 1, 1.0)
+                native.group_attention_sum(queries, prompts, torch.tensor([length]), 1, HALF)
         with pytest.raises(RuntimeError, match="num_groups: expected a divisor of 6, got 4"):
-            native.group_attention_sum(queries, prompts, torch.tensor([64]), 4, 1.0)
+            native.group_attention_sum(queries, prompts, torch.tensor([64]), 4, HALF)
 
 
 class TestElite:
@@ -145,7 +149,7 @@ class TestElite:
     def test_attention(self, shape, dtype, softcap):
         queries, elite, segment, prompts, lens, _ = self.case(*shape, dtype)
         keys = reference.read_prompt(prompts, "key")
-        numbers = (shape[3] ** -0.5, softcap)
+        numbers = (scales_of(len(lens), shape[3] ** -0.5), softcap)
         expected = reference.elite_attention(queries, elite, segment, keys, lens, *numbers)
         found = native.elite_attention(queries, elite, segment, prompts, lens, *numbers)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
@@ -157,7 +161,7 @@ class TestElite:
     def test_last_row(self, shape, dtype, softcap):
         queries, _, _, prompts, lens, texts = self.case(*shape, dtype)
         keys = reference.read_prompt(prompts, "key")
-        numbers = (shape[3] ** -0.5, softcap)
+        numbers = (scales_of(len(lens), shape[3] ** -0.5), softcap)
         expected = reference.last_row_logits(queries, keys, lens, texts, *numbers)
         found = native.last_row_logits(queries, prompts, lens, texts, *numbers)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
@@ -165,14 +169,14 @@ class TestElite:
     def test_the_last_row_reads_the_instruction_only(self):
         """Blocks before it may not even exist."""
         queries, _, _, prompts, lens, texts = self.case([200], [30], (4, 2), 16, 16, 0.5)
-        expected = native.last_row_logits(queries, prompts, lens, texts, 0.25)
+        expected = native.last_row_logits(queries, prompts, lens, texts, QUARTER)
         prompts.block_table[:, :10] = 1 << 40
-        assert native.last_row_logits(queries, prompts, lens, texts, 0.25).equal(expected)
+        assert native.last_row_logits(queries, prompts, lens, texts, QUARTER).equal(expected)
 
     def test_text_keys_are_not_looked_at(self):
         """NaN in them stays where it is; a NaN in a visual key reaches all rows."""
         queries, elite, segment, prompts, lens, _ = self.case([300], [8], (4, 2), 16, 16, 0.2)
-        elite[:], arguments = False, (queries, elite, segment, prompts, lens, 0.25)
+        elite[:], arguments = False, (queries, elite, segment, prompts, lens, QUARTER)
         elite[:, :, -1] = True
         expected = native.elite_attention(*arguments)
         where = prompts.layout.key_index.view(16, 16)
@@ -190,8 +194,8 @@ class TestElite:
         queries, elite, segment, prompts, lens, _ = self.case([70], [20], (4, 2), 16, 16, 0.5)
         elite[0, 1] = False
         keys = reference.read_prompt(prompts, "key")
-        expected = reference.elite_attention(queries, elite, segment, keys, lens, 0.25)
-        found = native.elite_attention(queries, elite, segment, prompts, lens, 0.25)
+        expected = reference.elite_attention(queries, elite, segment, keys, lens, QUARTER)
+        found = native.elite_attention(queries, elite, segment, prompts, lens, QUARTER)
         assert found[0, 1, segment[0] >= 0].isnan().all()
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7, equal_nan=True)
 
@@ -199,12 +203,13 @@ class TestElite:
         """Rows before position 0 hold anything."""
         case = self.case([90, 30], [64, 3], (2, 1), 16, 16, 0.5)
         queries, elite, segment, prompts, lens, _ = case
+        scale = scales_of(2, 0.25)
         keys = reference.read_prompt(prompts, "key")
-        expected = reference.elite_attention(queries, elite, segment, keys, lens, 0.25)
-        found = native.elite_attention(queries, elite, segment, prompts, lens, 0.25)
+        expected = reference.elite_attention(queries, elite, segment, keys, lens, scale)
+        found = native.elite_attention(queries, elite, segment, prompts, lens, scale)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
         with pytest.raises(RuntimeError, match="instruction_len: expected at most 30, got 31"):
-            native.last_row_logits(queries, prompts, lens, torch.tensor([64, 31]), 0.25)
+            native.last_row_logits(queries, prompts, lens, torch.tensor([64, 31]), scale)
 
 
 def masses_of(length: int, groups: int = 3) -> torch.Tensor:
@@ -293,7 +298,7 @@ def results() -> list[torch.Tensor]:
     """Of all operations, on inputs that are large enough for several threads."""
     elite = TestElite()
     queries, chosen, segment, prompts, lens, texts = elite.case(*elite.CASES[3])
-    scale = 32**-0.5
+    scale = scales_of(2, 32**-0.5)
     proxies = random_queries(2, 16, 4, 32)
     masses = native.group_attention_sum(proxies, prompts, lens, 4, scale)
     return [

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
-from native_cases import NAN, prompts_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_cases import NAN, prompts_of, scales_of
 
 from vllm_kvcompress.kernels import native, reference
 
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("cpp")
 
 
 def check_window_scores(queries, prompts, lens, softcap=0.0, reduction="mean") -> None:
-    scale = prompts.layout.head_size**-0.5
+    scale = scales_of(len(lens), prompts.layout.head_size**-0.5)
     keys = reference.read_prompt(prompts, "key")
     expected = reference.window_scores(queries, keys, lens, scale, softcap, reduction)
     found = native.window_scores(queries, prompts, lens, scale, softcap, reduction)
@@ -76,7 +78,15 @@ class TestWindowScores:
     def test_lengths_that_do_not_fit_are_refused(self, prompt_len):
         prompts = prompts_of([64], 1, 8, 16, torch.float32, torch.Generator().manual_seed(4))
         with pytest.raises(RuntimeError, match="prompt_lens: expected 5 to 64"):
-            native.window_scores(torch.zeros(1, 5, 1, 8), prompts, torch.tensor([prompt_len]), 1.0)
+            native.window_scores(
+                torch.zeros(1, 5, 1, 8), prompts, torch.tensor([prompt_len]), torch.ones(1)
+            )
+
+    def test_each_row_needs_a_scale(self):
+        prompts = prompts_of([64, 64], 1, 8, 16, torch.float32, torch.Generator().manual_seed(4))
+        lens = torch.tensor([64, 64])
+        with pytest.raises(RuntimeError, match=r"scale: expected float32 \[2\]"):
+            native.window_scores(torch.zeros(2, 5, 1, 8), prompts, lens, torch.ones(1))
 
 
 class TestColumnSums:
@@ -101,8 +111,9 @@ class TestColumnSums:
         rows, positions = torch.tensor(lengths), torch.tensor(ends) - torch.tensor(lengths)
         arguments = (queries, rows, positions)
         keys = reference.read_prompt(prompts, "key").nan_to_num(0.0)
-        expected = reference.key_attention_sum(*arguments, keys, 0.2, softcap)
-        found = native.key_attention_sum(*arguments, prompts, 0.2, softcap)
+        scale = scales_of(len(ends), 0.2)
+        expected = reference.key_attention_sum(*arguments, keys, scale, softcap)
+        found = native.key_attention_sum(*arguments, prompts, scale, softcap)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
         total = rows[:, None].float().expand(-1, num_kv_heads)
         torch.testing.assert_close(found.sum(2), total, rtol=1e-4, atol=0)
@@ -111,7 +122,7 @@ class TestColumnSums:
         prompts = prompts_of([64], 1, 8, 16, torch.float32, torch.Generator().manual_seed(4))
         queries, rows = torch.zeros(1, 5, 1, 8), torch.tensor([5])
         with pytest.raises(RuntimeError, match="lengths: expected at most 5 rows that end by 64"):
-            native.key_attention_sum(queries, rows, torch.tensor([60]), prompts, 1.0)
+            native.key_attention_sum(queries, rows, torch.tensor([60]), prompts, torch.ones(1))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -152,37 +163,57 @@ def test_pool_prefix(length, kernel, kind):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("mode", ["e", "el", "elt", "rel"])
-@pytest.mark.parametrize("num_traced", [0, 1, 4])
-@pytest.mark.parametrize(
-    ("topk_frac", "lambda_c", "pool"), [(2.0, 0.5, "avg"), (1e-3, 3.0, "max"), (1e6, 1.0, "avg")]
-)
-def test_bacon_calibrate(length, mode, num_traced, topk_frac, lambda_c, pool):
+@pytest.mark.parametrize("kernel", [1, 5])
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_bacon_evidence(length, kernel, pool):
     generator = torch.Generator().manual_seed(length)
     (mean, num_candidates), (last, _) = batch(length, generator), batch(length, generator)
-    trace = [batch(length, generator)[0] for _ in range(num_traced)]
-    options = {
-        "kernel": 5,
-        "pool": pool,
-        "mode": mode,
-        "local_k": 3,
-        "lambda_c": lambda_c,
-        "topk_frac": topk_frac,
-    }
-    inputs = (mean, last, trace, num_candidates, torch.tensor([32, 4, 96]))
-    expected = reference.bacon_calibrate(*inputs, **options)
-    found = native.bacon_calibrate(*inputs, **options)
+    options = {"kernel": kernel, "pool": pool}
+    expected = reference.bacon_evidence(mean, last, num_candidates, **options)
+    found = native.bacon_evidence(mean, last, num_candidates, **options)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-7)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("mode", ["e", "el", "elt", "rel"])
+@pytest.mark.parametrize(("earlier", "trace_r"), [(0, 0), (0, 4), (1, 1), (5, 4)])
+@pytest.mark.parametrize(("topk_frac", "lambda_c"), [(2.0, 0.5), (1e-3, 3.0), (1e6, 1.0)])
+def test_bacon_calibrate(length, mode, earlier, trace_r, topk_frac, lambda_c):
+    """Two layers of three prompts, and what some earlier layers left."""
+    generator = torch.Generator().manual_seed(length)
+    layers = [batch(length, generator) for _ in range(2)]
+    base, evidence = (torch.cat([batch(length, generator)[0] for _ in layers]) for _ in range(2))
+    trace = torch.stack([batch(length, generator)[0] for _ in range(earlier + 2)])
+    num_candidates = layers[0][1].repeat(2)
+    outside = torch.arange(length) >= num_candidates[:, None, None]
+    inputs = (base.masked_fill(outside, -INF), evidence, trace, num_candidates)
+    capacity = torch.tensor([32, 4, 96, 8, 2, 200])
+    options = {"trace_r": trace_r, "mode": mode, "local_k": 3}
+    options |= {"lambda_c": lambda_c, "topk_frac": topk_frac}
+    expected = reference.bacon_calibrate(*inputs, capacity, **options)
+    found = native.bacon_calibrate(*inputs, capacity, **options)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_heads_may_leave_one_and_the_same_trace():
+    mean, num_candidates = batch(63, torch.Generator().manual_seed(0))
+    options = {"trace_r": 2, "mode": "elt", "local_k": 3, "lambda_c": 0.5, "topk_frac": 2.0}
+    shared = torch.stack([mean, mean.flip(2), mean / 2]).mean(2, keepdim=True).expand(-1, -1, 2, -1)
+    inputs = [(mean, mean, trace, num_candidates) for trace in (shared, shared.contiguous())]
+    found, expected = (
+        native.bacon_calibrate(*tensors, num_candidates, **options) for tensors in inputs
+    )
+    assert found.equal(expected)
 
 
 def test_no_evidence_leaves_the_score_as_it_is():
     mean, num_candidates = batch(63, torch.Generator().manual_seed(0))
-    options = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5}
-    base, evidence, final = native.bacon_calibrate(
-        mean, mean / 2, [], num_candidates, num_candidates, lambda_c=0.5, topk_frac=2.0, **options
-    )
+    base, evidence = native.bacon_evidence(mean, mean / 2, num_candidates, kernel=5, pool="avg")
     assert not evidence.any()
+    options = {"trace_r": 4, "mode": "elt", "local_k": 5, "lambda_c": 0.5, "topk_frac": 2.0}
+    trace = evidence[None]
+    final = native.bacon_calibrate(base, evidence, trace, num_candidates, num_candidates, **options)
     assert final.equal(base)
 
 
@@ -234,3 +265,31 @@ def test_head_counts(length, normalize):
         expected = reference.head_counts(base, torch.tensor(capacity), normalize)
         assert native.head_counts(base, torch.tensor(capacity), normalize).equal(expected)
         assert expected.sum(1).tolist() == [4 * c for c in capacity]
+
+
+class TestApportion:
+    def check(self, shares, total, low, high):
+        arguments = (
+            torch.tensor(shares, dtype=torch.float64),
+            *map(torch.tensor, (total, low, high)),
+        )
+        assert native.apportion(*arguments).equal(reference.apportion(*arguments))
+
+    @settings(max_examples=200)
+    @given(
+        sixths=st.lists(st.integers(-12, 90), min_size=1, max_size=30),
+        total=st.integers(-5, 400),
+        low=st.integers(0, 6),
+        span=st.integers(0, 9),
+    )
+    def test_ties_and_bounds(self, sixths, total, low, span):
+        """Many equal fractions, shares outside the bounds, sums that cannot be had."""
+        self.check([[x / 6 for x in sixths]], [total], [low], [low + span])
+
+    @pytest.mark.parametrize("count", [2, 112, 3000])
+    def test_rows(self, count):
+        generator = torch.Generator().manual_seed(count)
+        shares = 40 * torch.rand(50, count, generator=generator, dtype=torch.float64) ** 3
+        total = torch.randint(0, 50 * count, (50,), generator=generator)
+        high = torch.randint(5, 60, (50,), generator=generator)
+        self.check(shares.tolist(), total.tolist(), [2] * 50, high.tolist())

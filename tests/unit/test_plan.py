@@ -34,10 +34,10 @@ def test_equals_the_oracle(planner, facts):
     assert plan.num_kept_blocks == (pages.uniform if pages.compressed else pages.full)
     budget = budget_of(visual_mask(facts.length, facts.visual), cfg)
     if plan.compresses:
-        assert plan.fixed == pages.fixed
-        assert plan.recent == budget.recent
+        assert plan.num_protected_in_blocks == pages.fixed
+        assert plan.num_recent == budget.recent
         assert (plan.capacity, plan.num_candidates) == (budget.capacity, budget.num_candidates)
-        assert plan.pinned == budget.pinned
+        assert plan.num_protected == budget.pinned
         assert 0 <= plan.capacity < plan.num_candidates
 
 
@@ -61,7 +61,9 @@ def test_static_budgets_decide_the_blocks(allocator, rounding, length, head_scor
     plan = planner.plan(PromptFacts(length))
     cfg = oracle_config(planner)
     budget = budget_of(visual_mask(length, ()), cfg)
-    tokens = [[k - plan.pinned for k in row] for row in static_tokens(LAYERS, 2, budget, cfg)]
+    tokens = [
+        [k - plan.num_protected for k in row] for row in static_tokens(LAYERS, 2, budget, cfg)
+    ]
     assert planner.head_budgets(plan) == tokens
     mean = Fraction(sum(map(sum, tokens)), LAYERS * NUM_KV_HEADS) + 32
     assert plan.num_kept_blocks == min(math.ceil((mean - plan.tail) / 16), length // 16)
@@ -74,7 +76,7 @@ def test_recent_tokens_fit_though_static_budgets_fall_short(head_scores):
     planner = planner_of(16, budget=64, rounding="official", **settings)
     plan = planner.plan(PromptFacts(95))
     assert sum(map(sum, planner.head_budgets(plan))) / 6 + 32 < 60
-    assert (plan.recent, plan.tail, plan.fixed) == (64, 15, 49)
+    assert (plan.num_recent, plan.tail, plan.num_protected_in_blocks) == (64, 15, 49)
     assert plan.num_kept_blocks == 4
 
 
@@ -94,10 +96,10 @@ def test_kept_tokens_never_fall_below_the_budget(planner, facts):
     plan = planner.plan(facts)
     kept = plan.num_kept_blocks * planner.block_size + plan.tail
     if plan.compresses:
-        budget = plan.capacity + plan.pinned
+        budget = plan.capacity + plan.num_protected
         assert budget <= kept
         assert kept <= max(budget + planner.block_size - 1, planner.block_size + plan.tail)
-        assert plan.fixed <= plan.num_kept_blocks * planner.block_size
+        assert plan.num_protected_in_blocks <= plan.num_kept_blocks * planner.block_size
         assert plan.num_kept_blocks >= 1
     else:
         assert kept == facts.length
@@ -215,7 +217,7 @@ def test_examples(length, full, kept, tail, max_hit):
     plan = planner_of(32, method="snapkv", budget=64).plan(PromptFacts(length))
     assert (plan.num_full_blocks, plan.num_kept_blocks, plan.tail) == (full, kept, tail)
     assert plan.max_hit == max_hit
-    assert (plan.capacity, plan.pinned, plan.num_candidates) == (32, 32, length - 32)
+    assert (plan.capacity, plan.num_protected, plan.num_candidates) == (32, 32, length - 32)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_examples(length, full, kept, tail, max_hit):
 def test_ratios(ratio, length, block_size, kept):
     planner = planner_of(block_size, method="snapkv", budget=ratio)
     plan = planner.plan(PromptFacts(length))
-    assert plan.capacity + plan.pinned == kept
+    assert plan.capacity + plan.num_protected == kept
 
 
 class TestVisualCandidates:
@@ -252,9 +254,9 @@ class TestVisualCandidates:
         plan = planner_of(16, method="snapkv", candidates="visual", budget=budget, window=32).plan(
             IMAGE
         )
-        assert (plan.capacity, plan.num_candidates, plan.pinned) == (capacity, 390, 110)
+        assert (plan.capacity, plan.num_candidates, plan.num_protected) == (capacity, 390, 110)
         assert plan.num_kept_blocks == kept_blocks
-        assert plan.fixed == 106  # text in full blocks
+        assert plan.num_protected_in_blocks == 106  # text in full blocks
 
     @pytest.mark.parametrize(("scorer", "recent"), [("snapkv", 32), ("aircache+uniform", 1)])
     def test_recent_visual_tokens_do_not_compete(self, scorer, recent):
@@ -262,8 +264,8 @@ class TestVisualCandidates:
         planner = planner_of(16, method=scorer, candidates="visual", budget=50, window=32)
         plan = planner.plan(PromptFacts(500, ((100, 500),)))
         assert plan.num_candidates == 400 - recent
-        assert plan.pinned == 100 + recent
-        assert plan.fixed == 100 + max(0, recent - 4)
+        assert plan.num_protected == 100 + recent
+        assert plan.num_protected_in_blocks == 100 + max(0, recent - 4)
 
     def test_a_prompt_without_images_is_left_alone(self):
         planner = planner_of(16, method="aircache+uniform", budget="10%")
@@ -291,10 +293,10 @@ class TestTextPrior:
             16, method="h2o+uniform", text_prior=True, recent_share=share, budget=budget, window=32
         )
         plan = planner.plan(IMAGE)
-        assert plan.recent == recent
+        assert plan.num_recent == recent
         competing = min(390, 500 - recent - 10)
         assert (plan.capacity, plan.num_candidates) == (capacity, competing)
-        assert plan.pinned == 500 - competing
+        assert plan.num_protected == 500 - competing
         assert plan.compresses == (capacity < competing)
 
 
@@ -303,12 +305,12 @@ def test_recent_share_of_h2o(share, recent):
     plan = planner_of(16, method="h2o+uniform", recent_share=share, budget=100).plan(
         PromptFacts(500)
     )
-    assert plan.recent == recent
-    assert plan.fixed == recent - 4
-    assert (plan.capacity, plan.pinned) == (68, 32)  # allocators share out by the window
+    assert plan.num_recent == recent
+    assert plan.num_protected_in_blocks == recent - 4
+    assert (plan.capacity, plan.num_protected) == (68, 32)  # allocators share out by the window
 
 
 def test_plans_know_one_recent_token_of_postvision():
     """How many a head keeps follows from its own budget, when it is selected."""
     plan = planner_of(1, method="postvision", budget=100).plan(PromptFacts(500))
-    assert (plan.recent, plan.fixed) == (1, 1)
+    assert (plan.num_recent, plan.num_protected_in_blocks) == (1, 1)

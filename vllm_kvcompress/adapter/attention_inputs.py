@@ -7,7 +7,8 @@ an operator of its own, so that compiled models keep it.
 """
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -139,37 +140,57 @@ def _keep_queries(queries: torch.Tensor, positions: torch.Tensor):
 
 
 @dataclass
-class LayerQueryProjector:
-    """The layer's own way from hidden states to queries (a ``QueryProjector``).
+class StackProjector:
+    """The layers' own way from hidden states to queries (a ``QueryProjector``).
 
     Attributes:
-        inputs: of the layer.
+        inputs: of each layer.
         last: [N] int64, largest component of the last prompt token's position.
         num_heads, head_size: Hq of this rank, D.
     """
 
-    inputs: AttentionInputs
+    inputs: Sequence[AttentionInputs]
     last: torch.Tensor
     num_heads: int
     head_size: int
 
-    def project(self, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """[N, M, d] float32 and offsets [M] int64 -> rotated queries [N, M, Hq, D] float32."""
-        num, count, size = hidden.shape
-        inputs = self.inputs
-        rows = hidden.reshape(num * count, size).to(inputs.hidden.dtype)
-        # not called as modules: that would run our own hooks
-        queries = inputs.qkv_proj.forward(rows)[0][:, : self.num_heads * self.head_size]
-        queries = queries.reshape(num, count, self.num_heads, self.head_size)
-        if inputs.q_norm is not None:
-            queries = inputs.q_norm.forward(queries.contiguous())
-        return self.rotate(queries, offsets)
+    def project(self, layers: range, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """[R, M, d] float32 and offsets [M] int64 -> rotated queries [R, M, Hq, D] float32."""
+        found = []
+        for layer_idx, rows in zip(layers, hidden.chunk(len(layers)), strict=True):
+            inputs = self.inputs[layer_idx]
+            num, count, size = rows.shape
+            rows = rows.reshape(num * count, size).to(inputs.hidden.dtype)
+            # not called as modules: that would run our own hooks
+            queries = inputs.qkv_proj.forward(rows)[0][:, : self.num_heads * self.head_size]
+            queries = queries.reshape(num, count, self.num_heads, self.head_size)
+            if inputs.q_norm is not None:
+                queries = inputs.q_norm.forward(queries.contiguous())
+            found.append(queries)
+        return self.rotate(layers, torch.cat(found), offsets)
 
-    def rotate(self, queries: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """RoPE of [N, M, H, D] at offsets [M] int64, float32."""
-        num, count, heads, size = queries.shape
-        inputs = self.inputs
-        rows = queries.reshape(num * count, heads * size).to(inputs.hidden.dtype).contiguous()
-        positions = (self.last[:, None] + offsets).view(-1)
-        rotated, _ = inputs.rotary_emb.forward(positions, rows, rows.clone())
-        return rotated.view(num, count, heads, size).float()
+    def rotate(self, layers: range, queries: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """RoPE of [R, M, H, D] at offsets [M] int64, float32; one call per rotary module."""
+        rotated = torch.empty_like(queries, dtype=torch.float32)
+        rows = queries.unflatten(0, (len(layers), -1))
+        out = rotated.unflatten(0, (len(layers), -1))
+        groups: dict[int, list[int]] = {}
+        for index, layer_idx in enumerate(layers):
+            groups.setdefault(id(self.inputs[layer_idx].rotary_emb), []).append(index)
+        for members in groups.values():
+            where = torch.tensor(members, device=queries.device)
+            inputs = self.inputs[layers[members[0]]]
+            chosen = rows[where]  # [L', N, M, H, D]
+            flat = chosen.flatten(0, 2).flatten(1).to(inputs.hidden.dtype).contiguous()
+            positions = (self.last[:, None] + offsets).expand(len(members), -1, -1).reshape(-1)
+            turned, _ = inputs.rotary_emb.forward(positions, flat, flat.clone())
+            out[where] = turned.view(chosen.shape).float()
+        return rotated
+
+    def shares_rotation(self, layers: range) -> bool:
+        """Whether all of the layers rotate alike."""
+        return len({id(self.inputs[layer_idx].rotary_emb) for layer_idx in layers}) == 1
+
+    def of_prompts(self, prompts: slice) -> "StackProjector":
+        """The same for some of the N prompts."""
+        return replace(self, last=self.last[prompts])

@@ -2,35 +2,33 @@
 """The backend and the attention implementation of a compressing layer, on every platform."""
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
-from vllm_kvcompress.adapter import attention_inputs, refusals
-from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES
+from vllm_kvcompress.adapter import refusals
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.kernels import PromptPages, as_bytes
-from vllm_kvcompress.pipeline import LayerInputs
-from vllm_kvcompress.prefill_stats import SumRows
-from vllm_kvcompress.scoring import Need
+from vllm_kvcompress.kernels import as_bytes
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.adapter.builder import CompressedBuilder
+    from vllm_kvcompress.adapter.layers import CompressedLayers
 
 
 class CompressedBackend:
     """Mixin of a platform's ``AttentionBackend``; only layers of a compressing engine get it.
 
     Attributes:
-        settings, model_kv_heads: of the engine (see ``CompressedSpec``); set by the subclass that
+        extra: fields of ``CompressedSpec`` that depend on the engine; set by the subclass that
             ``selection`` makes for it.
     """
 
-    settings: ClassVar[str]
-    model_kv_heads: ClassVar[int]
+    extra: ClassVar[Mapping[str, Any]]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -42,7 +40,7 @@ class CompressedBackend:
         spec = super().customize_spec(spec)  # type: ignore[misc]
         if type(spec) is not FullAttentionSpec:
             return spec
-        return CompressedSpec.of(spec, settings=cls.settings, model_kv_heads=cls.model_kv_heads)
+        return CompressedSpec.of(spec, **cls.extra)
 
 
 class _AttentionLayer(Protocol):
@@ -64,6 +62,8 @@ class CompressedImpl:
     scale: float
     logits_soft_cap: float
     kv_cache_dtype: str
+    layers: "CompressedLayers | None" = None
+    """Shared by all compressed layers; set by the first metadata builder."""
     _per_head: "CompressedImpl | None" = None
 
     def __init__(self, *args, **kwargs) -> None:
@@ -76,7 +76,6 @@ class CompressedImpl:
         )
         if reasons:
             raise KVCompressionError.from_reasons(reasons)
-        self._float8 = FLOAT8_TYPES.get(self.kv_cache_dtype)
 
     def forward(
         self,
@@ -90,7 +89,7 @@ class CompressedImpl:
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; then, where prompts end, compress this layer.
+        """Attend, and keep what the compression of unfinished prompts will need.
 
         Args:
             query: [tokens, Hq, D]; the layer's K and V are in the cache already. Where the kernel
@@ -107,118 +106,36 @@ class CompressedImpl:
         meta = attn_metadata
         queries = query.view(-1, self.num_heads, self.head_size)
         result = output.view(-1, self.num_heads, self.head_size)
-        if meta.natural is not None and meta.natural_tokens is None:
-            stock(layer, query, key, value, kv_cache, meta.natural, output)
-        elif meta.natural_tokens is not None:
-            part = torch.empty_like(result[: meta.natural.num_actual_tokens])
-            stock(
-                layer, _take(queries, meta.natural_tokens), None, None, kv_cache, meta.natural, part
-            )
-            result[meta.natural_tokens] = part
-        if meta.queries is not None or meta.sums is not None:
-            self._compress(layer, queries, kv_cache, meta, output.dtype)
-        if meta.virtual is not None:
-            self._attend_virtual(layer, queries, kv_cache, meta, result)
+        if meta.prefill is not None and meta.prefill_tokens is None:
+            stock(layer, query, key, value, kv_cache, meta.prefill, output)
+        elif meta.prefill_tokens is not None:
+            part = torch.empty_like(result[: meta.prefill.num_actual_tokens])
+            chosen = _take(queries, meta.prefill_tokens)
+            stock(layer, chosen, None, None, kv_cache, meta.prefill, part)
+            result[meta.prefill_tokens] = part
+        if meta.per_head is not None:
+            self._attend_per_head(layer, queries, kv_cache, meta, result)
+        if meta.queries is not None or meta.stats is not None:
+            self._keep(layer, queries, meta, output.dtype)
         return output
 
-    def _compress(
+    def _keep(
         self,
         layer: _AttentionLayer,
         queries: torch.Tensor,
-        kv_cache: torch.Tensor,
         meta: CompressedMetadata,
         dtype: torch.dtype,
     ) -> None:
         """``dtype``: of the model."""
-        builder, moved, ending = meta.builder, meta.queries, meta.ending
-        row = builder.layer_rows[layer.layer_name]
-        movable = as_bytes(queries)
-        with builder.telemetry.layer():
-            sums = self._add_sums(layer, row, queries, kv_cache, meta, dtype)
-            if moved is not None and moved.save is not None:
-                request, store_row, token = moved.save
-                builder.stored_queries(movable)[request, row, store_row] = movable[token]
-            if ending is None:
-                return
-            assert moved is not None
-            assert moved.tokens is not None
-            last_queries = movable[moved.tokens]  # [N, Q, Hq, D]
-            if moved.load is not None:
-                entry, column, request, store_row = moved.load
-                stored = builder.stored_queries(movable)
-                last_queries[entry, column] = stored[request, row, store_row]
-            key_scale, value_scale = self._scales(layer)
-            inputs = LayerInputs(
-                layer=builder.layer_indices[layer.layer_name],
-                row=row,
-                queries=_as_numbers(last_queries.view(queries.dtype), layer, dtype),
-                pages=self._typed(_as_pages(kv_cache)),
-                scale=self.scale,
-                softcap=self.logits_soft_cap,
-                key_scale=key_scale,
-                value_scale=value_scale,
-                **sums,
-            )
-            all_pages, layer_pages = builder.span()
-            if all_pages is not None:
-                all_pages = self._typed(all_pages)
-            count = builder.pipeline.compress(ending, inputs, all_pages, layer_pages)
-            if count is not None:
-                builder.telemetry.record_pages(count)
-        if layer.layer_name == builder.last_layer:
-            pages = len(builder.layer_rows) * self.num_kv_heads
-            builder.telemetry.end_step(builder.block_size / pages, meta.tail_tokens)
+        layers = self.layers
+        assert layers is not None
+        layer_idx = layers.facts.position_of[layer.layer_name]
+        if meta.queries is not None:
+            layers.waiting.keep_queries(layer_idx, queries, *meta.queries)
+        if meta.stats is not None:
+            layers.waiting.keep_stats(layer_idx, meta.stats, _as_numbers(queries, layer, dtype))
 
-    def _add_sums(
-        self,
-        layer: _AttentionLayer,
-        row: int,
-        queries: torch.Tensor,
-        kv_cache: torch.Tensor,
-        meta: CompressedMetadata,
-        dtype: torch.dtype,
-    ) -> dict[str, Any]:
-        """Take this step's rows into the sums over the prompt; the totals of those that end."""
-        builder, rows, sums = meta.builder, meta.sums, meta.builder.sums
-        found: dict[str, Any] = {}
-        if rows is None:
-            return found
-        if Need.KEY_ATTENTION_SUMS in sums.needs:
-            pages = self._typed(_as_pages(kv_cache))
-            layout = builder.pipeline.layout._replace(key_scale=self._scales(layer)[0])
-            prompts = PromptPages(pages, rows.block_table, self.num_kv_heads, layout)
-            queries = _as_numbers(queries, layer, dtype)
-            total = sums.add_columns(rows, row, queries, prompts, self.scale, self.logits_soft_cap)
-            if meta.ending is not None:
-                length = meta.ending.block_table.shape[1] * builder.block_size
-                found["key_attention_sum"] = total[:, :, :length]
-        if sums.needs & attention_inputs.CAPTURED:
-            inputs = attention_inputs.inputs_of(builder.layers[row])
-            found.update(self._add_moments(builder, row, inputs, rows))
-        return found
-
-    def _add_moments(
-        self,
-        builder: "CompressedBuilder",
-        row: int,
-        inputs: attention_inputs.AttentionInputs,
-        rows: SumRows,
-    ) -> dict[str, Any]:
-        """Moments of what goes into the layer before RoPE, and the way to make more of it."""
-        sums = builder.sums
-        found: dict[str, Any] = {}
-        if Need.HIDDEN_MOMENTS in sums.needs:
-            found["hidden"] = sums.add_hidden(rows, row, inputs.hidden)
-        if Need.QUERY_MOMENTS in sums.needs:
-            queries = inputs.queries.view(-1, self.num_heads, self.head_size)
-            found["moments"] = sums.add_queries(rows, row, queries)
-        last = inputs.positions[rows.tokens[rows.ending, -1]].amax(1)
-        found["projector"] = attention_inputs.LayerQueryProjector(
-            inputs, last, self.num_heads, self.head_size
-        )
-        return found
-
-    def _attend_virtual(
+    def _attend_per_head(
         self,
         layer: _AttentionLayer,
         queries: torch.Tensor,
@@ -230,35 +147,24 @@ class CompressedImpl:
             self._per_head = copy.copy(self)
             self._per_head.num_heads = self.num_queries_per_kv
             self._per_head.num_kv_heads = 1
-        virtual = meta.virtual
-        assert virtual is not None
+        batch, layers = meta.per_head, self.layers
+        assert batch is not None
+        assert layers is not None
         group, head_size = self.num_queries_per_kv, self.head_size
-        stock_meta = meta.builder.virtual_metadata(
-            virtual, meta.builder.layer_rows[layer.layer_name]
-        )
-        all_pages, _ = meta.builder.span()
-        pages = _as_pages(kv_cache) if all_pages is None else all_pages
+        stock_meta = batch.metadata_of(layers.facts.position_of[layer.layer_name])
+        # where budgets are even, ids count from the layer's own pages
+        pages = kv_cache if layers.even else layers.facts.pages.pages
         pages = pages.view(-1, 1, *kv_cache.shape[2:])
-        if virtual.order is None:
+        if batch.order is None:
             num_tokens = meta.num_actual_tokens
             rows = queries[:num_tokens].reshape(-1, group, head_size)
             out = result[:num_tokens].view(-1, group, head_size)
             self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
             return
-        rows = _take(queries.reshape(-1, group, head_size), virtual.order)
+        rows = _take(queries.reshape(-1, group, head_size), batch.order)
         out = torch.empty_like(rows, dtype=result.dtype)
         self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
-        result.view(-1, group, head_size)[virtual.order] = out
-
-    def _typed(self, pages: torch.Tensor) -> torch.Tensor:
-        """Pages of a float8 cache, which vLLM allocates as bytes, in their type."""
-        return pages if self._float8 is None else pages.view(self._float8)
-
-    def _scales(self, layer: _AttentionLayer) -> tuple[float, float]:
-        """Of keys and of values. vLLM has them on the host, too: nothing waits for the device."""
-        if self._float8 is None:
-            return 1.0, 1.0
-        return layer._k_scale_float, layer._v_scale_float
+        result.view(-1, group, head_size)[batch.order] = out
 
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -272,6 +178,10 @@ def _as_numbers(queries: torch.Tensor, layer: _AttentionLayer, dtype: torch.dtyp
     return queries.to(dtype) * layer._q_scale_float
 
 
-def _as_pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """[num_blocks, Hkv, block_size, 2 * D] as head pages [num_blocks * Hkv, block_size * 2 * D]."""
-    return kv_cache.view(-1, kv_cache.shape[2] * kv_cache.shape[3])
+def layers_of(vllm_config: VllmConfig) -> "CompressedLayers":
+    """What the compressed layers of an engine's worker share, once its KV cache is initialized."""
+    for module in vllm_config.compilation_config.static_forward_context.values():
+        if isinstance(module, Attention) and isinstance(module.impl, CompressedImpl):
+            assert module.impl.layers is not None, "the metadata builder has made it"
+            return module.impl.layers
+    raise AssertionError("a compressing engine has compressed layers")

@@ -1,40 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the attention metadata of a compressing layer group, on every platform.
+"""Builds the attention metadata of a compressed layer group, on every platform.
 
-A request's KV head is, for decoding, a paged sequence of its own: G query heads, one KV head, its
-own page table and length. So the decode rows of R requests run as a *virtual batch* of R * Hkv
-sequences through the platform's own attention kernel, while prompts run as stock vLLM runs them.
+A request's KV head is, for attention over head pages, a paged sequence of its own: G query heads,
+one KV head, its own page table and length. So R requests run as a *per-head batch* of R * Hkv
+sequences through the platform's own attention kernel. A request that has not been compressed may
+take part: its head pages are those of its own blocks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils import torch_utils
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.adapter import ending_prompts, refusals
+from vllm_kvcompress.adapter import refusals
+from vllm_kvcompress.adapter.backend import CompressedImpl
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
-from vllm_kvcompress.adapter.metadata import CompressedMetadata, RowTransfer, VirtualBatch
-from vllm_kvcompress.adapter.parallel import mean_over_heads, mean_over_replicas, rank_heads
-from vllm_kvcompress.adapter.runner import current_step
-from vllm_kvcompress.adapter.settings import describe_budget, settings_of
-from vllm_kvcompress.adapter.telemetry import WorkerTelemetry
-from vllm_kvcompress.allocation import Scope
-from vllm_kvcompress.batch import StepRows, head_major_order, plan_rows, ranges
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.adapter.layers import CompressedLayers
+from vllm_kvcompress.adapter.metadata import CompressedMetadata, PerHeadBatch, QueryCopy
+from vllm_kvcompress.adapter.settings import describe_budget
+from vllm_kvcompress.batch import StepBatch, gather_queries, head_major_order, plan_stats, ranges
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
-from vllm_kvcompress.page_state import HeadPageState, PageTables
-from vllm_kvcompress.pipeline import CompressionPipeline
-from vllm_kvcompress.plan import BlockPlanner
-from vllm_kvcompress.prefill_stats import PromptSums
-from vllm_kvcompress.request_store import RequestStore
+from vllm_kvcompress.page_state import PageTables
+from vllm_kvcompress.prefill_stats import StatsRows
 
 logger = init_logger("vllm.kvcompress")
 
@@ -42,8 +36,8 @@ logger = init_logger("vllm.kvcompress")
 class CompressedBuilder:
     """Mixin of a platform's metadata builder.
 
-    The platform class supplies ``make_virtual_builder`` (a second builder of the platform, for one
-    KV head), ``page_layout``, and ``hold`` where steps are replayed from full graphs.
+    The platform class supplies ``make_per_head_builder`` (a second builder of the platform, for one
+    KV head), ``page_layout``, and ``static_buffer`` where steps are replayed from full graphs.
     """
 
     platform_backend: ClassVar[str]
@@ -54,74 +48,55 @@ class CompressedBuilder:
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        settings = settings_of(vllm_config)
-        if not isinstance(kv_cache_spec, CompressedSpec) or settings is None:
+        if not isinstance(kv_cache_spec, CompressedSpec):
             raise KVCompressionError(
                 "KV compression was asked for, but vLLM gives these layers a cache that cannot be "
                 f"compressed ({type(kv_cache_spec).__name__}): serve the model without "
                 "--kv-compression."
             )
-        names = sorted(layer_names, key=extract_layer_index)
-        self.layer_rows = {name: row for row, name in enumerate(names)}
-        self.layer_indices = {name: extract_layer_index(name) for name in names}
-        self.last_layer = names[-1]
+        context = vllm_config.compilation_config.static_forward_context
+        modules = {name: context[name] for name in layer_names}
+        self.layers = self._shared(vllm_config, kv_cache_spec, modules)
         self.num_kv_heads = kv_cache_spec.num_kv_heads
-        self.max_num_rows = vllm_config.scheduler_config.max_num_seqs
+        self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        # a full graph replays per-head batches only
+        self.replays_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.max_num_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
-        parallel = vllm_config.parallel_config
-        model_heads, ranks = kv_cache_spec.model_kv_heads, parallel.tensor_parallel_size
-        self.heads = rank_heads(model_heads, self.num_kv_heads, ranks)
-        self.mean_over_replicas = mean_over_replicas(model_heads, ranks)
-        self.layers = [vllm_config.compilation_config.static_forward_context[n] for n in names]
-        refusals.check_scales(self.layers)
-        self._span: tuple[torch.Tensor, int] | None = None
-        self.telemetry = WorkerTelemetry(device, active=parallel.rank == 0)
-        self.virtual_builder = self.make_virtual_builder(
+        self.per_head_builder = self.make_per_head_builder(
             replace(kv_cache_spec.plain(), num_kv_heads=1), vllm_config
         )
-        self.arange = torch.arange(self.max_num_rows * self.num_kv_heads + 1, dtype=torch.int32)
-        self.configure(settings, kv_cache_spec.planner)
+        self.arange = torch.arange(self.max_num_seqs * self.num_kv_heads + 1, dtype=torch.int32)
+        self._tables: PageTables | None = None
         self._announce(vllm_config)
 
-    def configure(self, settings: KVCompressionConfig, planner: BlockPlanner) -> None:
-        """Use these settings from now on; no request may be running."""
-        self.settings, self.planner = settings, planner
-        num_layers = len(self.layer_rows)
-        assert planner.num_layers == num_layers, "plans count the layers of the group"
-        allocator = settings.allocation
-        self.even = allocator.scope is Scope.EVEN
-        self.state = HeadPageState(
-            self.max_num_rows, 1 if self.even else num_layers, self.num_kv_heads, self.device
-        )
-        self.tables = PageTables(self.state, self.max_num_blocks, self.block_size)
-        self.pipeline = CompressionPipeline(
-            settings.scoring,
-            allocator,
-            settings.merging,
-            settings.window,
-            num_layers,
-            self.num_kv_heads,
-            self.page_layout(),
-            self.state,
-            mean_over_heads,
-            int(self.heads[0]),
-            self.mean_over_replicas,
-        )
-        self.stored_rows = RequestStore()
-        self.sums = PromptSums(num_layers, settings.needs)
+    def _shared(self, vllm_config, spec: CompressedSpec, modules: dict) -> CompressedLayers:
+        """What all builders of these layers share: vLLM makes several in turn."""
+        impls = [module.impl for module in modules.values()]
+        assert all(isinstance(impl, CompressedImpl) for impl in impls)
+        if impls[0].layers is None:
+            layers = CompressedLayers(vllm_config, spec, modules, self.device, self.page_layout())
+            for impl in impls:
+                impl.layers = layers
+        return impls[0].layers
+
+    @property
+    def tables(self) -> PageTables:
+        if self._tables is None or self._tables.state is not self.layers.state:
+            self._tables = PageTables(self.layers.state, self.max_num_blocks, self.block_size)
+        return self._tables
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        """Full graphs hold decode steps only: they are captured as virtual batches."""
+        """Full graphs hold decode steps only: they are captured as per-head batches."""
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
-    def make_virtual_builder(self, spec: FullAttentionSpec, vllm_config) -> Any:
+    def make_per_head_builder(self, spec: FullAttentionSpec, vllm_config) -> Any:
         raise NotImplementedError
 
     def page_layout(self) -> PageLayout:
         raise NotImplementedError
 
-    def hold(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def static_buffer(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A tensor of a decode step as graphs will read it; without graphs the tensor itself.
 
         ``name`` is "slots" or "starts".
@@ -129,18 +104,22 @@ class CompressedBuilder:
         return value
 
     def _announce(self, vllm_config) -> None:
+        config, layers = self.layers.config, self.layers
         runner = "V2" if vllm_config.use_v2_model_runner else "V1"
         logger.info_once(
             "KV compression is on: scorer %s, allocator %s, merge %s, budget %s per KV head, "
-            "window %d, block size %d, %d layers x %d KV heads, backend %s on %s, model runner %s, "
-            "kernels: %s. Refused: %s.",
-            self.settings.scorer,
-            self.settings.allocator,
-            self.settings.merge,
-            describe_budget(self.settings),
-            self.settings.window,
+            "window %d, when %s, workspace %d MiB, room for %d prompts that wait, block size %d, "
+            "%d layers x %d KV heads, backend %s on %s, model runner %s, kernels: %s. Refused: %s.",
+            config.scorer,
+            config.allocator,
+            config.merge,
+            describe_budget(config),
+            config.window,
+            config.when,
+            config.workspace_mib,
+            layers.num_entries,
             self.block_size,
-            len(self.layer_rows),
+            layers.num_layers,
             self.num_kv_heads,
             self.platform_backend,
             self.device,
@@ -149,77 +128,52 @@ class CompressedBuilder:
             refusals.SUMMARY,
         )
 
-    def upload(self, values: np.ndarray) -> torch.Tensor:
-        """Start copying a host array to the device."""
-        if self.device.type == "cpu":
-            return torch.from_numpy(values)
-        return torch_utils.async_tensor_h2d(values, device=self.device)
-
     def build_for_cudagraph_capture(self, cam: CommonAttentionMetadata):
-        nobody = np.full(cam.num_reqs, self.state.num_slots, dtype=np.int64)
-        return CompressedMetadata(
-            self, cam.num_actual_tokens, virtual=self._decode_batch(cam, nobody)
-        )
+        nobody = np.full(cam.num_reqs, self.layers.state.num_slots, dtype=np.int64)
+        return CompressedMetadata(cam.num_actual_tokens, per_head=self._decode_batch(cam, nobody))
 
     def build(self, common_prefix_len: int, cam: CommonAttentionMetadata, fast_build: bool = False):
-        step = current_step()
-        if step is None:  # dummy runs have no requests
+        if not self.layers.in_step:  # dummy runs have no requests
             return super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
-        self.telemetry.poll()
-        self._forget(step.state.slots.take_left())
-        rows = step.rows(cam)
-        self._begin_requests(rows)
-        decode, prompt = rows.decode_part, rows.prompt_part
-        if not prompt.any() and cam.max_query_len == 1:
-            slots = np.full(cam.num_reqs, self.state.num_slots, dtype=np.int64)
-            slots[: len(rows.slots)] = rows.slots
+        batch = self.layers.batch(cam)
+        compressed = batch.compressed
+        brings_rows = batch.bring_rows.any()
+        one_token = cam.max_query_len == 1 and not brings_rows
+        if one_token and (self.replays_graphs or compressed.all()):
+            slots = np.full(cam.num_reqs, self.layers.state.num_slots, dtype=np.int64)
+            slots[: len(batch.slots)] = batch.slots
             return CompressedMetadata(
-                self, cam.num_actual_tokens, virtual=self._decode_batch(cam, slots)
+                cam.num_actual_tokens, per_head=self._decode_batch(cam, slots)
             )
-        meta = CompressedMetadata(self, cam.num_actual_tokens)
-        if not decode.any():
-            meta.natural = super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
-        elif prompt.any():
-            self._natural_part(meta, cam, rows)
-        self._compression_part(meta, cam, rows)
-        if decode.any():
-            meta.virtual = self._mixed_batch(cam, rows)
+        meta = CompressedMetadata(cam.num_actual_tokens)
+        if not compressed.any():
+            meta.prefill = super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
+        else:
+            self._prefill_part(meta, cam, batch)
+            meta.per_head = self._mixed_batch(cam, batch)
+        if brings_rows:
+            self._keep_part(meta, cam, batch)
         return meta
 
-    def _begin_requests(self, rows: StepRows) -> None:
-        """Give the state of new requests, and of prompts that end now, its starting value."""
-        ends, compresses = rows.ends_prompt, rows.compresses
-        lost = compresses & rows.fresh & (rows.num_computed >= rows.prompt_lens)
-        assert not lost.any(), "a request came past its prompt without having been compressed"
-        begin = np.flatnonzero(rows.fresh | ends)
-        if begin.size == 0:
-            return
-        done = (compresses & ends)[begin]
-        num_full = [plan.num_full_blocks for plan in (rows.plans[i] for i in begin)]
-        num_kept = [plan.num_kept_blocks for plan in (rows.plans[i] for i in begin)]
-        packed = self.upload(
-            np.stack([rows.slots[begin], np.where(done, num_full, 0), np.where(done, num_kept, 1)])
-        )
-        self.state.begin(packed[0], packed[1], packed[2], self.even)
-
-    def _natural_part(
-        self, meta: CompressedMetadata, cam: CommonAttentionMetadata, rows: StepRows
+    def _prefill_part(
+        self, meta: CompressedMetadata, cam: CommonAttentionMetadata, batch: StepBatch
     ) -> None:
-        """The platform's metadata for the prompt tokens of a mixed batch."""
-        part = rows.prompt_part
-        chosen = np.flatnonzero(part)
-        lens = part[chosen]
+        """The platform's metadata of the requests that have not been compressed."""
+        chosen = np.flatnonzero(~batch.compressed)
+        if not chosen.size:
+            return
+        upload = self.layers.facts.upload
+        lens = batch.query_lens[chosen]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
-        seq_lens = (rows.num_computed[chosen] + lens).astype(np.int32)
-        index = self.upload(chosen)
-        meta.natural_tokens = self.upload(ranges(rows.query_starts[chosen], lens))
-        host_lens = torch.from_numpy(seq_lens)
+        seq_lens = (batch.num_computed[chosen] + lens).astype(np.int32)
+        index = upload(chosen)
+        meta.prefill_tokens = upload(ranges(batch.query_starts[chosen], lens))
         sub = replace(
             cam,
-            query_start_loc=self.upload(starts),
+            query_start_loc=upload(starts),
             query_start_loc_cpu=torch.from_numpy(starts),
-            seq_lens=self.upload(seq_lens),
-            seq_lens_cpu_upper_bound=host_lens,
+            seq_lens=upload(seq_lens),
+            seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
             num_reqs=len(chosen),
             num_actual_tokens=int(lens.sum()),
             max_query_len=int(lens.max()),
@@ -228,134 +182,87 @@ class CompressedBuilder:
             is_prefilling=None,
             req_idx=None,
         )
-        meta.natural = super().build(0, sub)  # type: ignore[misc]
+        meta.prefill = super().build(0, sub)  # type: ignore[misc]
 
-    def _compression_part(
-        self, meta: CompressedMetadata, cam: CommonAttentionMetadata, rows: StepRows
+    def _keep_part(
+        self, meta: CompressedMetadata, cam: CommonAttentionMetadata, batch: StepBatch
     ) -> None:
-        """What ends in this step, and the rows that it brings or still misses."""
-        ends = rows.ends_prompt
-        ending = np.flatnonzero(ends & rows.compresses)
-        self.telemetry.record_prompts(
-            len(ending), int(ends.sum()) - len(ending), int(rows.prompt_lens[ending].sum())
+        """What this step leaves behind for prompts that will be compressed."""
+        layers = self.layers
+        gather = gather_queries(batch)
+        if gather.token.size:
+            owners = [batch.req_ids[i] for i in gather.owner]
+            places = layers.waiting.places(owners, gather.distance)
+            source, target = layers.facts.upload(np.stack([gather.token, places]))
+            meta.queries = QueryCopy(source, target)
+        if layers.waiting.stats:
+            meta.stats = self._stats_rows(cam, batch)
+
+    def _stats_rows(self, cam: CommonAttentionMetadata, batch: StepBatch) -> StatsRows:
+        chunks, layers = plan_stats(batch), self.layers
+        entries = layers.waiting.entries_of([batch.req_ids[i] for i in chunks.owner])
+        width = int(chunks.lengths.max())
+        index = np.arange(width) - width + chunks.lengths[:, None]  # [M, C], < 0: not a token
+        tokens = np.where(index >= 0, chunks.starts[:, None] + index, 0)
+        counted = chunks.lengths - chunks.skip
+        packed = np.stack([entries, chunks.lengths, chunks.positions, counted, chunks.owner])
+        entries, lengths, positions, counted, chosen = layers.facts.upload(packed)
+        num_blocks = -(-int((chunks.positions + chunks.lengths).max()) // self.block_size)
+        return StatsRows(
+            entries=entries,
+            tokens=layers.facts.upload(tokens),
+            lengths=lengths,
+            positions=positions,
+            counted=counted,
+            block_table=cam.block_table_tensor[chosen, :num_blocks].long(),
         )
-        moved = plan_rows(rows, ending)
-        load = save = tokens = None
-        if moved.load[0].size:
-            entry, column, owner, store_row = moved.load
-            request = self.stored_rows.rows([rows.req_ids[i] for i in owner])
-            load = tuple(self.upload(a) for a in (entry, column, request, store_row))
-        if moved.save[0].size:
-            owner, store_row, token = moved.save
-            request = self.stored_rows.rows([rows.req_ids[i] for i in owner])
-            save = tuple(self.upload(a) for a in (request, store_row, token))
-        if self.sums:
-            meta.sums = ending_prompts.sum_rows(self, cam, rows, ending)
-        if ending.size:
-            tokens = self.upload(moved.tokens)
-            meta.ending = ending_prompts.gather(self, cam, rows, ending)
-            meta.tail_tokens = sum(rows.plans[i].tail for i in ending)
-            self._forget([rows.req_ids[i] for i in ending])
-        if ending.size or save:
-            meta.queries = RowTransfer(tokens, load, save)
 
-    def _forget(self, req_ids: Iterable[str]) -> None:
-        """These requests need nothing of earlier chunks any more."""
-        gone = list(req_ids)
-        self.stored_rows.discard(gone)
-        self.sums.discard(gone)
-
-    def stored_queries(self, queries: torch.Tensor) -> torch.Tensor:
-        """[requests, L, rows, Hq, D] of earlier chunks."""
-        shape = (len(self.layer_rows), self.planner.max_rows, *queries.shape[-2:])
-        return self.stored_rows.reserve(shape, queries.dtype, queries.device)
-
-    def span(self) -> tuple[torch.Tensor | None, int]:
-        """Head pages of all layers and the pages from one layer to the next.
-
-        None and 0 when no page moves between layers.
-        """
-        if not self.pipeline.spans_layers:
-            return None, 0
-        caches = [layer.kv_cache for layer in self.layers]
-        first = caches[0]
-        if self._span is None or self._span[0].data_ptr() != first.data_ptr():
-            elems = first.shape[2] * first.shape[3]
-            offsets = [cache.storage_offset() - first.storage_offset() for cache in caches]
-            step = offsets[1] if len(offsets) > 1 else 0
-            storages = {cache.untyped_storage().data_ptr() for cache in caches}
-            regular = offsets == [row * step for row in range(len(offsets))]
-            if len(storages) > 1 or not regular or step % elems:
-                raise KVCompressionError(
-                    f"the allocator {self.settings.allocator} moves budget between layers, but "
-                    "vLLM does not place the layers of this model at equal distances: use an "
-                    "allocator that stays inside a layer, such as uniform or adakv."
-                )
-            count = (offsets[-1] + first.numel()) // elems
-            pages = torch.as_strided(first, (count, elems), (elems, 1), first.storage_offset())
-            self._span = pages, step // elems
-        return self._span
-
-    def _decode_batch(self, cam: CommonAttentionMetadata, slots: np.ndarray) -> VirtualBatch:
-        """All rows decode one token: query memory already is in virtual order.
+    def _decode_batch(self, cam: CommonAttentionMetadata, slots: np.ndarray) -> PerHeadBatch:
+        """All requests decode one token: query memory already is in the order of the sequences.
 
         Padding rows of a full graph have no query token, like vLLM's own.
         """
-        num_rows, num_heads = cam.num_reqs, self.num_kv_heads
-        num_queries = int(cam.query_start_loc_cpu[num_rows]) * num_heads
-        starts = self.arange[: num_rows * num_heads + 1].clamp(max=num_queries)
-        virtual_cam = self._virtual_cam(cam, starts, num_rows, cam.num_actual_tokens, 1)
-        virtual_cam.query_start_loc = self.hold("starts", virtual_cam.query_start_loc)
-        virtual = VirtualBatch(
-            slots=self.hold("slots", self.upload(slots)),
-            seq_lens=cam.seq_lens[:num_rows],
-            block_table=cam.block_table_tensor[:num_rows],
-            order=None,
-            cam=virtual_cam,
-            layers_at_once=self.tables.layers_at_once(num_rows),
-        )
-        return self._share_table(virtual)
+        num_reqs, num_heads = cam.num_reqs, self.num_kv_heads
+        num_queries = int(cam.query_start_loc_cpu[num_reqs]) * num_heads
+        starts = self.arange[: num_reqs * num_heads + 1].clamp(max=num_queries)
+        per_head_cam = self._per_head_cam(cam, starts, num_reqs, cam.num_actual_tokens, 1)
+        per_head_cam.query_start_loc = self.static_buffer("starts", per_head_cam.query_start_loc)
+        slot_tensor = self.static_buffer("slots", self.layers.facts.upload(slots))
+        rows = slot_tensor, cam.block_table_tensor[:num_reqs], cam.seq_lens[:num_reqs]
+        return PerHeadBatch(None, self._metadata_maker(per_head_cam, *rows))
 
-    def _mixed_batch(self, cam: CommonAttentionMetadata, rows: StepRows) -> VirtualBatch:
-        """Decode parts of a step that also has prompt parts, or has rows of several tokens."""
-        part = rows.decode_part
-        chosen = np.flatnonzero(part)
-        lens = part[chosen]
-        first = rows.query_starts[chosen] + rows.query_lens[chosen] - lens
+    def _mixed_batch(self, cam: CommonAttentionMetadata, batch: StepBatch) -> PerHeadBatch:
+        """The compressed requests of a step that has others, or brings several tokens of one."""
+        upload = self.layers.facts.upload
+        chosen = np.flatnonzero(batch.compressed)
+        lens = batch.query_lens[chosen]
         starts = np.concatenate([[0], np.cumsum(np.repeat(lens, self.num_kv_heads))])
-        index = self.upload(chosen)
-        layers_at_once = self.tables.layers_at_once(len(chosen))
-        if rows.ends_prompt[chosen].any():  # their pages are not known before their layer has run
-            layers_at_once = 1
-        virtual = VirtualBatch(
-            slots=self.upload(rows.slots[chosen]),
-            seq_lens=cam.seq_lens[index],
-            block_table=cam.block_table_tensor[index],
-            order=self.upload(head_major_order(first, lens, self.num_kv_heads)),
-            cam=self._virtual_cam(
-                cam,
-                torch.from_numpy(starts.astype(np.int32)),
-                len(chosen),
-                int(lens.sum()),
-                int(lens.max()),
-            ),
-            layers_at_once=layers_at_once,
+        index = upload(chosen)
+        per_head_cam = self._per_head_cam(
+            cam,
+            torch.from_numpy(starts.astype(np.int32)),
+            len(chosen),
+            int(lens.sum()),
+            int(lens.max()),
         )
-        return self._share_table(virtual)
+        order = head_major_order(batch.query_starts[chosen], lens, self.num_kv_heads)
+        rows = upload(batch.slots[chosen]), cam.block_table_tensor[index], cam.seq_lens[index]
+        return PerHeadBatch(upload(order), self._metadata_maker(per_head_cam, *rows))
 
-    def _virtual_cam(
+    def _per_head_cam(
         self,
         cam: CommonAttentionMetadata,
         starts: torch.Tensor,
-        num_rows: int,
+        num_reqs: int,
         num_tokens: int,
         max_query_len: int,
     ) -> CommonAttentionMetadata:
+        """Common metadata of the sequences, complete but for tables and lengths."""
         return replace(
             cam,
-            query_start_loc=self.upload(starts.numpy()),
+            query_start_loc=self.layers.facts.upload(starts.numpy()),
             query_start_loc_cpu=starts,
-            num_reqs=num_rows * self.num_kv_heads,
+            num_reqs=num_reqs * self.num_kv_heads,
             num_actual_tokens=num_tokens * self.num_kv_heads,
             max_query_len=max_query_len,
             seq_lens_cpu_upper_bound=None,
@@ -363,31 +270,44 @@ class CompressedBuilder:
             req_idx=None,
         )
 
-    def _share_table(self, virtual: VirtualBatch) -> VirtualBatch:
-        """Layers that are all alike share one table, built here instead of in a layer."""
-        if self.even:
-            self._fill_tables(virtual, 0)
-        return virtual
+    def _metadata_maker(
+        self,
+        cam: CommonAttentionMetadata,
+        slots: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> Callable[[int], Any]:
+        """The platform's metadata by layer; layers ask in their order.
 
-    def _fill_tables(self, virtual: VirtualBatch, layer_row: int) -> None:
-        """Make the tables of as many layers as go together, from this one on."""
-        num_layers = min(virtual.layers_at_once, self.tables.num_layers - layer_row)
-        rows = virtual.slots, virtual.block_table, virtual.seq_lens
-        tables = self.tables.fill(*rows, layer_row, num_layers, self.span()[1])
-        virtual.prepared = [
-            self.virtual_builder.build(
-                0,
-                replace(virtual.cam, block_table_tensor=table, seq_lens=kv_len),
-                fast_build=not self.even,
-            )
-            for table, kv_len in zip(*tables, strict=True)
-        ]
+        Layers that are all alike share one table, made here. Others get theirs where the first of
+        as many as fit into memory asks, so that a graph sees them made.
+        """
+        even = self.layers.even
+        at_once = self.tables.layers_at_once(len(slots))
+        prepared: list[Any] = []
 
-    def virtual_metadata(self, virtual: VirtualBatch, layer_row: int) -> Any:
-        """The platform's metadata of one layer's virtual batch; layers ask in their order."""
-        if self.even:
-            return virtual.prepared[0]
-        index = layer_row % virtual.layers_at_once
-        if index == 0:  # also where tables were made before: a graph has to see it again
-            self._fill_tables(virtual, layer_row)
-        return virtual.prepared[index]
+        def fill(layer_idx: int) -> None:
+            num_layers = min(at_once, self.tables.num_layers - layer_idx)
+            layer_pages = 0 if even else self.layers.facts.pages.layer_pages
+            rows = slots, block_table, seq_lens
+            tables = self.tables.fill(*rows, layer_idx, num_layers, layer_pages)
+            prepared[:] = [
+                self.per_head_builder.build(
+                    0,
+                    replace(cam, block_table_tensor=table, seq_lens=kv_len),
+                    fast_build=not even,
+                )
+                for table, kv_len in zip(*tables, strict=True)
+            ]
+
+        def metadata_of(layer_idx: int) -> Any:
+            if even:
+                return prepared[0]
+            index = layer_idx % at_once
+            if index == 0:  # also where tables were made before: a graph has to see it again
+                fill(layer_idx)
+            return prepared[index]
+
+        if even:
+            fill(0)
+        return metadata_of

@@ -25,12 +25,11 @@ from vllm_kvcompress.scoring import SCORERS
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU default of 128 would round every small budget up to 128 tokens."""
 
-WORKER_EXTENSION = "vllm_kvcompress.adapter.worker.KVCompressionWorkerExtension"
-
 _FLAGS = {
     "kv_compression": "method",
     "kv_budget": "budget",
     "kv_window": "window",
+    "kv_compression_when": "when",
 }
 
 
@@ -45,7 +44,7 @@ def _add_flags(original):
     def add_cli_args(parser):
         parser = original(parser)
         group = parser.add_argument_group(
-            "KV compression", "Compress the KV cache of each prompt when its prefill ends."
+            "KV compression", "Compress the KV caches of prompts, between steps."
         )
         # absent unless given: other front ends must not meet flags that they do not know
         group.add_argument(
@@ -71,6 +70,14 @@ def _add_flags(original):
             default=argparse.SUPPRESS,
             help="Observation window: the last W prompt tokens score the others and always stay. "
             f"Default: {KVCompressionConfig.window}.",
+        )
+        group.add_argument(
+            "--kv-compression-when",
+            metavar="always|pressure[:MARK]",
+            default=argparse.SUPPRESS,
+            help="When prompts are compressed. always: at the first step after the prompt. "
+            "pressure: only while more than MARK of the block pool is in use (default 0.8), and "
+            "before anyone is preempted or kept waiting for blocks. Default: always.",
         )
         group.add_argument(
             "--kv-compression-config",
@@ -114,11 +121,13 @@ def _check_engine(original):
         self.additional_config = {**self.additional_config, CONFIG_KEY: settings.to_json()}
         if current_platform.is_cpu() and self.block_size is None:
             self.block_size = CPU_BLOCK_SIZE
-        if not self.worker_extension_cls:
-            # named by path: a worker that cannot import the plugin fails instead of not compressing
-            self.worker_extension_cls = WORKER_EXTENSION
         vllm_config = original(self, *args, **kwargs)
         refusals.check(vllm_config, settings)
+        # vLLM resolves both by name in the processes that need them, and fails where it cannot
+        parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+        parallel.worker_cls = refusals.WORKERS[parallel.worker_cls]
+        kind = "CompressedAsyncScheduler" if scheduler.async_scheduling else "CompressedScheduler"
+        scheduler.scheduler_cls = f"vllm_kvcompress.adapter.scheduler.{kind}"
         telemetry.publish()
         return vllm_config
 

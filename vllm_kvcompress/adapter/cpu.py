@@ -18,15 +18,15 @@ from vllm_kvcompress.kernels import PageLayout
 
 
 class CompressedCPUImpl(CompressedImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
-    """CPU attention over natural prompts and virtual decode batches."""
+    """CPU attention over uncompressed caches and per-head batches."""
 
 
 class CompressedCPUBuilder(CompressedBuilder, CPUAttentionMetadataBuilder):
-    """CPU metadata for both; the virtual one has G query heads and one KV head."""
+    """CPU metadata for both; a per-head sequence has G query heads and one KV head."""
 
     platform_backend = "CPU_ATTN"
 
-    def make_virtual_builder(self, spec, vllm_config) -> CPUAttentionMetadataBuilder:
+    def make_per_head_builder(self, spec, vllm_config) -> CPUAttentionMetadataBuilder:
         builder = CPUAttentionMetadataBuilder(spec, self.layer_names, vllm_config, self.device)
         builder.num_heads = self.num_heads // self.num_kv_heads  # it counted the layers' own
         return builder

@@ -16,13 +16,13 @@ from vllm_kvcompress.kernels import PageLayout
 
 
 class CompressedFlashImpl(CompressedImpl, FlashAttentionImpl):  # type: ignore[misc]
-    """FlashAttention over natural prompts and virtual decode batches."""
+    """FlashAttention over uncompressed caches and per-head batches."""
 
 
 class CompressedFlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention metadata for both.
 
-    Full graphs are captured as virtual batches. They read per-step tensors at fixed addresses: the
+    Full graphs are captured as per-head batches. They read per-step tensors at fixed addresses: the
     buffers made here, page tables, and vLLM's own block tables and sequence lengths.
     """
 
@@ -30,19 +30,19 @@ class CompressedFlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        num_rows, num_virtual = self.max_num_rows, self.max_num_rows * self.num_kv_heads
+        num_reqs, num_seqs = self.max_num_seqs, self.max_num_seqs * self.num_kv_heads
         empty = torch.zeros
-        self._held = {
-            "slots": empty(num_rows, dtype=torch.int64, device=device),
-            "starts": empty(num_virtual + 1, dtype=torch.int32, device=device),
+        self._static = {
+            "slots": empty(num_reqs, dtype=torch.int64, device=device),
+            "starts": empty(num_seqs + 1, dtype=torch.int32, device=device),
         }
 
-    def hold(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        held = self._held[name][: value.shape[0]]
-        held.copy_(value)
-        return held
+    def static_buffer(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        buffer = self._static[name][: value.shape[0]]
+        buffer.copy_(value)
+        return buffer
 
-    def make_virtual_builder(self, spec, vllm_config) -> FlashAttentionMetadataBuilder:
+    def make_per_head_builder(self, spec, vllm_config) -> FlashAttentionMetadataBuilder:
         scaled = copy.copy(vllm_config)  # sizes of FlashAttention's own buffers
         scaled.scheduler_config = copy.copy(vllm_config.scheduler_config)
         scaled.compilation_config = copy.copy(vllm_config.compilation_config)

@@ -7,22 +7,22 @@ it, and no other process is touched.
 
 import contextvars
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
+from vllm_kvcompress.orders import CompressionOrder
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
+from vllm_kvcompress.policy import Outcome
 from vllm_kvcompress.prompt import PromptFacts, Run, split_evenly
 
 _hit_cap: contextvars.ContextVar[int | None] = contextvars.ContextVar("hit_cap", default=None)
@@ -35,12 +35,24 @@ class CompressedSpec(FullAttentionSpec):
     Attributes:
         settings: the configuration as JSON.
         model_kv_heads: KV heads of the model, over all ranks.
+        entry_bytes: what a worker keeps, per layer, of a prompt that waits for its compression.
+        max_entries: most prompts that can wait at the same time.
         num_layers: layers that share the spec; 0 until vLLM has grouped them.
     """
 
     settings: str
     model_kv_heads: int
+    entry_bytes: int = 0
+    max_entries: int = 1
     num_layers: int = 0
+
+    @property
+    def num_entries(self) -> int:
+        """Prompts that a worker has room for; at least one, so that every prompt is served."""
+        if not self.entry_bytes:
+            return self.max_entries
+        room = (self.planner.config.workspace_mib << 20) // (self.num_layers * self.entry_bytes)
+        return max(1, min(room, self.max_entries))
 
     @property
     def planner(self) -> BlockPlanner:
@@ -74,52 +86,98 @@ class CompressedSpec(FullAttentionSpec):
         return FullAttentionSpec(**{f.name: getattr(self, f.name) for f in fields if f.init})
 
 
+@dataclass
+class TrackedRequest:
+    """What the manager knows of a request that asked for blocks.
+
+    Attributes:
+        request: vLLM's.
+        plan: of its prompt.
+        compressed: its blocks have been freed, and the workers were told to compress it.
+        holds_entry: the workers keep what its prompt leaves behind until it is compressed.
+    """
+
+    request: Request
+    plan: PromptPlan
+    compressed: bool = False
+    holds_entry: bool = False
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Every prompt token has been computed, or will have been when the next step begins."""
+        return self.request.num_computed_tokens >= self.request.num_prompt_tokens
+
+
 class CompressedManager(FullAttentionManager):
-    """Returns the blocks that compaction empties; keeps private ones out of the prefix cache."""
+    """Frees the blocks of compressed prompts; keeps private ones out of the prefix cache.
+
+    Attributes:
+        tracked: by request id, until a request's blocks are freed.
+        free_entries: how many more requests the workers can keep something for.
+    """
 
     def __init__(self, kv_cache_spec: CompressedSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.planner = kv_cache_spec.planner
-        self._plans: dict[str, PromptPlan] = {}
+        self.tracked: dict[str, TrackedRequest] = {}
+        self.free_entries = kv_cache_spec.num_entries
         self._telemetry = SchedulerTelemetry()
 
-    def plan_of(self, request: Request) -> PromptPlan:
-        """The request's plan, remembered until its blocks are freed."""
-        if request.request_id not in self._plans:
-            self._plans[request.request_id] = self.planner.plan(
-                prompt_facts(request.num_prompt_tokens, request.mm_features)
-            )
-        return self._plans[request.request_id]
+    def track(self, request: Request) -> TrackedRequest:
+        """What is known of the request, from now on until its blocks are freed."""
+        found = self.tracked.get(request.request_id)
+        if found is None:
+            plan = self.planner.plan(prompt_facts(request.num_prompt_tokens, request.mm_features))
+            found = self.tracked[request.request_id] = TrackedRequest(request, plan)
+        return found
 
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self._plans.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+    def take_entry(self, request: TrackedRequest) -> bool:
+        """Let the workers keep what this prompt leaves behind; False when they have no room."""
+        if not request.holds_entry and self.free_entries > 0:
+            request.holds_entry = True
+            self.free_entries -= 1
+        return request.holds_entry
 
-    def remove_skipped_blocks(
-        self,
-        request_id: str,
-        processed_computed_tokens: int,
-        num_prompt_tokens: int | None = None,
-    ) -> None:
-        """Free what precedes the kept blocks once a worker has surely compacted the prompt.
+    def compress(self, tracked: TrackedRequest, outcome: Outcome) -> CompressionOrder:
+        """Free what precedes the kept blocks; the order tells the workers to compact the prompt.
 
-        ``processed_computed_tokens`` counts tokens of finished steps only, so nothing in flight
-        still reads the freed blocks.
+        The blocks may be handed out in the step that carries the order: workers compact before its
+        forward pass, and the steps in flight are ahead of it.
         """
-        assert num_prompt_tokens is not None, "vLLM always passes the prompt length"
-        if processed_computed_tokens < num_prompt_tokens:
-            return
-        plan, blocks = self._plans[request_id], self.req_to_blocks.get(request_id)
-        if not plan.compresses or not blocks or blocks[plan.num_freed_blocks - 1].is_null:
-            return
+        req_id, plan = tracked.request.request_id, tracked.plan
+        blocks = self.req_to_blocks[req_id]
+        num_blocks = -(-tracked.request.num_prompt_tokens // self.block_size)
+        order = CompressionOrder(req_id, plan, [b.block_id for b in blocks[:num_blocks]])
         held = sum(not block.is_null for block in blocks)
         before = self.block_pool.get_num_free_blocks()
-        self._remove_blocks_in_range(request_id, 0, plan.num_freed_blocks)
+        self._remove_blocks_in_range(req_id, 0, plan.num_freed_blocks)
         freed = self.block_pool.get_num_free_blocks() - before
-        self._telemetry.record(held, held - plan.num_freed_blocks, freed)
+        self._telemetry.record(outcome, held, held - plan.num_freed_blocks, freed)
+        tracked.compressed = True
+        self._release_entry(tracked)
+        return order
+
+    def num_freeable(self, tracked: TrackedRequest) -> int:
+        """Blocks that the pool gains if the prompt is compressed; others may share the rest."""
+        blocks = self.req_to_blocks[tracked.request.request_id]
+        return sum(block.ref_cnt == 1 for block in blocks[: tracked.plan.num_freed_blocks])
+
+    def count_whole(self) -> None:
+        """A prompt has ended that fits its budget."""
+        self._telemetry.record_whole()
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        tracked = self.tracked.pop(request_id, None)
+        if tracked is not None:
+            self._release_entry(tracked)
+        return super().pop_blocks_for_free(request_id)
+
+    def _release_entry(self, tracked: TrackedRequest) -> None:
+        self.free_entries += tracked.holds_entry
+        tracked.holds_entry = False
 
     def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
-        plan = self.plan_of(request)
+        plan = self.track(request).plan
         if plan.compresses:
             # those past a hit cap are hashed all the same: other methods' caps may lie higher
             num_tokens = min(num_tokens, plan.num_freed_blocks * self.block_size)
@@ -161,15 +219,40 @@ def manager_of(manager: KVCacheManager) -> CompressedManager | None:
     return None
 
 
-def _cap_hits(original):
-    def get_computed_blocks(self: KVCacheManager, request, *args, **kwargs):
-        compressed = manager_of(self)
-        plan = compressed.plan_of(request) if compressed is not None else None
-        if plan is None or not plan.compresses:
-            return original(self, request, *args, **kwargs)
+class CompressedKVCacheManager(KVCacheManager):
+    """A scheduler's KV cache manager, for engines that compress.
+
+    vLLM's scheduler builds its own; ``adopt`` gives that object this class.
+
+    Attributes:
+        compressed: the manager of the compressed group.
+        relieve: compresses a prompt because this request gets no blocks; False when none is left.
+    """
+
+    compressed: CompressedManager
+    relieve: Callable[[Request], bool]
+
+    @classmethod
+    def adopt(
+        cls, manager: KVCacheManager, relieve: Callable[[Request], bool]
+    ) -> "CompressedKVCacheManager":
+        """Make ``manager``, which has a compressed group, one of ours."""
+        assert type(manager) is KVCacheManager, "nobody else has changed it"
+        compressed = manager_of(manager)
+        assert compressed is not None
+        manager.__class__ = cls
+        assert isinstance(manager, cls)
+        manager.compressed, manager.relieve = compressed, relieve
+        return manager
+
+    def get_computed_blocks(self, request: Request):
+        """Prefix-cache hits end before rows that a method looks at, and before the kept blocks."""
+        plan = self.compressed.track(request).plan
+        if not plan.compresses:
+            return super().get_computed_blocks(request)
         token = _hit_cap.set(plan.max_hit)
         try:
-            blocks, num_hit, boundary = original(self, request, *args, **kwargs)
+            blocks, num_hit, boundary = super().get_computed_blocks(request)
         finally:
             _hit_cap.reset(token)
         if self.num_kv_cache_groups > 1:
@@ -177,38 +260,15 @@ def _cap_hits(original):
             boundary = boundary or plan.max_hit
         return blocks, num_hit, boundary
 
-    return get_computed_blocks
-
-
-def _split_at_prompts_end(original):
-    def _mamba_block_aligned_split(
-        self: Scheduler, request, num_new_tokens: int, *computed: int
-    ) -> int:
-        if self.has_mamba_layers:
-            num_new_tokens = original(self, request, num_new_tokens, *computed)
-        left = request.num_prompt_tokens - request.num_computed_tokens - sum(computed)
-        return min(num_new_tokens, left) if left > 0 else num_new_tokens
-
-    return _mamba_block_aligned_split
-
-
-def _ask_for_split(original):
-    def __init__(self: Scheduler, *args, **kwargs) -> None:
-        original(self, *args, **kwargs)
-        compressed = manager_of(self.kv_cache_manager)
-        if compressed is not None and compressed.planner.config.spans_layers:
-            # Pages that move between layers are written after the last layer, so replayed outputs
-            # of a preempted request must not share a step with the end of its prompt. vLLM offers
-            # the scheduler's one hook for such a split to Mamba layers only.
-            self.need_mamba_block_aligned_split = True
-
-    return __init__
+    def allocate_slots(self, request: Request, *args, **kwargs):
+        """Before anybody is preempted or kept waiting for blocks, prompts are compressed."""
+        blocks = super().allocate_slots(request, *args, **kwargs)
+        while blocks is None and self.relieve(request):
+            blocks = super().allocate_slots(request, *args, **kwargs)
+        return blocks
 
 
 KVCacheSpecRegistry._ensure_registered()  # before ours: it fills an empty registry only
 KVCacheSpecRegistry.register(
     CompressedSpec, CompressedManager, uniform_type_base_spec=FullAttentionSpec
 )
-wrap(KVCacheManager, "get_computed_blocks", _cap_hits)
-wrap(Scheduler, "__init__", _ask_for_split)
-wrap(Scheduler, "_mamba_block_aligned_split", _split_at_prompts_end)

@@ -1,71 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compressing builder hands to the attention layers of one step."""
+"""What a compressing builder hands to the attention layers of one step: data."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvcompress.pipeline import EndingPrompts
-from vllm_kvcompress.prefill_stats import SumRows
-
-if TYPE_CHECKING:
-    from vllm_kvcompress.adapter.builder import CompressedBuilder
+from vllm_kvcompress.prefill_stats import StatsRows
 
 
-@dataclass
-class RowTransfer:
-    """Index tensors that move query rows in this step (see ``batch.RowPlan``)."""
-
-    tokens: torch.Tensor | None  # [N, Q]
-    load: tuple[torch.Tensor, ...] | None  # row of N, row of Q, request row, store row
-    save: tuple[torch.Tensor, ...] | None  # request row, store row, token
-
-
-@dataclass
-class VirtualBatch:
-    """Decode rows as R * Hkv sequences.
+class QueryCopy(NamedTuple):
+    """Queries that go to the store of those that wait for compression; [K] int64 device tensors.
 
     Attributes:
-        slots: [R] int64 device, state slots.
-        seq_lens, block_table: of the rows, device.
-        order: [T * Hkv] int64 device, query rows of the batch in virtual order; None when the batch
-            is all decode rows of one token, whose memory already is in that order.
-        cam: ready-made common metadata, complete but for tables and lengths.
-        layers_at_once: layers that get their tables together.
-        prepared: the platform's metadata of such layers, the latest.
+        source: batch token.
+        target: place in the store of a layer.
     """
 
-    slots: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass
+class PerHeadBatch:
+    """Requests as sequences of one KV head each: R * Hkv of them.
+
+    Attributes:
+        order: [T * Hkv] int64 device, queries of the batch in the order of the sequences; None when
+            each request has one token and all requests take part, whose memory is in that order.
+        metadata_of: the platform's metadata for a layer, by its index among the compressed ones.
+    """
+
     order: torch.Tensor | None
-    cam: CommonAttentionMetadata
-    layers_at_once: int
-    prepared: list[Any] = field(default_factory=list)
+    metadata_of: Callable[[int], Any]
 
 
 @dataclass
 class CompressedMetadata:
-    """One step's attention metadata of a compressing group.
+    """One step's attention metadata of a compressed group.
 
     Attributes:
-        builder: made this; owns state and pipeline.
-        natural: the platform's metadata of prompt rows; None when there are none.
-        natural_tokens: [T] int64 device, their tokens; None when they are the whole batch.
-        virtual: decode rows; None when there are none.
-        ending: prompts to compress; None when there are none.
-        queries: query rows to move; None when there are none.
-        sums: prompt rows that sums over the prompt take in; None when nothing is summed.
+        num_actual_tokens: of the batch, padding excluded.
+        prefill: the platform's metadata of requests that attend to their uncompressed cache; None
+            when there are none.
+        prefill_tokens: [T] int64 device, their tokens; None when they are the whole batch.
+        per_head: requests that attend to head pages; None when there are none.
+        queries: queries to keep; None when there are none.
+        stats: prompt tokens that statistics take in; None when there are none.
     """
 
-    builder: "CompressedBuilder"
     num_actual_tokens: int
-    natural: Any = None
-    natural_tokens: torch.Tensor | None = None
-    virtual: VirtualBatch | None = None
-    ending: EndingPrompts | None = None
-    tail_tokens: int = 0
-    queries: RowTransfer | None = None
-    sums: SumRows | None = None
+    prefill: Any = None
+    prefill_tokens: torch.Tensor | None = None
+    per_head: PerHeadBatch | None = None
+    queries: QueryCopy | None = None
+    stats: StatsRows | None = None

@@ -5,10 +5,10 @@ Checked before any request.
 """
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention.attention import Attention
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES, is_served
@@ -21,6 +21,12 @@ SUMMARY = (
 )
 
 _ADVICE = "serve the model without --kv-compression"
+
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.adapter.cpu_worker.CompressedCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcompress.adapter.worker.CompressedWorker",
+}
+"""vLLM's workers, and ours in their place."""
 
 
 def check(vllm_config: VllmConfig, settings: KVCompressionConfig) -> None:
@@ -37,7 +43,7 @@ def check(vllm_config: VllmConfig, settings: KVCompressionConfig) -> None:
 def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> list[str]:
     """Reasons that the engine's configuration shows; layers add theirs when they are built."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    cache = vllm_config.cache_config
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     block_size = cache.block_size
     kept = settings.tokens_per_head
     checks = (
@@ -68,6 +74,10 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
          f"--max-model-len {model.max_model_len}: lower the window"),
         (vllm_config.attention_config.use_non_causal, "non-causal attention: serve the model "
          "without --kv-compression"),
+        (parallel.worker_cls not in WORKERS, f"--worker-cls {parallel.worker_cls}: compression "
+         "brings its own worker, so remove the flag"),
+        (scheduler.scheduler_cls is not None, f"--scheduler-cls {scheduler.scheduler_cls}: "
+         "compression brings its own scheduler, so remove the flag"),
         (_shadows_triton_kernels(), "the folder triton_kernels of this project is on sys.path, "
          "where vLLM takes it for OpenAI's package of that name: start vLLM from another folder, "
          "or with python -P"),
@@ -91,15 +101,25 @@ def layer_reasons(*, sinks: bool, alibi: bool, kv_sharing: bool, kv_cache_dtype:
     return [f"{reason}: {_ADVICE}." for refused, reason in checks if refused]
 
 
-def check_scales(layers: Iterable[nn.Module]) -> None:
-    """Raise where KV heads have scales of their own, known once the checkpoint is loaded.
+def check_layers(layers: Sequence[Attention]) -> None:
+    """Raise for what shows once all layers and their checkpoint are loaded.
 
     Raises:
-        KVCompressionError: a sequence of a virtual batch would need another scale than the next.
+        KVCompressionError: KV heads have scales of their own, so that a sequence of a per-head
+            batch would need another scale than the next; or layers cap their logits differently.
     """
+    reasons = []
     if any(layer.get_buffer("_k_scale").numel() > 1 for layer in layers):
-        reason = "the checkpoint has scales of its own for each KV head's cache"
-        raise KVCompressionError.from_reasons([f"{reason}: {_ADVICE}."])
+        reasons.append("the checkpoint has scales of its own for each KV head's cache")
+    if len({soft_cap(layer) for layer in layers}) > 1:
+        reasons.append("layers cap their logits differently")
+    if reasons:
+        raise KVCompressionError.from_reasons([f"{reason}: {_ADVICE}." for reason in reasons])
+
+
+def soft_cap(layer: Attention) -> float:
+    """Of a layer's logits; 0 for none. Every backend of ours has it, the base class has not."""
+    return float(vars(layer.impl)["logits_soft_cap"] or 0.0)
 
 
 def _shadows_triton_kernels() -> bool:

@@ -8,14 +8,17 @@ every layer of an engine that does not compress.
 import functools
 import importlib
 import json
+from typing import NamedTuple
 
-from vllm.config import get_current_vllm_config
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import attention as attention_layer
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.settings import current_settings
-from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.adapter.waiting import bytes_per_layer
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 _SUPPORTED = {
     "CPU_ATTN": ("vllm_kvcompress.adapter.cpu", "CompressedCPUBackend"),
@@ -33,24 +36,47 @@ def _choose(original):
         settings = current_settings()
         if settings is None:
             return backend
-        # not left to our worker extension: the user may have named another one
-        from vllm_kvcompress.adapter import runner
-
-        runner.install()
         attn_type = kwargs.get("attn_type") or AttentionType.DECODER
         if attn_type != AttentionType.DECODER or kwargs.get("has_sliding_window"):
             return backend
-        model = get_current_vllm_config().model_config
-        return compressed(backend, json.dumps(settings.to_json()), model.get_total_num_kv_heads())
+        return compressed(backend, spec_fields(get_current_vllm_config(), settings))
 
     return get_attn_backend
 
 
+class SpecFields(NamedTuple):
+    """Fields of ``CompressedSpec`` that depend on the engine; see there."""
+
+    settings: str
+    model_kv_heads: int
+    entry_bytes: int
+    max_entries: int
+
+
+def spec_fields(vllm_config: VllmConfig, config: KVCompressionConfig) -> SpecFields:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    dtype = model.dtype
+    assert isinstance(dtype, torch.dtype), "vLLM has resolved it"
+    entry_bytes = bytes_per_layer(
+        config,
+        num_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+        hidden_size=model.get_hidden_size(),
+        max_length=model.max_model_len,
+        element_size=dtype.itemsize,
+    )
+    return SpecFields(
+        json.dumps(config.to_json()),
+        model.get_total_num_kv_heads(),
+        entry_bytes,
+        vllm_config.scheduler_config.max_num_seqs,
+    )
+
+
 @functools.cache
-def compressed(
-    backend: type[AttentionBackend], settings: str, model_kv_heads: int
-) -> type[AttentionBackend]:
-    """Our subclass of ``backend`` for an engine with these settings (JSON).
+def compressed(backend: type[AttentionBackend], fields: SpecFields) -> type[AttentionBackend]:
+    """Our subclass of ``backend`` for an engine whose specs have these fields.
 
     Raises:
         KVCompressionError: there is none.
@@ -64,4 +90,4 @@ def compressed(
         )
     module, cls_name = _SUPPORTED[name]
     cls = getattr(importlib.import_module(module), cls_name)
-    return type(cls_name, (cls,), {"settings": settings, "model_kv_heads": model_kv_heads})
+    return type(cls_name, (cls,), {"extra": fields._asdict()})

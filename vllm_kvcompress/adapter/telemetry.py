@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from prometheus_client import REGISTRY
@@ -19,6 +20,7 @@ from vllm.v1.metrics import prometheus as vllm_prometheus
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.config import metrics_dir, set_metrics_dir
 from vllm_kvcompress.metrics import CompressionCollector, Counters, totals
+from vllm_kvcompress.policy import Outcome
 
 logger = init_logger("vllm.kvcompress")
 
@@ -60,9 +62,22 @@ class SchedulerTelemetry:
         self._counters = Counters(metrics_dir())
         self._last_log = time.monotonic()
 
-    def record(self, held_before: int, held_after: int, freed: int) -> None:
+    def record(self, outcome: Outcome, held_before: int, held_after: int, freed: int) -> None:
         """One request gave up blocks; the pool gained ``freed``, as others may share them."""
-        self._counters.add(blocks_before=held_before, blocks_after=held_after, blocks_freed=freed)
+        self._counters.add(
+            requests_compressed=1,
+            **{f"compressed_{outcome.value}": 1},
+            blocks_before=held_before,
+            blocks_after=held_after,
+            blocks_freed=freed,
+        )
+        self._log()
+
+    def record_whole(self) -> None:
+        """One prompt fits its budget and is kept whole."""
+        self._counters.add(requests_kept_whole=1)
+
+    def _log(self) -> None:
         now = time.monotonic()
         directory = metrics_dir()
         if directory is not None and now - self._last_log >= LOG_INTERVAL_S:
@@ -82,7 +97,7 @@ def summary(values: dict[str, float]) -> str:
 
 
 class WorkerTelemetry:
-    """Counts requests, tokens and seconds of one worker without waiting for its device.
+    """Counts tokens and seconds of one worker without waiting for its device.
 
     Args:
         device: where the page counts live.
@@ -92,67 +107,75 @@ class WorkerTelemetry:
     def __init__(self, device: torch.device, active: bool) -> None:
         self._counters = Counters(metrics_dir()) if active else None
         self._on_host = device.type == "cpu"
-        self._pages = torch.zeros((), dtype=torch.int64, device=device)
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        # (done, pages on the host, tokens per page, tail tokens, timed layers)
-        self._pending: collections.deque = collections.deque()
-
-    def record_prompts(self, compressed: int, kept_whole: int, prompt_tokens: int) -> None:
-        """Prompts that end in this step; ``prompt_tokens`` of the compressed ones."""
-        if self._counters is not None:
-            self._counters.add(
-                requests_compressed=compressed,
-                requests_kept_whole=kept_whole,
-                prompt_tokens=prompt_tokens,
-            )
+        # (start, end, pages on the host, tokens per page, tail tokens)
+        self._pending: collections.deque[_Compression] = collections.deque()
+        self._start: float | torch.cuda.Event = 0.0
 
     @contextmanager
-    def layer(self) -> Iterator[None]:
-        """Times the compression of one layer."""
+    def compression(self) -> Iterator[None]:
+        """Times one compression of all layers; ``record`` is called inside."""
         if self._counters is None:
             yield
-        elif self._on_host:
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-        else:
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-            yield
-            events[1].record()
-            self._events.append(events)
+            return
+        self._start = self._now()
+        yield
+        self._pending[-1] = self._pending[-1]._replace(end=self._now())
+        self.poll()
 
-    def record_pages(self, count: torch.Tensor) -> None:
-        """Head pages [N, Hkv] that one layer keeps."""
-        if self._counters is not None:
-            self._pages += count.sum()
+    def record(
+        self,
+        count: torch.Tensor,
+        *,
+        tokens_per_page: float,
+        tail_tokens: int,
+        prompt_tokens: int,
+    ) -> None:
+        """What the running compression keeps.
 
-    def end_step(self, tokens_per_page: float, tail_tokens: int) -> None:
-        """The last layer is compressed. ``tokens_per_page``: block_size / (layers * KV heads)."""
+        Args:
+            count: [N, L, Hkv] head pages.
+            tokens_per_page: block_size / (layers * KV heads).
+        """
         if self._counters is None:
             return
-        if self._on_host:
-            self._publish(int(self._pages), tokens_per_page, tail_tokens, self._seconds)
-            self._seconds = 0.0
-        else:
-            done = torch.cuda.Event()
-            pages = self._pages.to("cpu", non_blocking=True)  # pinned by torch
-            done.record()
-            self._pending.append((done, pages, tokens_per_page, tail_tokens, self._events))
-            self._events = []
-        self._pages.zero_()
+        self._counters.add(prompt_tokens=prompt_tokens)
+        pages = count.sum()
+        if not self._on_host:
+            pages = pages.to("cpu", non_blocking=True)  # into pinned memory, by torch
+        self._pending.append(
+            _Compression(self._start, self._start, pages, tokens_per_page, tail_tokens)
+        )
 
     def poll(self) -> None:
-        """Publish the steps that the device has finished since."""
-        while self._pending and self._pending[0][0].query():
-            _, pages, tokens_per_page, tail_tokens, events = self._pending.popleft()
-            seconds = sum(start.elapsed_time(end) for start, end in events) / 1000
-            self._publish(int(pages), tokens_per_page, tail_tokens, seconds)
+        """Publish what the device has finished since."""
+        while self._pending and self._pending[0].is_done():
+            done = self._pending.popleft()
+            assert self._counters is not None
+            kept = int(done.pages) * done.tokens_per_page + done.tail_tokens
+            self._counters.add(kept_tokens=kept)
+            self._counters.observe_seconds(done.seconds())
 
-    def _publish(
-        self, pages: int, tokens_per_page: float, tail_tokens: int, seconds: float
-    ) -> None:
-        assert self._counters is not None
-        self._counters.add(kept_tokens=pages * tokens_per_page + tail_tokens)
-        self._counters.observe_seconds(seconds)
+    def _now(self) -> "float | torch.cuda.Event":
+        if self._on_host:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class _Compression(NamedTuple):
+    """One compression; times are seconds on a CPU, else events."""
+
+    start: float | torch.cuda.Event
+    end: float | torch.cuda.Event
+    pages: torch.Tensor
+    tokens_per_page: float
+    tail_tokens: int
+
+    def is_done(self) -> bool:
+        return isinstance(self.end, float) or self.end.query()
+
+    def seconds(self) -> float:
+        if isinstance(self.start, float) or isinstance(self.end, float):
+            return float(self.end) - float(self.start)  # type: ignore[arg-type]
+        return self.start.elapsed_time(self.end) / 1000

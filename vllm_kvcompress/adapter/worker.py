@@ -1,11 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaded by every worker of a compressing engine, before it builds anything."""
+"""vLLM's workers with compression; an engine names them by path in its configuration."""
 
-from vllm_kvcompress.adapter import runner
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_kvcompress.adapter import attention_inputs, model_checks, runners
+from vllm_kvcompress.adapter.backend import layers_of
+from vllm_kvcompress.adapter.layers import CompressedLayers
 
 
-class KVCompressionWorkerExtension:
-    """Named by path in the engine's configuration, so a worker without the plugin cannot start."""
+class CompressedWorker(Worker):
+    """A worker that compresses before the forward pass of a step."""
 
+    _reserved: torch.Tensor | None = None
+    compressed_layers: CompressedLayers
 
-runner.install()
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Called after the weights are loaded and before memory is profiled."""
+        attention_inputs.install(self.model_runner.get_model(), self.vllm_config)
+        specs = super().get_kv_cache_spec()
+        assert self.device is not None, "the worker has been initialized"
+        if self._reserved is None and self.device.type != "cpu":
+            # there while vLLM measures what the model takes, so that the cache leaves room for it
+            self._reserved = torch.empty(
+                model_checks.reserved_bytes(specs, self.vllm_config),
+                dtype=torch.uint8,
+                device=self.device,
+            )
+        return specs
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        self._reserved = None
+        spec = model_checks.compressed_spec(kv_cache_config)
+        model_checks.check_files(self.vllm_config, spec)
+        super().initialize_from_config(kv_cache_config)
+        runners.check_whole_blocks(self.model_runner, spec.block_size)
+        self.compressed_layers = layers_of(self.vllm_config)
+        self.compressed_layers.order_of = partial(runners.request_order, self.model_runner)
+        runners.veto_full_graphs(self.model_runner, self.compressed_layers)
+        if self.compressed_layers.facts.device.type != "cpu":  # nothing is compiled there
+            self.compressed_layers.warm_up(self.model_config.max_model_len)
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        layers = self.compressed_layers
+        layers.begin_step(scheduler_output)
+        try:
+            return super().execute_model(scheduler_output)
+        finally:
+            layers.end_step()

@@ -112,7 +112,7 @@ class Expected(Scorer):
         assert ctx.projector is not None, "expected needs the layers' RoPE"
         layers = ctx.stack[:1] if ctx.projector.shares_rotation(ctx.stack) else ctx.stack
         num, head_size = len(layers) * ctx.num_prompts, ctx.prompts.layout.head_size
-        unit = torch.eye(head_size, device=ctx.queries.device).expand(num, 1, -1, -1)
+        unit = torch.eye(head_size, device=ctx.keys.device).expand(num, 1, -1, -1)
         total = torch.zeros_like(unit[:, 0])
         for start in range(1, self.horizon + 1, _OFFSETS_AT_ONCE):
             stop = min(start + _OFFSETS_AT_ONCE, self.horizon + 1)

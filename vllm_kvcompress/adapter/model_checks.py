@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's cache must look like, and what compression takes beside it."""
+
+from collections.abc import Mapping
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+
+from vllm_kvcompress.adapter.kv_cache import CompressedSpec
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.page_state import table_ids
+
+
+def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
+    """The spec of the one group of layers that is compressed.
+
+    Raises:
+        KVCompressionError: vLLM would serve this model uncompressed, or in a way we cannot follow.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    found = [spec for spec in specs if isinstance(spec, CompressedSpec)]
+    others = {type(spec) for spec in specs} - {CompressedSpec, SlidingWindowSpec}
+    if len(found) != 1 or others or found[0].non_causal:
+        names = ", ".join(type(spec).__name__ for spec in specs) or "none"
+        raise KVCompressionError(
+            "KV compression needs one group of like causal full-attention layers, beside which "
+            f"only sliding-window layers may stand; this model's cache groups are: {names}. Serve "
+            "it without --kv-compression, or keep the hybrid KV cache manager on if it was turned "
+            "off."
+        )
+    spec = found[0]
+    budget = spec.planner.config.tokens_per_head
+    if budget is not None and budget < spec.block_size:
+        raise KVCompressionError(
+            f"--kv-budget {budget} is smaller than one block, and this model's hybrid "
+            f"cache has blocks of {spec.block_size} tokens: set --kv-budget {spec.block_size} or "
+            "more."
+        )
+    return spec
+
+
+def check_files(vllm_config: VllmConfig, spec: CompressedSpec) -> None:
+    """Files among the allocator's options must belong to the model.
+
+    Raises:
+        KVCompressionError: one was made for another model.
+    """
+    parallel = vllm_config.parallel_config
+    heads = vllm_config.model_config.get_num_attention_heads(parallel)
+    try:
+        spec.planner.config.allocation.check_model(
+            spec.num_layers, heads * parallel.tensor_parallel_size
+        )
+    except ValueError as error:
+        raise KVCompressionError(f"{spec.planner.config.allocator}: {error}.") from error
+
+
+def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) -> int:
+    """Device memory that compression may take beside weights, activations and cache.
+
+    What prompts keep until they are compressed, temporaries of one compression, and page tables.
+    """
+    found = [spec for spec in specs.values() if isinstance(spec, CompressedSpec)]
+    if not found:
+        return 0
+    spec = CompressedSpec.merge(found)
+    kept = spec.num_entries * spec.entry_bytes * spec.num_layers
+    max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
+    num_seqs = vllm_config.scheduler_config.max_num_seqs * spec.num_kv_heads
+    workspace = spec.planner.config.workspace_mib << 20
+    return kept + workspace + 4 * table_ids(num_seqs, max_blocks, spec.num_layers)
