@@ -27,7 +27,8 @@ from vllm_kvcompress.kernels import (
 BLOCK_SIZE, WINDOW = 16, 32
 KEPT_SHARE = 0.1  # of a prompt
 TRACE_LAYERS = 4
-BACON = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5, "lambda_c": 0.5, "topk_frac": 2.0}
+POOL = {"kernel": 5, "pool": "avg"}
+BACON = {"trace_r": TRACE_LAYERS, "mode": "elt", "local_k": 5, "lambda_c": 0.5, "topk_frac": 2.0}
 
 
 class Shape(NamedTuple):
@@ -61,7 +62,9 @@ class Inputs(NamedTuple):
 
     Attributes:
         queries: [N, W, Hq, D] bfloat16.
-        base, evidence: as the calibration gets them; ``trace``: of the layers before.
+        scale: [N] float32.
+        base, evidence: as the calibration gets them; ``trace``: [Lt, N, Hkv, T], evidence of the
+            layers before and of this one.
         kept: [N, Hkv, K]; count, start: [N, Hkv]; num_full, num_kept: [N], in blocks.
     """
 
@@ -69,9 +72,10 @@ class Inputs(NamedTuple):
     queries: torch.Tensor
     prompts: PromptPages
     prompt_lens: torch.Tensor
+    scale: torch.Tensor
     base: torch.Tensor
     evidence: torch.Tensor
-    trace: list[torch.Tensor]
+    trace: torch.Tensor
     num_candidates: torch.Tensor
     capacity: torch.Tensor
     kept: torch.Tensor
@@ -101,15 +105,17 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
     queries = torch.empty(num, WINDOW, shape.num_q_heads, shape.head_size, device=device)
     kept_blocks = shape.num_kept // BLOCK_SIZE
     count = full(kept_blocks, num, heads)
+    trace = draw(TRACE_LAYERS + 1, num, heads, length) ** 8
     order = draw(num, heads, length).argsort(2)[:, :, : shape.num_kept]
     return Inputs(
         shape,
         queries.normal_(generator=generator).bfloat16(),
         prompts,
         full(length, num),
+        torch.full((num,), shape.head_size**-0.5, device=device),
         draw(num, heads, length) ** 8,  # few large ones, as attention has them
-        draw(num, heads, length) ** 8,
-        [draw(num, heads, length) ** 8 for _ in range(TRACE_LAYERS)],
+        trace[-1],
+        trace,
         full(length - WINDOW, num),
         full(shape.num_kept - WINDOW, num),
         order.sort(2).values,
@@ -193,11 +199,9 @@ def repeated_window(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def scores_calls(x: Inputs) -> Calls:
-    scale = x.shape.head_size**-0.5
-
     def plain():
         keys = reference.read_prompt(x.prompts, "key")
-        return reference.window_scores(x.queries, keys, x.prompt_lens, scale)
+        return reference.window_scores(x.queries, keys, x.prompt_lens, x.scale)
 
     @functools.cache
     def keys() -> torch.Tensor:  # made by the first call, which is not timed
@@ -208,7 +212,7 @@ def scores_calls(x: Inputs) -> Calls:
         return probs.mean((2, 3)), probs[:, :, :, -1].mean(2)
 
     return {
-        "ours": lambda: kernels.window_scores(x.queries, x.prompts, x.prompt_lens, scale),
+        "ours": lambda: kernels.window_scores(x.queries, x.prompts, x.prompt_lens, x.scale),
         "torch": plain,
         "einsum": einsum,
     }
@@ -224,7 +228,7 @@ def scores_check(x: Inputs) -> None:
 
 
 def calibrate_calls(x: Inputs) -> Calls:
-    args = (x.base, x.base + x.evidence, x.trace, x.num_candidates, x.capacity)
+    args = (x.base, x.evidence, x.trace, x.num_candidates, x.capacity)
     return {
         "ours": lambda: kernels.bacon_calibrate(*args, **BACON),
         "torch": lambda: reference.bacon_calibrate(*args, **BACON),
@@ -233,9 +237,8 @@ def calibrate_calls(x: Inputs) -> Calls:
 
 def calibrate_check(x: Inputs) -> None:
     calls, scored = calibrate_calls(x), x.shape.length - WINDOW
-    for ours, plain in zip(calls["ours"](), calls["torch"](), strict=True):
-        ours, plain = ours[:, :, :scored], plain[:, :, :scored]
-        require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "bacon_calibrate")
+    ours, plain = (calls[name]()[:, :, :scored] for name in ("ours", "torch"))
+    require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "bacon_calibrate")
 
 
 # select_tokens

@@ -10,9 +10,11 @@ import functools
 from types import ModuleType
 
 import torch
+from gpucheck.stress import in_place
 from operations import (
     BACON,
     BLOCK_SIZE,
+    POOL,
     WINDOW,
     Cost,
     Inputs,
@@ -30,7 +32,7 @@ from torch.nn import functional
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import reference
 
-KERNEL = int(BACON["kernel"])
+KERNEL = int(POOL["kernel"])
 
 
 def layer_cost(shape: Shape) -> Cost:
@@ -43,15 +45,15 @@ def layer_cost(shape: Shape) -> Cost:
 
 def select(operations: ModuleType, x: Inputs) -> torch.Tensor:
     """Kept positions [N, Hkv, K] by the operations of a module."""
-    scale = x.shape.head_size**-0.5
     if operations is reference:
         keys = reference.read_prompt(x.prompts, "key")
-        mean, last = reference.window_scores(x.queries, keys, x.prompt_lens, scale)
+        mean, last = reference.window_scores(x.queries, keys, x.prompt_lens, x.scale)
     else:
-        mean, last = kernels.window_scores(x.queries, x.prompts, x.prompt_lens, scale)
-    final = operations.bacon_calibrate(mean, last, x.trace, x.num_candidates, x.capacity, **BACON)[
-        2
-    ]
+        mean, last = kernels.window_scores(x.queries, x.prompts, x.prompt_lens, x.scale)
+    base, evidence = operations.bacon_evidence(mean, last, x.num_candidates, **POOL)
+    final = operations.bacon_calibrate(
+        base, evidence, x.trace, x.num_candidates, x.capacity, **BACON
+    )
     tokens = x.count * BLOCK_SIZE
     return operations.select_tokens(
         final, tokens, x.num_candidates, x.prompt_lens, x.shape.num_kept
@@ -59,8 +61,7 @@ def select(operations: ModuleType, x: Inputs) -> torch.Tensor:
 
 
 def compress(operations: ModuleType, x: Inputs) -> None:
-    staged = operations.stage_tokens(x.prompts, select(operations, x), x.count * BLOCK_SIZE)
-    operations.write_pages(x.prompts, staged, x.count, x.start, x.num_full, x.num_kept)
+    in_place(operations, x.prompts, select(operations, x), x.count, x.start, x.num_full, x.num_kept)
 
 
 def einsum_compress(

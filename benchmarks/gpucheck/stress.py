@@ -84,11 +84,16 @@ def in_place(
     prompts: PromptPages,
     kept: torch.Tensor,
     count: torch.Tensor,
-    *tables: torch.Tensor,
+    start: torch.Tensor,
+    num_full: torch.Tensor,
+    num_kept: torch.Tensor,
 ) -> None:
-    """Kept tokens into the pages of the kept blocks, by the operations of a module."""
-    staged = operations.stage_tokens(prompts, kept, count * prompts.layout.block_size)
-    operations.write_pages(prompts, staged, count, *tables)
+    """Kept tokens into the pages of the kept blocks of one layer, by the operations of a module."""
+    pages, table, heads, _ = prompts[:4]
+    # pages that no head owns are written, too: with zeros
+    staged = pages.new_zeros((len(table), table.shape[1] * heads, pages.shape[1]))
+    operations.stage_tokens(prompts, kept, count, start, staged)
+    operations.write_pages(prompts, staged, num_kept * heads, num_full, num_kept, len(pages))
 
 
 def run(rounds: int, seed: int, small: bool, interpret: bool) -> int:
