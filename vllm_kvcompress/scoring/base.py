@@ -64,12 +64,12 @@ class HiddenMoments(NamedTuple):
     """Sums over the prompt's tokens of the (normed) attention input x, float32.
 
     Attributes:
-        count: [R] tokens summed over.
+        num_tokens: [R] tokens summed over.
         total, square: [R, d] sums of x and of x^2.
         last: [R, d] x of the last prompt token.
     """
 
-    count: torch.Tensor
+    num_tokens: torch.Tensor
     total: torch.Tensor
     square: torch.Tensor
     last: torch.Tensor
@@ -79,12 +79,12 @@ class QueryMoments(NamedTuple):
     """Sums over the prompt's tokens of the queries before RoPE and after their norm, float32.
 
     Attributes:
-        count: [R] tokens summed over.
+        num_tokens: [R] tokens summed over.
         total: [R, Hq, D].
         outer: [R, Hq, D, D], sums of q q^T.
     """
 
-    count: torch.Tensor
+    num_tokens: torch.Tensor
     total: torch.Tensor
     outer: torch.Tensor
 

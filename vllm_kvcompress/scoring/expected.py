@@ -84,7 +84,7 @@ class Expected(Scorer):
         num_kv_heads = ctx.keys.shape[1]
         turn = self._mean_rotation(ctx)[:, None]  # [R, 1, D, D], row j: the image of unit vector j
         scale = ctx.scale[:, None, None, None]
-        count = ctx.moments.count.clamp_min(1)[:, None, None]
+        count = ctx.moments.num_tokens.clamp_min(1)[:, None, None]
         mean = ctx.moments.total / count  # [R, Hq, D]
         turned = torch.matmul(mean[:, :, None], turn)[:, :, 0].unflatten(1, (num_kv_heads, -1))
         logits = scale * torch.matmul(turned, ctx.keys.transpose(2, 3))
