@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from gpucheck.stress import in_place
+from gpucheck.stress import Compaction, in_place
 from rivals import Calls, Rival, Unsuitable, require_gpu
 
 from vllm_kvcompress import kernels
@@ -27,7 +27,7 @@ from vllm_kvcompress.kernels import (
 BLOCK_SIZE, WINDOW = 16, 32
 KEPT_SHARE = 0.1  # of a prompt
 TRACE_LAYERS = 4
-POOL = {"kernel": 5, "pool": "avg"}
+POOLING = {"kernel": 5, "pool": "avg"}
 BACON = {"trace_r": TRACE_LAYERS, "mode": "elt", "local_k": 5, "lambda_c": 0.5, "topk_frac": 2.0}
 
 
@@ -62,9 +62,9 @@ class Inputs(NamedTuple):
 
     Attributes:
         queries: [N, W, Hq, D] bfloat16.
-        scale: [N] float32.
-        base, evidence: as the calibration gets them; ``trace``: [Lt, N, Hkv, T], evidence of the
-            layers before and of this one.
+        scale: [N] float32, of the logits.
+        base, evidence: as the calibration gets them; trace: [layers, N, Hkv, T], of the layers
+            before and of this one.
         kept: [N, Hkv, K]; count, start: [N, Hkv]; num_full, num_kept: [N], in blocks.
     """
 
@@ -105,17 +105,18 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
     queries = torch.empty(num, WINDOW, shape.num_q_heads, shape.head_size, device=device)
     kept_blocks = shape.num_kept // BLOCK_SIZE
     count = full(kept_blocks, num, heads)
-    trace = draw(TRACE_LAYERS + 1, num, heads, length) ** 8
     order = draw(num, heads, length).argsort(2)[:, :, : shape.num_kept]
+    # few large ones, as attention has them
+    base, *trace = (draw(num, heads, length) ** 8 for _ in range(TRACE_LAYERS + 2))
     return Inputs(
         shape,
         queries.normal_(generator=generator).bfloat16(),
         prompts,
         full(length, num),
         torch.full((num,), shape.head_size**-0.5, device=device),
-        draw(num, heads, length) ** 8,  # few large ones, as attention has them
+        base,
         trace[-1],
-        trace,
+        torch.stack(trace),
         full(length - WINDOW, num),
         full(shape.num_kept - WINDOW, num),
         order.sort(2).values,
@@ -224,7 +225,21 @@ def scores_check(x: Inputs) -> None:
         require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-9), "window_scores")
 
 
-# bacon_calibrate
+# bacon_evidence and bacon_calibrate
+
+
+def evidence_calls(x: Inputs) -> Calls:
+    args = (x.base, x.base + x.evidence, x.num_candidates)
+    return {
+        "ours": lambda: kernels.bacon_evidence(*args, **POOLING),
+        "torch": lambda: reference.bacon_evidence(*args, **POOLING),
+    }
+
+
+def evidence_check(x: Inputs) -> None:
+    calls = evidence_calls(x)
+    for ours, plain in zip(calls["ours"](), calls["torch"](), strict=True):
+        require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "bacon_evidence")
 
 
 def calibrate_calls(x: Inputs) -> Calls:
@@ -304,11 +319,18 @@ def compact_cost(shape: Shape) -> Cost:
     return Cost(moved * (2 * 2 * row + 8), 0, moved * row * 24 + copies)
 
 
+def compaction_of(x: Inputs) -> Compaction:
+    heads = x.shape.num_kv_heads
+    size = (x.shape.num, x.shape.num_kept // BLOCK_SIZE * heads, x.prompts.pages.shape[1])
+    staged, num_pages = x.prompts.pages.new_empty(size), x.num_kept * heads
+    return Compaction(staged, x.kept, x.count, x.start, num_pages, x.num_full, x.num_kept)
+
+
 def compact_calls(x: Inputs) -> Calls:
-    args = (x.kept, x.count, x.start, x.num_full, x.num_kept)
+    tables = compaction_of(x)
     return {
-        "ours": lambda: in_place(kernels, x.prompts, *args),
-        "torch": lambda: in_place(reference, x.prompts, *args),
+        "ours": lambda: in_place(kernels, x.prompts, tables),
+        "torch": lambda: in_place(reference, x.prompts, tables),
     }
 
 
@@ -333,7 +355,7 @@ def tables_cost(shape: Shape) -> Cost:
 def table_maker(
     fill: Callable[..., None], blocks: torch.Tensor, seq_lens: torch.Tensor, held: HeldPages
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Makes tables and lengths of one layer's virtual sequences, always in the same buffers."""
+    """Makes tables and lengths of one layer's per-head sequences, always in the same buffers."""
     num_seqs = len(blocks) * held.page_count.shape[2]
     table, kv_len = blocks.new_zeros(1, num_seqs, blocks.shape[1]), blocks.new_zeros(1, num_seqs)
 
@@ -363,6 +385,13 @@ def tables_check(x: Inputs) -> None:
 
 OPERATIONS = (
     Operation("window_scores", scores_cost, scores_calls, scores_check, "window_scores"),
+    Operation(
+        "bacon_evidence",
+        lambda s: Cost(4 * entries(s) * 4, 0, 100 * entries(s)),
+        evidence_calls,
+        evidence_check,
+        "bacon_evidence",
+    ),
     Operation(
         "bacon_calibrate",
         lambda s: Cost(4 * entries(s) * (TRACE_LAYERS + 3), 0, 100 * entries(s)),
