@@ -10,7 +10,7 @@
     timing    every operation at the shapes of well-known models
     serving   with and without compression, in pairs, on a model with random weights
 
-A stage that fails is the last one. See docs/gpu-check.md.
+The run stops at the first failure. See docs/gpu-check.md.
 """
 
 import argparse

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compression costs and gives, measured in pairs against the same vLLM without it.
+"""What compression costs and gives, measured beside the same vLLM without it.
 
     python benchmarks/serving.py                                          # toy model on the CPU
     python benchmarks/serving.py --device cuda --dummy llama-3.1-8b       # random weights on a GPU
 
-Two engines live side by side, one per process, and take turns (stock, compressed, compressed,
-stock, ...), so that whatever else the machine does meets both. Three workloads:
+The engines of a workload live side by side, one per process, and take turns (stock, compressed,
+compressed, stock, ...), so that whatever else the machine does meets all of them. Workloads:
 
-    tight    a pool that holds few uncompressed prompts: tokens/s and most requests running at once
-    roomy    a pool that is never short: compression must not cost much
-    single   one prompt at a time: prefill, scoring + compaction, pages held against pages needed
+    tight           a pool that holds few uncompressed prompts; stock and ``always``
+    roomy           a pool that is never short; stock, ``always`` and ``pressure``, whose answers
+                    have to be those of stock: the run fails if one token differs
+    oversubscribed  requests that need three times the pool, with long answers; stock and
+                    ``pressure``: how many are preempted
+    single          one prompt at a time, by stock and ``always``: time to its first token,
+                    compression, blocks held, pages held against pages needed
 
-On a GPU both engines must fit into its memory side by side; vLLM runs as it does by default there:
-compiled, with CUDA graphs and asynchronous scheduling.
+On a GPU all engines of a workload must fit into its memory side by side; vLLM runs as it does by
+default there: compiled, with CUDA graphs and asynchronous scheduling.
 
 Results: a table, and one CSV row per quantity with hardware, versions and percentiles.
 """
@@ -21,6 +25,7 @@ import argparse
 import csv
 import functools
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +35,15 @@ from gpucheck.machine import facts
 from serving_engine import Burst, Engine, EngineProcess, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-ARMS = ("stock", "compressed")
-WORKLOADS = ("tight", "roomy")
+ARMS = {
+    "tight": ("stock", "always"),
+    "roomy": ("stock", "always", "pressure"),
+    "oversubscribed": ("stock", "pressure"),
+}
+"""Engines of a workload: one without compression, and one for each policy of compression."""
+POLICIES = ("always", "pressure")
+MUST_EQUAL = ("roomy", "pressure")
+"""Workload and arm in which nobody is compressed."""
 
 
 class Row(NamedTuple):
@@ -44,63 +56,76 @@ class Row(NamedTuple):
     values: list[float]
 
 
-class Pair:
-    """A stock and a compressing engine of equal settings, alive at the same time."""
+Measured = dict[str, dict[str, list[float]]]
+"""Values of each arm by quantity."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.engines = {
+
+class Engines:
+    """Engines of equal settings but for compression, alive at the same time."""
+
+    def __init__(self, settings: Settings, arms: tuple[str, ...]) -> None:
+        self.by_arm = {
             arm: EngineProcess(functools.partial(Engine, settings, arm), settings.threads)
-            for arm in ARMS
+            for arm in arms
         }
 
-    def __enter__(self) -> "Pair":
-        for engine in self.engines.values():
+    def __enter__(self) -> "Engines":
+        for engine in self.by_arm.values():
             engine.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for engine in self.engines.values():
+        for engine in self.by_arm.values():
             engine.__exit__()
 
-    def repeat(
-        self, kind: str, rounds: int, **burst: int
-    ) -> Iterator[tuple[str, dict[str, list[float]]]]:
-        """Both arms in turns, every round with its own prompts; yields the values of each arm."""
-        values: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+    def repeat(self, kind: str, rounds: int, arms: tuple[str, ...], **burst: int) -> Measured:
+        """The arms in turns, every round with its own prompts."""
+        values: Measured = {arm: {} for arm in arms}
         for number in range(-1, rounds):  # the first one warms up
-            for arm in ARMS if number % 2 == 0 else reversed(ARMS):
-                result = self.engines[arm].run(kind, Burst(seed=number, **burst))
-                for quantity, value in result.items() if number >= 0 else ():
+            found = {
+                arm: self.by_arm[arm].run(kind, Burst(seed=number, **burst))
+                for arm in (arms if number % 2 == 0 else reversed(arms))
+            }
+            if number < 0:
+                continue
+            answers = {arm: result.pop("outputs", []) for arm, result in found.items()}
+            for arm in arms:
+                if answers[arm] and arm != "stock":
+                    pairs = zip(answers[arm], answers["stock"], strict=True)
+                    equal = [ours == stock for ours, stock in pairs]
+                    found[arm]["equal_answers"] = sum(equal) / len(equal)
+                for quantity, value in found[arm].items():
                     values[arm].setdefault(quantity, []).append(value)
-        yield from values.items()
+        return values
 
 
-UNITS = {"tokens_per_s": "1/s", "prefill_ms": "ms", "compression_ms": "ms"}
+UNITS = {"tokens_per_s": "1/s", "first_token_ms": "ms", "compression_ms": "ms"}
 
 
-def as_rows(workload: str, measured: Iterator[tuple[str, dict[str, list[float]]]]) -> list[Row]:
-    """Rows of both arms, and the ratio of what is measured in both, round by round."""
-    arms = dict(measured)
+def as_rows(workload: str, arms: Measured) -> list[Row]:
+    """Rows of every arm, and ratios to stock, round by round."""
     rows = [
         Row(workload, arm, quantity, UNITS.get(quantity, "1"), values)
         for arm, quantities in arms.items()
         for quantity, values in quantities.items()
     ]
-    stock, ours = arms["stock"], arms["compressed"]
-    for quantity in ("tokens_per_s", "prefill_ms"):
-        if quantity in stock:
-            pairs = zip(ours[quantity], stock[quantity], strict=True)
-            rows.append(
-                Row(workload, "compressed / stock", quantity, "ratio", [a / b for a, b in pairs])
-            )
-    if "pages_held" in ours:
-        for needed in ("pages_for_kept", "pages_for_budget"):
-            pairs = zip(ours["pages_held"], ours[needed], strict=True)
-            name = f"pages_held / {needed}"
-            rows.append(Row(workload, "compressed", name, "ratio", [a / b for a, b in pairs]))
-        pairs = zip(ours["compression_ms"], stock["prefill_ms"], strict=True)
-        name = "compression_ms / stock prefill_ms"
-        rows.append(Row(workload, "compressed", name, "ratio", [a / b for a, b in pairs]))
+
+    def ratio(arm: str, quantity: str, above: list[float], below: list[float]) -> None:
+        values = [a / b for a, b in zip(above, below, strict=True)]
+        rows.append(Row(workload, arm, quantity, "ratio", values))
+
+    stock = arms["stock"]
+    for arm, ours in arms.items():
+        if arm == "stock":
+            continue
+        for quantity in ("tokens_per_s", "first_token_ms"):
+            if quantity in stock:
+                ratio(f"{arm} / stock", quantity, ours[quantity], stock[quantity])
+        if "pages_held" in ours:
+            for needed in ("pages_for_kept", "pages_for_budget"):
+                ratio(arm, f"pages_held / {needed}", ours["pages_held"], ours[needed])
+            name = "compression_ms / stock first_token_ms"
+            ratio(arm, name, ours["compression_ms"], stock["first_token_ms"])
     return rows
 
 
@@ -108,22 +133,29 @@ class Plan(NamedTuple):
     """How much work a run does. Lengths in tokens.
 
     Attributes:
+        long_output_tokens: of "oversubscribed".
         single: prompt lengths.
+        rounds: of tight and roomy; "oversubscribed" has half of them.
         roomy_for: requests that the pool of "roomy" holds uncompressed.
     """
 
     requests: int
     prompt_tokens: int
     output_tokens: int
+    long_output_tokens: int
     single: tuple[int, ...]
     rounds: int
     roomy_for: int
 
+    def pairs(self, length: int) -> int:
+        """Repetitions of "single", most of short prompts: ratios near 1 are to be told apart."""
+        return max(3 * self.rounds, min(24 * self.rounds, 12_000 * self.rounds // length))
+
 
 PLANS = {
-    "cpu": Plan(24, 1000, 64, (500, 1000, 2000, 4000), 10, 32),
-    "cuda": Plan(16, 8192, 512, (2048, 8192, 32768), 4, 16),
-    "quick": Plan(5, 300, 6, (200,), 1, 5),  # does it run at all?
+    "cpu": Plan(24, 1000, 64, 128, (500, 1000, 2000, 4000), 10, 32),
+    "cuda": Plan(16, 8192, 512, 1024, (2048, 8192, 32768), 4, 20),
+    "quick": Plan(5, 300, 6, 40, (200,), 1, 7),  # does it run at all?
 }
 
 
@@ -135,13 +167,18 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def measure(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Settings, list[Row]]]:
-    longest = max(plan.prompt_tokens + plan.output_tokens, *plan.single) + 64
-    per_request = -(-(plan.prompt_tokens + plan.output_tokens) // args.block_size)
+    def blocks(output_tokens: int) -> int:
+        return -(-(plan.prompt_tokens + output_tokens) // args.block_size)
+
+    longest = max(plan.prompt_tokens + plan.long_output_tokens, *plan.single) + 64
+    per_request = blocks(plan.output_tokens)
     pools = {
         "tight": 3 * per_request + per_request // 2,
         "roomy": max(plan.roomy_for * per_request, -(-longest // args.block_size) + 1),
+        "oversubscribed": -(-plan.requests * blocks(plan.long_output_tokens) // 3),
     }
-    load = {name: getattr(plan, name) for name in ("requests", "prompt_tokens", "output_tokens")}
+    arms = {w: tuple(a for a in ARMS[w] if a in ("stock", *args.policies)) for w in args.workloads}
+    single_by = [workload for workload in args.workloads if "always" in arms[workload]][-1:]
     for workload in args.workloads:
         pool = pools[workload]
         settings = Settings(
@@ -155,16 +192,21 @@ def measure(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Settings, li
             max_model_len=min(longest, (pool - 1) * args.block_size),  # vLLM sets a block apart
             device=args.device,
         )
-        print(f"starting two engines with a pool of {pool} blocks", flush=True)
-        with Pair(settings) as pair:
-            yield settings, as_rows(workload, pair.repeat("burst", plan.rounds, **load))
-            lengths = plan.single if workload == args.workloads[-1] else ()
-            for length in lengths:
+        print(f"starting engines with a pool of {pool} blocks: {', '.join(arms[workload])}",
+              flush=True)  # fmt: skip
+        load = {"requests": plan.requests, "prompt_tokens": plan.prompt_tokens}
+        load["output_tokens"], rounds = plan.output_tokens, plan.rounds
+        if workload == "oversubscribed":
+            load["output_tokens"], rounds = plan.long_output_tokens, -(-plan.rounds // 2)
+        with Engines(settings, arms[workload]) as engines:
+            found = engines.repeat("burst", rounds, arms[workload], **load)
+            yield settings, as_rows(workload, found)
+            for length in plan.single if workload in single_by else ():
                 if length + 64 > settings.max_model_len:
                     continue
                 one = {"requests": 1, "prompt_tokens": length, "output_tokens": 6}
-                measured = pair.repeat("single", 3 * plan.rounds, **one)
-                yield settings, as_rows(f"single {length}", measured)
+                found = engines.repeat("single", plan.pairs(length), ("stock", "always"), **one)
+                yield settings, as_rows(f"single {length}", found)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -180,8 +222,9 @@ def parse() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="folder of a checkpoint; default: the one of examples/")
     model.add_argument("--dummy", metavar="NAME", help="a model of dummy_models.py instead")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS,
-                        help="the engines of the last one do single, too")  # fmt: skip
+    parser.add_argument("--workloads", nargs="+", choices=ARMS, default=list(ARMS),
+                        help="the last one with a policy `always` does single, too")  # fmt: skip
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--method", default="bacon")
     parser.add_argument("--budget", help="default: 64 tokens on a CPU, 25%% on a GPU")
     parser.add_argument("--block-size", type=int, help="default: 32 on a CPU, 16 on a GPU")
@@ -205,17 +248,81 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def medians(rows: list[Row]) -> dict[tuple[str, str, str], float]:
+    """By workload, arm and quantity."""
+    return {row[:3]: statistics.median(row.values) for row in rows}
+
+
+def summary(rows: list[Row], pools: dict[str, int]) -> Iterator[str]:
+    """The tables of the README, lines of Markdown; factors and percentages are medians over pairs.
+
+    Args:
+        rows: of the whole run.
+        pools: blocks by workload.
+    """
+    found = medians(rows)
+    yield "| pool | policy | | without | with | |"
+    yield "|---|---|---|---|---|---|"
+    for workload, arms in ARMS.items():
+        for arm in arms[1:]:
+            if (workload, arm, "tokens_per_s") not in found:
+                continue
+            place = f"| {workload}, {pools[workload]} blocks | `{arm}`"
+            for quantity, name in (
+                ("tokens_per_s", "output tokens/s"),
+                ("peak_running", "requests running at once"),
+                ("preemptions", "preemptions"),
+            ):
+                stock, ours = (found[workload, a, quantity] for a in ("stock", arm))
+                ratio = found.get((workload, f"{arm} / stock", quantity))
+                factor = f"x {ratio:.2f}" if ratio is not None else ""
+                yield f"{place} | {name} | {stock:,.0f} | {ours:,.0f} | {factor} |"
+                place = "| |"
+            if (workload, arm) == MUST_EQUAL:
+                equal = found[workload, arm, "equal_answers"]
+                yield f"| | | answers equal to those without | | {equal:.0%} | |"
+    yield ""
+    columns = ("prompt tokens", "blocks held, without", "with", "first token, without",
+               "with / without", "compression", "of prefill")  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---|---|---|---|---|---|---|"
+    for workload in dict.fromkeys(row.workload for row in rows):
+        if not workload.startswith("single "):
+            continue
+        held = [found[workload, arm, "blocks_held"] for arm in ("stock", "always")]
+        share = found[workload, "always", "compression_ms / stock first_token_ms"]
+        yield (
+            f"| {int(workload.split()[1]):,} | {held[0]:.0f} | {held[1]:.0f} "
+            f"| {found[workload, 'stock', 'first_token_ms']:.1f} ms "
+            f"| {found[workload, 'always / stock', 'first_token_ms']:.3f} "
+            f"| {found[workload, 'always', 'compression_ms']:.1f} ms | {share:.1%} |"
+        )
+
+
+def different_answers(rows: list[Row]) -> list[str]:
+    """What must not be: a pool that is never short, and answers that are not those of stock."""
+    return [
+        f"{row.workload}, {row.arm}: only {min(row.values):.0%} of the answers equal those of stock"
+        for row in rows
+        if row[:3] == (*MUST_EQUAL, "equal_answers") and min(row.values) < 1
+    ]
+
+
 def main() -> None:
     args = parse()
     known = facts(args.device)
     file = args.out / f"{args.device}_{known['date']}.csv"
     args.out.mkdir(parents=True, exist_ok=True)
+    every: list[Row] = []
+    pools: dict[str, int] = {}
     writer = None
     with file.open("w", newline="") as sink:
         for settings, rows in measure(args, plan_of(args)):
             folder = Path(settings.model)
             model = folder.parent.name if folder.name == "model" else folder.name
             shared = known | asdict(settings) | {"model": model, "device": known["device"]}
+            every += rows
+            pools.setdefault(rows[0].workload, settings.pool_blocks)
             for row in rows:
                 entry = shared | row._asdict() | percentiles(row.values)
                 entry["samples"] = len(entry.pop("values"))
@@ -225,12 +332,15 @@ def main() -> None:
                 rounded = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in entry.items()}
                 writer.writerow(rounded)
                 print(
-                    f"{row.workload:12} {row.arm:19} {row.quantity:34} "
+                    f"{row.workload:14} {row.arm:16} {row.quantity:38} "
                     f"{entry['p50']:9.4g} {row.unit:6} "
                     f"[{entry['p20']:.4g}, {entry['p80']:.4g}]",
                     flush=True,
                 )
+    print("", *summary(every, pools), "", sep="\n")
     print(f"{file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}")
+    if problems := different_answers(every):
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ MAX_SEQS = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """What both engines of a pair have in common, and the compression of one of them."""
+    """What engines that are compared have in common, and the compression of some of them."""
 
     model: str
     method: str
@@ -63,16 +63,38 @@ def random_prompts(burst: Burst) -> list[list[int]]:
     return [[rng.randrange(94) for _ in range(burst.prompt_tokens)] for _ in range(burst.requests)]
 
 
+def time_calls(owner: type, name: str) -> Callable[[], float]:
+    """Time a method from now on; the returned function tells the seconds spent in it so far."""
+    original, seconds = getattr(owner, name), 0.0
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal seconds
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            seconds += time.perf_counter() - start
+
+    setattr(owner, name, timed)
+    return lambda: seconds
+
+
 class Engine:
-    """An engine inside this process, where scheduler, block pool and worker are within reach."""
+    """An engine inside this process, where scheduler, block pool and worker are within reach.
+
+    Args:
+        settings: shared by the engines that are compared.
+        arm: "stock", or the policy by which this one compresses.
+        options: further settings of the compression.
+    """
 
     max_images = 0
 
     def __init__(self, settings: Settings, arm: str, **options: Any) -> None:
         from vllm import LLM
 
-        self.compresses = arm == "compressed"
-        compression = {"method": settings.method, "budget": settings.budget} | options
+        self.compresses = arm != "stock"
+        compression = {"method": settings.method, "budget": settings.budget, "when": arm} | options
         llm = LLM(
             settings.model,
             additional_config={"kv_compression": compression} if self.compresses else {},
@@ -89,7 +111,8 @@ class Engine:
         )
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
-        self.names = (str(number) for number in itertools.count())
+        self.scheduler = self.core.scheduler
+        self.names = (f"{number:09}" for number in itertools.count())
 
     def prompts(self, burst: Burst) -> list[dict[str, Any]]:
         """Prompts of a burst, as vLLM takes them."""
@@ -101,33 +124,44 @@ class Engine:
         params = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True)
         return self.engine.add_request(next(self.names), prompt, params)
 
-    def burst(self, burst: Burst) -> dict[str, float]:
+    def burst(self, burst: Burst) -> dict[str, Any]:
         """Serve a burst to its end."""
         for prompt in self.prompts(burst):
             self.add(prompt, burst.output_tokens)
+        before, requests = self.totals(), list(self.scheduler.requests.values())
+        outputs: dict[str, list[int]] = {}
         peak = steps = 0
         start = time.perf_counter()
         while self.engine.has_unfinished_requests():
-            self.engine.step()
-            peak = max(peak, len(self.core.scheduler.running))
+            for output in self.engine.step():
+                if output.finished:
+                    outputs[output.request_id] = list(output.outputs[0].token_ids)
+            peak = max(peak, len(self.scheduler.running))
             steps += 1
         seconds = time.perf_counter() - start
-        return {
+        result = {
             "tokens_per_s": burst.requests * burst.output_tokens / seconds,
             "peak_running": peak,
             "steps": steps,
+            "preemptions": sum(request.num_preemptions for request in requests),
+            "outputs": [outputs[name] for name in sorted(outputs)],
         }
+        if self.compresses:
+            after = self.totals()
+            names = [name for name in after if name.startswith("compressed_")]
+            result |= {name: after[name] - before.get(name, 0) for name in names}
+        return result
 
-    def single(self, burst: Burst) -> dict[str, float]:
+    def single(self, burst: Burst) -> dict[str, Any]:
         """Serve one prompt: time to its first token, and its pages once it decodes."""
         (prompt,) = self.prompts(burst)
-        before = self.compression_seconds()
+        before = self.compression_ms() if self.compresses else {}
         request = self.add(prompt, burst.output_tokens)
         start = time.perf_counter()
         while not self.engine.step():
             pass
-        result = {"prefill_ms": 1000 * (time.perf_counter() - start)}
-        for _ in range(2):  # in the first or the second decode step the scheduler frees blocks
+        result: dict[str, Any] = {"first_token_ms": 1000 * (time.perf_counter() - start)}
+        for _ in range(2):  # the next step compresses; with async scheduling it has begun
             self.engine.step()
         result["blocks_held"] = self.blocks(request)
         if self.compresses:
@@ -135,20 +169,25 @@ class Engine:
         while self.engine.has_unfinished_requests():
             self.engine.step()
         if self.compresses:
-            result["compression_ms"] = 1000 * (self.compression_seconds() - before)
+            after = self.compression_ms()
+            result |= {name: value - before[name] for name, value in after.items()}
         return result
 
-    def compression_seconds(self) -> float:
-        """The sum of the histogram vllm:kv_compression_seconds."""
+    def totals(self) -> dict[str, float]:
+        """The counters behind the metrics."""
         from vllm_kvcompress.config import metrics_dir
         from vllm_kvcompress.metrics import totals
 
         directory = metrics_dir()
-        return totals(directory)["seconds_sum"] if directory else 0.0
+        return totals(directory) if directory else {}
+
+    def compression_ms(self) -> dict[str, float]:
+        """Time spent so far, by quantity; the sum of the histogram vllm:kv_compression_seconds."""
+        return {"compression_ms": 1000 * self.totals().get("seconds_sum", 0.0)}
 
     def blocks(self, request: str) -> int:
         """Blocks of the pool that a request holds."""
-        (manager,) = self.core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         return sum(not block.is_null for block in manager.req_to_blocks[request])
 
     def pages(self, request: str) -> dict[str, float]:
@@ -157,22 +196,17 @@ class Engine:
         Held: its blocks in the pool, times the head pages of a block. Needed: as many as its tokens
         fill, by the kept tokens of every layer and head, and by the budget that was asked for.
         """
-        from vllm_kvcompress.adapter.runner import _states
-        from vllm_kvcompress.config import Budget
-
         worker = self.core.model_executor.driver_worker.worker
-        (group,) = worker.model_runner.attn_groups[0]
-        builder = group.metadata_builders[0]
-        state, size = builder.state, builder.block_size
-        layers, heads = len(builder.layer_rows), builder.num_kv_heads
+        shared = worker.compressed_layers
+        size, layers, heads = shared.block_size, shared.num_layers, shared.num_kv_heads
 
-        computed = self.core.scheduler.requests[request].num_computed_tokens
-        prompt = self.core.scheduler.requests[request].num_prompt_tokens
-        after_pages = computed - prompt // size * size  # tail and answer, in natural layout
+        computed = self.scheduler.requests[request].num_computed_tokens
+        prompt = self.scheduler.requests[request].num_prompt_tokens
+        after_pages = computed - prompt // size * size  # tail and answer, as vLLM writes them
 
-        (slot,), _ = _states[worker.model_runner].slots.assign([request])
-        kept = state.page_count[:, slot].expand(layers, heads) * size + after_pages
-        budget = Budget.parse(builder.settings.budget)
+        (slot,) = shared.slots.of([request])
+        kept = shared.state.page_count[:, slot].expand(layers, heads) * size + after_pages
+        budget = shared.config.budget
         asked = budget.tokens if budget.ratio is None else math.ceil(budget.ratio * prompt)
         return {
             "kept_tokens": float(kept.double().mean()) - (computed - prompt),
@@ -220,6 +254,6 @@ class EngineProcess:
         self.process.join(30)
         self.process.kill()
 
-    def run(self, kind: str, burst: Burst) -> dict[str, float]:
+    def run(self, kind: str, burst: Burst) -> dict[str, Any]:
         self.pipe.send((kind, burst))
         return self.pipe.recv()

@@ -22,8 +22,9 @@ def _row_lse_kernel(
     positions_ptr,  # [M] int64
     pages_ptr,  # [num_pages, block_size * 2 * D]
     table_ptr,  # [M, B] int64
+    scale_ptr,  # [M] float32
+    key_scale_ptr,  # [M] float32, or None
     lse_ptr,  # [M, Hq, C] float32
-    scale,
     softcap,
     num_q_heads,
     num_kv_heads,
@@ -41,6 +42,7 @@ def _row_lse_kernel(
     i_row = tl.program_id(0).to(tl.int64) // num_q_heads
     i_group = tl.program_id(0) % num_q_heads
     i_head = i_group // (num_q_heads // num_kv_heads)
+    scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     length = tl.load(lengths_ptr + i_row).to(tl.int32)
     end = tl.load(positions_ptr + i_row).to(tl.int32) + length  # position after the last row
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -72,9 +74,10 @@ def _key_attention_sum_kernel(
     positions_ptr,  # [M] int64
     pages_ptr,  # [num_pages, block_size * 2 * D]
     table_ptr,  # [M, B] int64
+    scale_ptr,  # [M] float32
+    key_scale_ptr,  # [M] float32, or None
     lse_ptr,  # [M, Hq, C] float32
     total_ptr,  # [M, Hkv, B * block_size] float32
-    scale,
     softcap,
     num_q_heads,
     num_kv_heads,
@@ -92,6 +95,7 @@ def _key_attention_sum_kernel(
     i_row = tl.program_id(0).to(tl.int64) // num_kv_heads
     i_head = tl.program_id(0) % num_kv_heads
     group = num_q_heads // num_kv_heads
+    scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     length = tl.load(lengths_ptr + i_row).to(tl.int32)
     end = tl.load(positions_ptr + i_row).to(tl.int32) + length
     first_key = tl.program_id(1) * BLOCK_T
@@ -126,7 +130,7 @@ def key_attention_sum(
     lengths: torch.Tensor,
     positions: torch.Tensor,
     prompts: PromptPages,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -141,7 +145,7 @@ def key_attention_sum(
     Returns:
         [M, Hkv, B * block_size] float32.
     """
-    pages, block_table, num_kv_heads, layout = prompts
+    pages, block_table, num_kv_heads, layout = prompts[:4]
     num, width, num_q_heads, head_size = queries.shape
     num_blocks = block_table.shape[1]
     inputs = (
@@ -150,11 +154,12 @@ def key_attention_sum(
         positions.contiguous(),
         pages,
         block_table.contiguous(),
+        scale,
+        prompts.key_scale,
     )
-    scale *= layout.key_scale
     exact = queries.dtype == torch.float32  # small tiles, whose products do not spill registers
     rows_per_tile = 16 if exact else 64
-    numbers = (scale, softcap, num_q_heads, num_kv_heads, num_blocks, width)
+    numbers = (softcap, num_q_heads, num_kv_heads, num_blocks, width)
     sizes = {
         "HEAD_SIZE": head_size,
         "PAGE_TOKENS": layout.block_size,
@@ -163,7 +168,7 @@ def key_attention_sum(
         "BLOCK_T": _KEYS_PER_TILE,
         "HAS_SOFTCAP": softcap != 0,
         "EXACT": exact,
-        "num_warps": 8 if exact else 4,
+        "num_warps": 8,
     }
     if lse is None:
         lse = queries.new_empty((num, num_q_heads, width), dtype=torch.float32)

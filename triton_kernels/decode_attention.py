@@ -189,6 +189,8 @@ def paged_decode(
     held: HeldPages,
     scale: float,
     softcap: float = 0.0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> torch.Tensor:
     """See ``reference_decode.paged_decode``; K and V are read once. For token-row pages.
 
@@ -226,8 +228,8 @@ def paged_decode(
         held.page_start.contiguous(),
         partial,
         lse,
-        scale * layout.key_scale,
-        layout.value_scale,
+        scale * key_scale,
+        value_scale,
         softcap,
         num_heads,
         num_blocks,

@@ -9,22 +9,22 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels import paged_keys, query_rows
+from vllm_kvcompress.kernels import paged_keys, query_rows, splits
 from vllm_kvcompress.kernels.reference import PromptPages
 
-_KEYS_PER_SPLIT = 1024
 _TILE = {"BLOCK_R": 16, "BLOCK_T": 64}
 
 
 @triton.jit
 def _last_logits_kernel(
-    q_ptr,  # [N, Q, Hq, D]
+    q_ptr,  # [R, Q, Hq, D]
     pages_ptr,  # [num_pages, block_size * 2 * D]
-    table_ptr,  # [N, B] int64
-    prompt_lens_ptr,  # [N] int64
-    instruction_len_ptr,  # [N] int64
-    logits_ptr,  # [N, Hq, Q] float32
-    scale,
+    table_ptr,  # [R, B] int64
+    prompt_lens_ptr,  # [R] int64
+    scale_ptr,  # [R] float32
+    key_scale_ptr,  # [R] float32, or None
+    instruction_len_ptr,  # [R] int64
+    logits_ptr,  # [R, Hq, Q] float32
     softcap,
     num_rows,  # Q
     num_q_heads,
@@ -42,6 +42,7 @@ def _last_logits_kernel(
     i_row = tl.program_id(0).to(tl.int64) // num_q_heads
     i_group = tl.program_id(0) % num_q_heads
     i_head = i_group // (num_q_heads // num_kv_heads)
+    scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     o_i = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     instruction_len = tl.load(instruction_len_ptr + i_row).to(tl.int32)
     m_key = (o_i >= num_rows - instruction_len) & (o_i < num_rows)
@@ -78,42 +79,44 @@ def _gather_elite(elite_ptr, i_seq, o_r, num_rows, BLOCK_I: tl.constexpr):
     return tl.sum(tl.where(match, o_i[None, :], 0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_parts", "parts_each"])
 def _elite_sums_kernel(
-    q_ptr,  # [N, Q, Hq, D]
+    q_ptr,  # [R, Q, Hq, D]
     pages_ptr,  # [num_pages, block_size * 2 * D]
-    table_ptr,  # [N, B] int64
-    prompt_lens_ptr,  # [N] int64
-    elite_ptr,  # [N, Hq, Q] uint8
-    segment_ptr,  # [N, T] int64
-    max_ptr,  # [N, Hq, splits, Q] float32, by number in the elite
-    sum_ptr,  # [N, Hq, splits, Q] float32
-    scale,
+    table_ptr,  # [R, B] int64
+    prompt_lens_ptr,  # [R] int64
+    scale_ptr,  # [R] float32
+    key_scale_ptr,  # [R] float32, or None
+    elite_ptr,  # [R, Hq, Q] uint8
+    segment_ptr,  # [R, T] int64
+    max_ptr,  # [R, Hq, parts, Q] float32, by number in the elite
+    sum_ptr,  # [R, Hq, parts, Q] float32
     softcap,
     num_rows,  # Q
     num_q_heads,
     num_kv_heads,
     num_blocks,
-    num_splits,
+    num_parts,
+    parts_each,  # of a program
     HEAD_SIZE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    KEYS_PER_SPLIT: tl.constexpr,
+    KEYS_PER_PART: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Maximum and sum of exponentials of each elite row, over one split of the keys."""
+    """Maximum and sum of exponentials of each elite row, over some parts of the keys."""
     i_seq = tl.program_id(0).to(tl.int64)
     i_row = i_seq // num_q_heads
     i_group = tl.program_id(0) % num_q_heads
     i_head = i_group // (num_q_heads // num_kv_heads)
-    i_split = tl.program_id(1)
+    scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     prompt_len = tl.load(prompt_lens_ptr + i_row).to(tl.int32)
-    first = i_split * KEYS_PER_SPLIT
-    end = tl.minimum(prompt_len, first + KEYS_PER_SPLIT)
+    first = tl.program_id(1) * parts_each * KEYS_PER_PART
+    end = tl.minimum(prompt_len, first + parts_each * KEYS_PER_PART)
     p_segment = segment_ptr + i_row * num_blocks * PAGE_TOKENS
     p_elite = elite_ptr + i_seq * num_rows
     count = _count_elite(elite_ptr, i_seq, num_rows, BLOCK_I)
@@ -141,22 +144,27 @@ def _elite_sums_kernel(
             sees = m_key[None, :] & (o_i[None, :] <= o_row[:, None])
             b_z = tl.where(sees, b_z, float("-inf"))
             b_max, b_sum = query_rows.add_tile(b_max, b_sum, b_z)
-        offset = (i_seq * num_splits + i_split) * num_rows + o_r
-        tl.store(max_ptr + offset, b_max, mask=m_r)
-        tl.store(sum_ptr + offset, b_sum, mask=m_r)
+            # a part ends: no branch, which would keep loads of the next tile from being early
+            ends = ((start + BLOCK_T) % KEYS_PER_PART == 0) | (start + BLOCK_T >= end)
+            offset = (i_seq * num_parts + start // KEYS_PER_PART) * num_rows + o_r
+            tl.store(max_ptr + offset, b_max, mask=m_r & ends)
+            tl.store(sum_ptr + offset, b_sum, mask=m_r & ends)
+            b_max = tl.where(ends, float("-inf"), b_max)
+            b_sum = tl.where(ends, 0.0, b_sum)
 
 
 @triton.jit
 def _elite_attention_kernel(
-    q_ptr,  # [N, Q, Hq, D]
+    q_ptr,  # [R, Q, Hq, D]
     pages_ptr,  # [num_pages, block_size * 2 * D]
-    table_ptr,  # [N, B] int64
-    prompt_lens_ptr,  # [N] int64
-    elite_ptr,  # [N, Hq, Q] uint8
-    segment_ptr,  # [N, T] int64
-    lse_ptr,  # [N, Hq, Q] float32, by number in the elite
-    mean_ptr,  # [N, Hq, T] float32
-    scale,
+    table_ptr,  # [R, B] int64
+    prompt_lens_ptr,  # [R] int64
+    scale_ptr,  # [R] float32
+    key_scale_ptr,  # [R] float32, or None
+    elite_ptr,  # [R, Hq, Q] uint8
+    segment_ptr,  # [R, T] int64
+    lse_ptr,  # [R, Hq, Q] float32, by number in the elite
+    mean_ptr,  # [R, Hq, T] float32
     softcap,
     num_rows,  # Q
     num_q_heads,
@@ -176,6 +184,7 @@ def _elite_attention_kernel(
     i_row = i_seq // num_q_heads
     i_group = tl.program_id(0) % num_q_heads
     i_head = i_group // (num_q_heads // num_kv_heads)
+    scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     prompt_len = tl.load(prompt_lens_ptr + i_row).to(tl.int32)
     length = num_blocks * PAGE_TOKENS
     o_key = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -207,17 +216,17 @@ def last_row_logits(
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
     instruction_len: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.last_row_logits``; keys are read through the block table.
 
     Args:
-        queries: [N, Q, Hq, D].
+        queries: [R, Q, Hq, D].
         prompts: with token-row pages.
 
     Returns:
-        [N, Hq, Q] float32.
+        [R, Hq, Q] float32.
     """
     num, num_rows, num_q_heads, _ = queries.shape
     inputs, numbers, sizes = _arguments(queries, prompts, prompt_lens, scale, softcap)
@@ -234,18 +243,18 @@ def elite_attention(
     segment: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.elite_attention``; keys are read through the block table.
 
     Args:
-        queries: [N, Q, Hq, D].
-        segment: [N, B * block_size] int64.
+        queries: [R, Q, Hq, D].
+        segment: [R, B * block_size] int64.
         prompts: with token-row pages.
 
     Returns:
-        [N, Hq, B * block_size] float32.
+        [R, Hq, B * block_size] float32.
     """
     num, num_rows, num_q_heads, _ = queries.shape
     length = prompts.block_table.shape[1] * prompts.layout.block_size
@@ -253,13 +262,14 @@ def elite_attention(
     inputs += (elite.contiguous().view(torch.uint8), segment.contiguous())
     sizes["BLOCK_I"] = max(16, triton.next_power_of_2(num_rows))
 
-    num_splits = triton.cdiv(length, _KEYS_PER_SPLIT)
-    partial = queries.new_empty((2, num, num_q_heads, num_splits, num_rows), dtype=torch.float32)
-    _elite_sums_kernel[(num * num_q_heads, num_splits)](
-        *inputs, partial[0], partial[1], *numbers, num_splits,
-        KEYS_PER_SPLIT=_KEYS_PER_SPLIT, **sizes,
+    sequences = num * num_q_heads
+    each = splits.parts_per_split(sequences, length, queries.device)
+    partial = splits.new_partial(sequences, length, num_rows, queries.device)
+    _elite_sums_kernel[(sequences, triton.cdiv(partial.shape[2], each))](
+        *inputs, partial[0], partial[1], *numbers, partial.shape[2], each,
+        KEYS_PER_PART=splits.KEYS_PER_PART, **sizes,
     )  # fmt: skip
-    lse = query_rows.combine(partial[0], partial[1])
+    lse = splits.combine(partial, prompt_lens)
 
     mean = queries.new_empty((num, num_q_heads, length), dtype=torch.float32)
     _elite_attention_kernel[(num * num_q_heads, triton.cdiv(length, _TILE["BLOCK_T"]))](
@@ -272,21 +282,21 @@ def _arguments(
     queries: torch.Tensor,
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float,
-) -> tuple[tuple[torch.Tensor, ...], tuple[float, ...], dict[str, int | bool]]:
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[float, ...], dict[str, int | bool]]:
     """What all kernels take: tensors, numbers, and constants with the number of warps."""
-    pages, block_table, num_kv_heads, layout = prompts
+    pages, block_table, num_kv_heads, layout = prompts[:4]
     _, num_rows, num_q_heads, head_size = queries.shape
-    inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
-    numbers = (
-        scale * layout.key_scale,
-        softcap,
-        num_rows,
-        num_q_heads,
-        num_kv_heads,
-        block_table.shape[1],
+    inputs = (
+        queries.contiguous(),
+        pages,
+        block_table.contiguous(),
+        prompt_lens.contiguous(),
+        scale,
+        prompts.key_scale,
     )
+    numbers = (softcap, num_rows, num_q_heads, num_kv_heads, block_table.shape[1])
     sizes = _TILE | {
         "HEAD_SIZE": head_size,
         "PAGE_TOKENS": layout.block_size,

@@ -36,9 +36,9 @@ def _store_scaled(p_base, p_scaled, o_t, length, factor):
 
 @triton.jit
 def _scale_kernel(
-    base_ptr,  # [N * H, T] float32
-    capacity_ptr,  # [N] int64
-    scaled_ptr,  # [N * H, T] float32
+    base_ptr,  # [R * H, T] float32
+    capacity_ptr,  # [R] int64
+    scaled_ptr,  # [R * H, T] float32
     num_heads,
     length,  # T
     NORMALIZE: tl.constexpr,
@@ -47,72 +47,62 @@ def _scale_kernel(
     """One head's scores, times the share of its mass that its top holds; -inf for NaN."""
     i_seq = tl.program_id(0).to(tl.int64)
     p_base, p_scaled = base_ptr + i_seq * length, scaled_ptr + i_seq * length
-    o_block = tl.arange(0, BLOCK)
+    o_t = tl.arange(0, BLOCK)
     factor = tl.full((), 1.0, tl.float32)
     if NORMALIZE:
         top = tl.load(capacity_ptr + i_seq // num_heads).to(tl.int32)
-        last_key, rest = radix.threshold(p_base, length, top, BLOCK)
-        b_mass = tl.zeros((BLOCK,), tl.float64)
-        b_above = tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, length, BLOCK):
-            o_t = start + o_block
-            b_x = tl.load(p_base + o_t, mask=o_t < length, other=float("-inf"))
-            mass, above = _masses(b_x, last_key)
-            b_mass += mass
-            b_above += above
+        m_t = o_t < length
+        b_x = tl.load(p_base + o_t, mask=m_t, other=float("-inf"))
+        last_key, rest = radix.threshold(tl.where(m_t, radix.order_keys(b_x), 0), top)
+        b_mass, b_above = _masses(b_x, last_key)
         factor = _share(tl.sum(b_mass, 0), tl.sum(b_above, 0), last_key, rest)
-    for start in range(0, length, BLOCK):
-        _store_scaled(p_base, p_scaled, start + o_block, length, factor)
+    _store_scaled(p_base, p_scaled, o_t, length, factor)
 
 
 @triton.jit
 def _count_kernel(
-    scaled_ptr,  # [N, H * T] float32
-    capacity_ptr,  # [N] int64
-    counts_ptr,  # [N, H] int64
+    scaled_ptr,  # [R, H * T] float32
+    capacity_ptr,  # [R] int64
+    counts_ptr,  # [R, H] int64
     num_heads,
     length,  # T
     BLOCK: tl.constexpr,
 ):
-    """Entries of each head of one request above the threshold of all its heads together."""
+    """Entries of each head of one row above the threshold of all its heads together."""
     i_row = tl.program_id(0).to(tl.int64)
-    o_block = tl.arange(0, BLOCK)
-    p_row = scaled_ptr + i_row * num_heads * length
+    o_x = tl.arange(0, BLOCK)
+    m_x = o_x < num_heads * length
+    b_x = tl.load(scaled_ptr + i_row * num_heads * length + o_x, mask=m_x, other=0.0)
+    b_key = tl.where(m_x, radix.order_keys(b_x), 0)
     capacity = tl.load(capacity_ptr + i_row).to(tl.int32)
-    last_key, rest = radix.threshold(p_row, num_heads * length, num_heads * capacity, BLOCK)
+    last_key, rest = radix.threshold(b_key, num_heads * capacity)
     for i_head in range(num_heads):
-        b_above = tl.zeros((BLOCK,), tl.int32)
-        b_tied = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, length, BLOCK):
-            o_t = start + o_block
-            m_t = o_t < length
-            key = radix.order_keys(tl.load(p_row + i_head * length + o_t, mask=m_t, other=0.0))
-            b_above += (m_t & (key > last_key)).to(tl.int32)
-            b_tied += (m_t & (key == last_key)).to(tl.int32)
-        taken = tl.minimum(tl.sum(b_tied, 0), rest)  # lower heads take first
+        m_head = (o_x >= i_head * length) & (o_x < (i_head + 1) * length)
+        tied = tl.sum((m_head & (b_key == last_key)).to(tl.int32), 0)
+        taken = tl.minimum(tied, rest)  # lower heads take first
         rest -= taken
-        count = tl.sum(b_above, 0) + taken
+        count = tl.sum((m_head & (b_key > last_key)).to(tl.int32), 0) + taken
         tl.store(counts_ptr + i_row * num_heads + i_head, count.to(tl.int64))
 
 
 @triton.jit
 def _begin_heads_kernel(
-    capacity_ptr,  # [N] int64
-    scratch_ptr,  # of rows that have ``parts`` heads each
-    rows_per_request,
+    capacity_ptr,  # [R] int64
+    scratch_ptr,  # of sequences that have ``parts`` heads each
+    per_row,  # sequences of a row
     parts,
     length,  # T
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    count = tl.load(capacity_ptr + i_row // rows_per_request) * parts
+    count = tl.load(capacity_ptr + i_row // per_row) * parts
     tiled_radix.begin(tiled_radix.scratch_row(scratch_ptr, i_row), length, count)
 
 
 @triton.jit
 def _tile_masses_kernel(
-    base_ptr,  # [N * H, T] float32
-    scratch_ptr,  # of N * H rows
-    masses_ptr,  # [N * H, tiles, 2] float64
+    base_ptr,  # [R * H, T] float32
+    scratch_ptr,  # of R * H rows
+    masses_ptr,  # [R * H, tiles, 2] float64
     length,  # T
     num_tiles,
     BLOCK: tl.constexpr,
@@ -130,10 +120,10 @@ def _tile_masses_kernel(
 
 @triton.jit
 def _scale_tile_kernel(
-    base_ptr,  # [N * H, T] float32
-    scratch_ptr,  # of N * H rows
-    masses_ptr,  # [N * H, tiles, 2] float64
-    scaled_ptr,  # [N * H, T] float32
+    base_ptr,  # [R * H, T] float32
+    scratch_ptr,  # of R * H rows
+    masses_ptr,  # [R * H, tiles, 2] float64
+    scaled_ptr,  # [R * H, T] float32
     length,  # T
     num_tiles,
     NORMALIZE: tl.constexpr,
@@ -159,9 +149,9 @@ def _scale_tile_kernel(
 
 @triton.jit
 def _count_tiles_kernel(
-    scratch_ptr,  # of N rows
-    tails_ptr,  # of N * H parts
-    counts_ptr,  # [N, H] int64
+    scratch_ptr,  # of R rows
+    tails_ptr,  # of R * H parts
+    counts_ptr,  # [R, H] int64
     num_heads,
     num_tiles,
 ):
@@ -179,26 +169,45 @@ def _count_tiles_kernel(
 def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> torch.Tensor:
     """See ``reference.head_counts``.
 
-    One program per head, then one per request: scores are read six times and written once, then
-    read five times. Where heads are long, one program per tile in thirteen launches, seven when
-    nothing is normalised, the last of which reads counts only.
+    One program per head reads its scores twice and writes them once. Then one program per row reads
+    them; where the heads of a row do not fit into one, tiles do in six launches, the last of which
+    reads counts only. Where heads are long, tiles do all of it, in thirteen launches, seven when
+    nothing is normalised.
     """
     num, num_heads, length = base.shape
     rows, device = num * num_heads, base.device
     base, capacity = base.contiguous(), capacity.contiguous()
     scaled = torch.empty_like(base)
     counts = torch.empty((num, num_heads), dtype=torch.int64, device=device)
-    sizes = {"BLOCK": radix.BLOCK, "num_warps": radix.NUM_WARPS}
+    tiles = tiled_radix.num_tiles(length)
     if length <= tiled_radix.LONG:
         _scale_kernel[(rows,)](
-            base, capacity, scaled, num_heads, length, NORMALIZE=normalize, **sizes
+            base, capacity, scaled, num_heads, length, NORMALIZE=normalize, **radix.sizes(length)
         )
-        _count_kernel[(num,)](scaled, capacity, counts, num_heads, length, **sizes)
+    else:
+        _scale_by_tile(base, capacity, scaled, normalize)
+    if num_heads * length <= tiled_radix.LONG:
+        _count_kernel[(num,)](
+            scaled, capacity, counts, num_heads, length, **radix.sizes(num_heads * length)
+        )
         return counts
-    tiles = tiled_radix.num_tiles(length)
+    scratch = tiled_radix.new_scratch(num, device)
+    tails = tiled_radix.new_tails(rows, length, device)
+    _begin_heads_kernel[(num,)](capacity, scratch, 1, num_heads, length)
+    tiled_radix.find_thresholds(scaled.view(rows, length), scratch, tails)
+    _count_tiles_kernel[(num,)](scratch, tails, counts, num_heads, tiles)
+    return counts
+
+
+def _scale_by_tile(
+    base: torch.Tensor, capacity: torch.Tensor, scaled: torch.Tensor, normalize: bool
+) -> None:
+    """What ``_scale_kernel`` does, of heads that are too long for it."""
+    num, num_heads, length = base.shape
+    rows, tiles = num * num_heads, tiled_radix.num_tiles(length)
     sizes = {"BLOCK": tiled_radix.TILE, "num_warps": tiled_radix.NUM_WARPS}
-    scratch = tiled_radix.new_scratch(rows, device)
-    masses = torch.empty((rows, tiles, 2), dtype=torch.float64, device=device)
+    scratch = tiled_radix.new_scratch(rows, base.device)
+    masses = torch.empty((rows, tiles, 2), dtype=torch.float64, device=base.device)
     if normalize:
         _begin_heads_kernel[(rows,)](capacity, scratch, num_heads, 1, length)
         tiled_radix.find_thresholds(base.view(rows, length), scratch)
@@ -206,8 +215,3 @@ def head_counts(base: torch.Tensor, capacity: torch.Tensor, normalize: bool) -> 
     _scale_tile_kernel[(rows, tiles)](
         base, scratch, masses, scaled, length, tiles, NORMALIZE=normalize, **sizes
     )
-    tails = tiled_radix.new_tails(rows, length, device)
-    _begin_heads_kernel[(num,)](capacity, scratch[:num], 1, num_heads, length)
-    tiled_radix.find_thresholds(scaled.view(rows, length), scratch[:num], tails)
-    _count_tiles_kernel[(num,)](scratch, tails, counts, num_heads, tiles)
-    return counts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page tables of virtual sequences, one launch for all layers."""
+"""Page tables of a per-head batch, one launch for all layers."""
 
 import torch
 import triton

@@ -19,9 +19,9 @@ def load_keys(
     PAGE_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys [BLOCK_D, keys] of positions ``o_key`` of one request and KV head; 0 where masked.
+    """Keys [BLOCK_D, keys] of positions ``o_key`` of one row and KV head; 0 where masked.
 
-    They come as they are stored: those of float8 pages lack ``PageLayout.key_scale``.
+    They come as they are stored: those of float8 pages lack ``PromptPages.key_scale``.
     """
     o_d = tl.arange(0, BLOCK_D)
     page = tl.load(table_ptr + i_row * num_blocks + o_key // PAGE_TOKENS, mask=m_key, other=0)
@@ -29,6 +29,15 @@ def load_keys(
     p_k = (page * PAGE_TOKENS + o_key % PAGE_TOKENS) * (2 * HEAD_SIZE)
     mask = (o_d < HEAD_SIZE)[:, None] & m_key[None, :]
     return tl.load(pages_ptr + p_k[None, :] + o_d[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def row_scale(scale_ptr, key_scale_ptr, i_row):
+    """What the logits of a row are multiplied by; its keys as stored lack their own scale."""
+    scale = tl.load(scale_ptr + i_row)
+    if key_scale_ptr is not None:
+        scale *= tl.load(key_scale_ptr + i_row)
+    return scale
 
 
 @triton.jit

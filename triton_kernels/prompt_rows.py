@@ -13,12 +13,12 @@ _TOKENS_PER_PROGRAM = 32
 @triton.jit
 def _read_kernel(
     pages_ptr,  # [num_pages * block_size, 2 * D]
-    table_ptr,  # [N, B] int64
-    rows_ptr,  # [N, H, T, D]
+    table_ptr,  # [R, B] int64
+    scale_ptr,  # [R] float32, or None
+    rows_ptr,  # [R, H, T, D]
     num_heads,
     num_blocks,
     first,  # element of a token's row: 0 for keys, D for values
-    factor,
     HEAD_SIZE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -38,13 +38,15 @@ def _read_kernel(
     p_target = rows_ptr + target[:, None] * HEAD_SIZE + o_d[None, :]
     b_rows = tl.load(p_source, mask=mask)
     if SCALED:
-        b_rows = b_rows.to(tl.float32) * factor
+        b_rows = b_rows.to(tl.float32)
+        if scale_ptr is not None:
+            b_rows *= tl.load(scale_ptr + i_row)
     tl.store(p_target, b_rows, mask=mask)
 
 
 def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     """See ``reference.read_prompt``. For token-row pages; moves each element in and out."""
-    pages, block_table, num_kv_heads, layout = prompts
+    pages, block_table, num_kv_heads, layout = prompts[:4]
     num, num_blocks = block_table.shape
     length = num_blocks * layout.block_size
     scaled, is_key = is_float8(pages.dtype), part == "key"
@@ -53,11 +55,11 @@ def read_prompt(prompts: PromptPages, part: str) -> torch.Tensor:
     _read_kernel[(num * num_kv_heads, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
         pages,
         block_table.contiguous(),
+        prompts.key_scale if is_key else prompts.value_scale,
         rows,
         num_kv_heads,
         num_blocks,
         0 if is_key else layout.head_size,
-        layout.key_scale if is_key else layout.value_scale,
         HEAD_SIZE=layout.head_size,
         PAGE_TOKENS=layout.block_size,
         BLOCK_D=triton.next_power_of_2(layout.head_size),

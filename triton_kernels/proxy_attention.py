@@ -9,43 +9,44 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels import paged_keys, query_rows
+from vllm_kvcompress.kernels import paged_keys, query_rows, splits
 from vllm_kvcompress.kernels.reference import PromptPages
 
-_KEYS_PER_SPLIT = 1024
 _GROUPS_PER_PROGRAM = 4
 """Groups that look at a tile of keys while it is on the chip."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_parts", "parts_each"])
 def _proxy_sums_kernel(
-    q_ptr,  # [N, M, Hq, D]
+    q_ptr,  # [R, M, Hq, D]
     pages_ptr,  # [num_pages, block_size * 2 * D]
-    table_ptr,  # [N, B] int64
-    prompt_lens_ptr,  # [N] int64
-    max_ptr,  # [N, Hkv, splits, G * M] float32
-    sum_ptr,  # [N, Hkv, splits, G * M] float32
-    scale,
+    table_ptr,  # [R, B] int64
+    prompt_lens_ptr,  # [R] int64
+    scale_ptr,  # [R] float32
+    key_scale_ptr,  # [R] float32, or None
+    max_ptr,  # [R, Hkv, parts, G * M] float32
+    sum_ptr,  # [R, Hkv, parts, G * M] float32
     softcap,
     num_rows,  # M
     num_q_heads,
     num_kv_heads,
     num_blocks,
-    num_splits,
+    num_parts,
+    parts_each,  # of a program
     HEAD_SIZE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    KEYS_PER_SPLIT: tl.constexpr,
+    KEYS_PER_PART: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Maximum and sum of exponentials of a tile of proxies, over one split of the keys."""
-    i_row = tl.program_id(0).to(tl.int64) // num_kv_heads
-    i_head = tl.program_id(0) % num_kv_heads
-    i_split = tl.program_id(2)
+    """Maximum and sum of exponentials of a tile of proxies, over some parts of the keys."""
+    i_seq = tl.program_id(0).to(tl.int64)
+    i_row, i_head = i_seq // num_kv_heads, i_seq % num_kv_heads
     group = num_q_heads // num_kv_heads
+    scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < group * num_rows
     b_q = query_rows.load_rows(
@@ -54,8 +55,9 @@ def _proxy_sums_kernel(
     )  # fmt: skip
     b_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_R,), tl.float32)
-    first = i_split * KEYS_PER_SPLIT
-    end = tl.minimum(tl.load(prompt_lens_ptr + i_row).to(tl.int32), first + KEYS_PER_SPLIT)
+    first = tl.program_id(2) * parts_each * KEYS_PER_PART
+    prompt_len = tl.load(prompt_lens_ptr + i_row).to(tl.int32)
+    end = tl.minimum(prompt_len, first + parts_each * KEYS_PER_PART)
     for start in range(first, end, BLOCK_T):
         o_key = start + tl.arange(0, BLOCK_T)
         m_key = o_key < end
@@ -66,20 +68,25 @@ def _proxy_sums_kernel(
         b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
         b_z = tl.where(m_key[None, :], b_z, float("-inf"))
         b_max, b_sum = query_rows.add_tile(b_max, b_sum, b_z)
-    offset = ((i_row * num_kv_heads + i_head) * num_splits + i_split) * group * num_rows + o_r
-    tl.store(max_ptr + offset, b_max, mask=m_r)
-    tl.store(sum_ptr + offset, b_sum, mask=m_r)
+        # a part ends: no branch, which would keep loads of the next tile from being early
+        ends = ((start + BLOCK_T) % KEYS_PER_PART == 0) | (start + BLOCK_T >= end)
+        offset = (i_seq * num_parts + start // KEYS_PER_PART) * group * num_rows + o_r
+        tl.store(max_ptr + offset, b_max, mask=m_r & ends)
+        tl.store(sum_ptr + offset, b_sum, mask=m_r & ends)
+        b_max = tl.where(ends, float("-inf"), b_max)
+        b_sum = tl.where(ends, 0.0, b_sum)
 
 
 @triton.jit
 def _group_attention_sum_kernel(
-    q_ptr,  # [N, M, Hq, D]
+    q_ptr,  # [R, M, Hq, D]
     pages_ptr,  # [num_pages, block_size * 2 * D]
-    table_ptr,  # [N, B] int64
-    prompt_lens_ptr,  # [N] int64
-    lse_ptr,  # [N, Hkv, G * M] float32
-    masses_ptr,  # [N, Hkv, NG, T] float32
-    scale,
+    table_ptr,  # [R, B] int64
+    prompt_lens_ptr,  # [R] int64
+    scale_ptr,  # [R] float32
+    key_scale_ptr,  # [R] float32, or None
+    lse_ptr,  # [R, Hkv, G * M] float32
+    masses_ptr,  # [R, Hkv, NG, T] float32
     softcap,
     num_rows,  # M
     num_q_heads,
@@ -99,6 +106,7 @@ def _group_attention_sum_kernel(
     i_row = tl.program_id(0).to(tl.int64) // num_kv_heads
     i_head = tl.program_id(0) % num_kv_heads
     heads = num_q_heads // num_kv_heads
+    scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     o_key = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_key = o_key < tl.load(prompt_lens_ptr + i_row).to(tl.int32)
     b_k = paged_keys.load_keys(
@@ -133,24 +141,31 @@ def group_attention_sum(
     prompts: PromptPages,
     prompt_lens: torch.Tensor,
     num_groups: int,
-    scale: float,
+    scale: torch.Tensor,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """See ``reference.group_attention_sum``; keys are read through the block table.
 
     Args:
-        queries: [N, M, Hq, D]; in the model's type, not in float32, tensor cores multiply them.
+        queries: [R, M, Hq, D]; in the model's type, not in float32, tensor cores multiply them.
         prompts: with token-row pages.
 
     Returns:
-        [N, Hkv, NG, B * block_size] float32.
+        [R, Hkv, NG, B * block_size] float32.
     """
-    pages, block_table, num_kv_heads, layout = prompts
+    pages, block_table, num_kv_heads, layout = prompts[:4]
     num, num_rows, num_q_heads, head_size = queries.shape
     num_blocks = block_table.shape[1]
     length = num_blocks * layout.block_size
-    inputs = (queries.contiguous(), pages, block_table.contiguous(), prompt_lens.contiguous())
-    numbers = (scale * layout.key_scale, softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
+    inputs = (
+        queries.contiguous(),
+        pages,
+        block_table.contiguous(),
+        prompt_lens.contiguous(),
+        scale,
+        prompts.key_scale,
+    )
+    numbers = (softcap, num_rows, num_q_heads, num_kv_heads, num_blocks)
     exact = queries.dtype == torch.float32  # small tiles, whose products do not spill registers
     most = 32 if exact else 64
     sizes = {
@@ -162,15 +177,16 @@ def group_attention_sum(
     }
 
     rows = num_q_heads // num_kv_heads * num_rows
-    num_splits = triton.cdiv(length, _KEYS_PER_SPLIT)
-    partial = pages.new_empty((2, num, num_kv_heads, num_splits, rows), dtype=torch.float32)
-    block = _tile(rows, most)
-    _proxy_sums_kernel[(num * num_kv_heads, triton.cdiv(rows, block), num_splits)](
-        *inputs, partial[0], partial[1], *numbers, num_splits,
-        BLOCK_R=block, BLOCK_T=most, KEYS_PER_SPLIT=_KEYS_PER_SPLIT,
+    block, sequences = _tile(rows, most), num * num_kv_heads
+    tiles = triton.cdiv(rows, block)
+    each = splits.parts_per_split(sequences * tiles, length, queries.device)
+    partial = splits.new_partial(sequences, length, rows, queries.device)
+    _proxy_sums_kernel[(sequences, tiles, triton.cdiv(partial.shape[2], each))](
+        *inputs, partial[0], partial[1], *numbers, partial.shape[2], each,
+        BLOCK_R=block, BLOCK_T=most, KEYS_PER_PART=splits.KEYS_PER_PART,
         num_warps=8 if exact else 4, **sizes,
     )  # fmt: skip
-    lse = query_rows.combine(partial[0], partial[1])
+    lse = splits.combine(partial, prompt_lens)
 
     masses = pages.new_empty((num, num_kv_heads, num_groups, length), dtype=torch.float32)
     # wide tiles, because every tile of keys reads all proxies

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Query rows that attention kernels gather, and their log-sum-exps, tile by tile of keys."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -11,7 +10,7 @@ def load_rows(
     q_ptr, i_row, o_row, o_head, m_row, num_rows, num_q_heads, HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Queries [rows, BLOCK_D] at any rows and query heads of one request; 0 where masked."""
+    """Queries [rows, BLOCK_D] at any rows and query heads of one row; 0 where masked."""
     o_d = tl.arange(0, BLOCK_D)
     p_q = ((i_row * num_rows + o_row) * num_q_heads + o_head) * HEAD_SIZE
     mask = m_row[:, None] & (o_d < HEAD_SIZE)[None, :]
@@ -25,9 +24,3 @@ def add_tile(b_max, b_sum, b_z):
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row may have seen nothing yet
     b_sum = b_sum * tl.exp(b_max - shift) + tl.sum(tl.exp(b_z - shift[:, None]), 1)
     return new_max, b_sum
-
-
-def combine(peaks: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exps of rows from maxima and sums of exponentials of their splits, dimension 2."""
-    peak = peaks.amax(2, keepdim=True)
-    return peak[:, :, 0] + ((peaks - peak).exp() * sums).sum(2).log()

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The k-th largest number of a row, found by its bits: no sorting, no scratch memory.
 
-One program finds it. Rows longer than ``tiled_radix.LONG`` have many, see there.
+One program holds the row in its registers. Rows longer than ``tiled_radix.LONG`` have many
+programs, see there.
 """
 
 import triton
 import triton.language as tl
-
-BLOCK = 4096
-"""Elements of a row that one program looks at at a time."""
-NUM_WARPS = 16
 
 
 @triton.jit
@@ -49,32 +46,43 @@ def next_digit(b_num, found, rest):
 
 
 @triton.jit
-def threshold(p_row, end, count, BLOCK: tl.constexpr):
-    """Key of the ``count``-th largest of row[0:end), and how many entries with it are among them.
+def num_at_least(b_key, key):
+    return tl.sum((b_key >= key).to(tl.int32), 0)
 
-    Eight bits of the key per pass, highest first: a histogram of the entries that agree with the
-    bits found so far says which next eight bits the ``count``-th largest has. Reads the row four
-    times. Everything above the key, and the first ``rest`` entries that equal it, are the
-    ``count`` best; with a count of 0 nothing is, and with one beyond ``end`` all entries are.
+
+@triton.jit
+def threshold(b_key, count):
+    """Key of the ``count``-th largest of a row, and how many entries with it are among them.
+
+    Two bits of the key per pass, highest first. Everything above the key, and the first ``rest``
+    entries that equal it, are the ``count`` best; with a count of 0 nothing is, and with one beyond
+    the number of entries all entries are.
 
     Args:
-        p_row: float32 row.
-        end, count: int32 scalars.
+        b_key: uint32 order keys, 0 where there is no entry.
+        count: int32 scalar.
 
     Returns:
         key uint32, rest int32.
     """
-    found = tl.full((), 0, tl.uint32)  # bits found so far
-    rest = count  # how many to take among the entries that have these bits
-    shift = tl.full((), 32, tl.uint32)
-    for _ in range(4):
-        shift -= 8
-        b_num = tl.zeros((256,), tl.int32)
-        for start in range(0, end, BLOCK):
-            o_x = start + tl.arange(0, BLOCK)
-            key = order_keys(tl.load(p_row + o_x, mask=o_x < end, other=0.0))
-            agrees = (o_x < end) & ((key >> shift >> 8) == found)
-            digit = ((key >> shift) & 255).to(tl.int32)
-            b_num += tl.histogram(digit, 256, mask=agrees)
-        found, rest = next_digit(b_num, found, rest)
-    return found, rest
+    found = tl.full((), 0, tl.uint32)
+    above = tl.full((), 0, tl.int32)  # entries above the keys that begin with the bits found
+    step = tl.full((), 1 << 30, tl.uint32)
+    for _ in range(16):
+        one = num_at_least(b_key, found + step)
+        two = num_at_least(b_key, found + 2 * step)
+        three = num_at_least(b_key, found + 3 * step)
+        digit = (one >= count).to(tl.uint32) + (two >= count).to(tl.uint32)
+        digit += (three >= count).to(tl.uint32)
+        above = tl.where(
+            one < count, one, tl.where(two < count, two, tl.where(three < count, three, above))
+        )
+        found += digit * step
+        step >>= 2
+    return found, count - above
+
+
+def sizes(length: int) -> dict[str, int]:
+    """Room for a row in the registers of one program, and its warps."""
+    block = max(1024, triton.next_power_of_2(length))
+    return {"BLOCK": block, "num_warps": min(16, block // 512)}

@@ -74,7 +74,7 @@ def bacon_calibrate(
         trace: [Lt, N, Hkv, T] float32, what layers leave for later ones, oldest first. Its last
             R / N layers are those of the rows.
         num_candidates: [R] int64, n.
-        capacity: [R] int64, nominal scored tokens per head.
+        capacity: [R] int64, nominal competing tokens per head.
         trace_r: how many layers before its own a row looks at; there may be fewer, or none.
         mode: "e", "el", "elt" or "rel".
 
@@ -153,7 +153,7 @@ def select_tokens(
 
     Args:
         scores: [R, Hkv, T] float32.
-        count: [R, Hkv] int64, positions to keep, pinned ones included.
+        count: [R, Hkv] int64, positions to keep, protected ones included.
         candidate_end, pinned_end: [R] int64.
         max_count: at least ``count.max()``, known to the host.
 
@@ -166,9 +166,9 @@ def select_tokens(
     key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # order-preserving
     key = key.masked_fill(scores.isnan(), -(1 << 31))
     candidate = position < candidate_end[:, None]
-    pinned = ~candidate & (position < pinned_end[:, None])
-    key = key.masked_fill(pinned[:, None], 1 << 31)
-    key = key.masked_fill(~(candidate | pinned)[:, None], -(1 << 32))
+    protected = ~candidate & (position < pinned_end[:, None])
+    key = key.masked_fill(protected[:, None], 1 << 31)
+    key = key.masked_fill(~(candidate | protected)[:, None], -(1 << 32))
     ranked = key.argsort(dim=2, descending=True, stable=True)[:, :, :max_count]
     rank = torch.arange(ranked.shape[2], device=scores.device)
     return ranked.masked_fill(rank >= count[:, :, None], length).sort(dim=2).values

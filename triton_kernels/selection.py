@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact top-k of every head by radix selection: scores are read five times, nothing is sorted."""
+"""Exact top-k of every head by radix selection: scores are read once, nothing is sorted."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from vllm_kvcompress.kernels import radix, tiled_radix
 
 @triton.jit
 def _limits(count_ptr, candidates_ptr, pinned_end_ptr, i_seq, num_heads):
-    """Positions to keep, candidates, end of the pinned ones, and candidates to keep: int32."""
+    """Positions to keep, candidates, end of the protected ones, and candidates to keep: int32."""
     i_row = i_seq // num_heads
     count = tl.load(count_ptr + i_seq).to(tl.int32)
     candidates = tl.load(candidates_ptr + i_row).to(tl.int32)
@@ -19,68 +19,59 @@ def _limits(count_ptr, candidates_ptr, pinned_end_ptr, i_seq, num_heads):
 
 
 @triton.jit
-def _place(p_row, p_kept, o_t, num_kept, num_ties, count, candidates, pinned_end, last_key, rest):
-    """Write the kept ones among positions ``o_t``.
+def _place(b_key, p_kept, o_t, num_kept, num_ties, count, candidates, pinned_end, last_key, rest):
+    """Write the kept ones among positions ``o_t``, which have keys ``b_key``.
 
     Args:
         num_kept, num_ties: kept positions, and candidates with the last key, before these.
-
-    Returns:
-        How many of these are kept, and how many have the last key.
     """
     m_t = o_t < candidates
-    key = radix.order_keys(tl.load(p_row + o_t, mask=m_t, other=0.0))
-    tied = (m_t & (key == last_key)).to(tl.int32)
+    tied = (m_t & (b_key == last_key)).to(tl.int32)
     among_ties = num_ties + tl.cumsum(tied, 0)  # 1 for the first of them
-    keep = m_t & ((key > last_key) | ((tied != 0) & (among_ties <= rest)))
+    keep = m_t & ((b_key > last_key) | ((tied != 0) & (among_ties <= rest)))
     keep = (keep | ((o_t >= candidates) & (o_t < pinned_end))).to(tl.int32)
     target = num_kept + tl.cumsum(keep, 0) - 1
     tl.store(p_kept + target, o_t.to(tl.int64), mask=(keep != 0) & (target < count))
-    return tl.sum(keep, 0), tl.sum(tied, 0)
+
+
+@triton.jit
+def _load_keys(p_row, o_t, end):
+    """Order keys of the scores at positions ``o_t``, 0 from ``end`` on."""
+    m_t = o_t < end
+    return tl.where(m_t, radix.order_keys(tl.load(p_row + o_t, mask=m_t, other=0.0)), 0)
 
 
 @triton.jit
 def _select_kernel(
-    scores_ptr,  # [N * H, T] float32
-    count_ptr,  # [N * H] int64
-    candidates_ptr,  # [N] int64
-    pinned_end_ptr,  # [N] int64
-    kept_ptr,  # [N * H, width] int64
+    scores_ptr,  # [R * H, T] float32
+    count_ptr,  # [R * H] int64
+    candidates_ptr,  # [R] int64
+    pinned_end_ptr,  # [R] int64
+    kept_ptr,  # [R * H, width] int64
     num_heads,
     length,  # T
     width,
     BLOCK: tl.constexpr,
 ):
-    """One head, by one program."""
+    """One head, by one program that holds all of it."""
     i_seq = tl.program_id(0).to(tl.int64)
     count, candidates, pinned_end, free = _limits(
         count_ptr, candidates_ptr, pinned_end_ptr, i_seq, num_heads
     )
-    p_row = scores_ptr + i_seq * length
     p_kept = kept_ptr + i_seq * width
-    o_block = tl.arange(0, BLOCK)
-
-    last_key, rest = radix.threshold(p_row, candidates, free, BLOCK)
-    num_kept = tl.full((), 0, tl.int32)
-    num_ties = tl.full((), 0, tl.int32)
-    for start in range(0, pinned_end, BLOCK):
-        kept, ties = _place(
-            p_row, p_kept, start + o_block, num_kept, num_ties, count, candidates, pinned_end,
-            last_key, rest,
-        )  # fmt: skip
-        num_kept += kept
-        num_ties += ties
-    for start in range(0, width, BLOCK):
-        o_k = start + o_block
-        tl.store(p_kept + o_k, tl.cast(length, tl.int64), mask=(o_k >= count) & (o_k < width))
+    o_t = tl.arange(0, BLOCK)
+    b_key = _load_keys(scores_ptr + i_seq * length, o_t, candidates)
+    last_key, rest = radix.threshold(b_key, free)
+    _place(b_key, p_kept, o_t, 0, 0, count, candidates, pinned_end, last_key, rest)
+    tl.store(p_kept + o_t, tl.cast(length, tl.int64), mask=(o_t >= count) & (o_t < width))
 
 
 @triton.jit
 def _begin_selection_kernel(
-    count_ptr,  # [N * H] int64
-    candidates_ptr,  # [N] int64
-    pinned_end_ptr,  # [N] int64
-    scratch_ptr,  # of N * H rows
+    count_ptr,  # [R * H] int64
+    candidates_ptr,  # [R] int64
+    pinned_end_ptr,  # [R] int64
+    scratch_ptr,  # of R * H rows
     num_heads,
 ):
     i_seq = tl.program_id(0).to(tl.int64)
@@ -90,13 +81,13 @@ def _begin_selection_kernel(
 
 @triton.jit
 def _place_kernel(
-    scores_ptr,  # [N * H, T] float32
-    count_ptr,  # [N * H] int64
-    candidates_ptr,  # [N] int64
-    pinned_end_ptr,  # [N] int64
-    scratch_ptr,  # of N * H rows
+    scores_ptr,  # [R * H, T] float32
+    count_ptr,  # [R * H] int64
+    candidates_ptr,  # [R] int64
+    pinned_end_ptr,  # [R] int64
+    scratch_ptr,  # of R * H rows
     tails_ptr,  # of as many parts
-    kept_ptr,  # [N * H, width] int64
+    kept_ptr,  # [R * H, width] int64
     num_heads,
     length,  # T
     width,
@@ -117,10 +108,8 @@ def _place_kernel(
         counted = tl.minimum(i_tile, tl.cdiv(candidates, BLOCK))
         above, ties = tiled_radix.tile_counts(tails_ptr, i_seq, num_tiles, counted, last_key)
         num_kept = above + tl.minimum(ties, rest) + tl.maximum(start - candidates, 0)
-        _place(
-            scores_ptr + i_seq * length, p_kept, o_t, num_kept, ties, count, candidates, pinned_end,
-            last_key, rest,
-        )  # fmt: skip
+        b_key = _load_keys(scores_ptr + i_seq * length, o_t, candidates)
+        _place(b_key, p_kept, o_t, num_kept, ties, count, candidates, pinned_end, last_key, rest)
     tl.store(p_kept + o_t, tl.cast(length, tl.int64), mask=(o_t >= count) & (o_t < width))
 
 
@@ -156,8 +145,7 @@ def select_by_row(
         num_heads,
         length,
         width,
-        BLOCK=radix.BLOCK,
-        num_warps=radix.NUM_WARPS,
+        **radix.sizes(length),
     )
     return kept
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The k-th largest number of long rows: radix selection as in ``radix.py``, many programs per row.
+"""The k-th largest number of long rows: radix selection, many programs per row.
 
 A launch per digit. Each program counts the digits of one tile and adds them to those of its row:
 integers, so the order of programs does not matter. Which digit it is follows from the complete
@@ -17,11 +17,10 @@ import triton.language as tl
 
 from vllm_kvcompress.kernels import radix
 
-LONG = 16384
-"""Up to this many tokens one program per row takes less time than the launches of the others.
+LONG = 8192
+"""Up to this many tokens a row fits into the registers of one program.
 
-Reasoned, not measured: about 2 us per 4096 entries and pass, against 4 us per launch. For
-selection, ``benchmarks/kernel_bench.py`` times both as "row" and "tile".
+For selection, ``benchmarks/kernel_bench.py`` times both ways as "row" and "tile".
 """
 TILE = 2048
 NUM_WARPS = 8
@@ -86,10 +85,12 @@ def tile_counts(tails_ptr, i_part, num_tiles, tiles, key):
 
 @triton.jit(do_not_specialize=["i_pass"])
 def _digit_kernel(
-    values_ptr,  # [rows * parts, length] float32
+    values_ptr,  # [rows * parts, length] float32, the first num_first of them
+    others_ptr,  # the other ones
     scratch_ptr,  # [rows, _SCRATCH] int32
     tails_ptr,  # [rows * parts, tiles, _TAIL] int32, or None
     i_pass,
+    num_first,
     parts,
     length,
     num_tiles,
@@ -110,7 +111,11 @@ def _digit_kernel(
         o_bin = tl.arange(0, 256)
         o_x = i_tile * BLOCK + tl.arange(0, BLOCK)
         m_x = o_x < end
-        key = radix.order_keys(tl.load(values_ptr + i_part * length + o_x, mask=m_x, other=0.0))
+        if i_part < num_first:
+            b_x = tl.load(values_ptr + i_part * length + o_x, mask=m_x, other=0.0)
+        else:
+            b_x = tl.load(others_ptr + (i_part - num_first) * length + o_x, mask=m_x, other=0.0)
+        key = radix.order_keys(b_x)
         bits = key >> shift >> 8
         digit = ((key >> shift) & 255).to(tl.int32)
         b_num = tl.histogram(digit, 256, mask=m_x & (bits == found))
@@ -141,23 +146,30 @@ def new_tails(parts: int, length: int, device: torch.device) -> torch.Tensor:
 
 
 def find_thresholds(
-    values: torch.Tensor, scratch: torch.Tensor, tails: torch.Tensor | None = None
+    values: torch.Tensor,
+    scratch: torch.Tensor,
+    tails: torch.Tensor | None = None,
+    others: torch.Tensor | None = None,
 ) -> None:
     """All passes: afterwards kernels read :func:`threshold`, and ``tails`` if given.
 
     Args:
         values: [rows * parts, length] float32, contiguous.
         scratch: of the rows, begun.
+        others: as many, of the second half of the rows.
     """
     parts, length = values.shape
+    num_parts = parts if others is None else 2 * parts
     tiles = num_tiles(length)
     for i_pass in range(_PASSES.value):
-        _digit_kernel[(parts, tiles)](
+        _digit_kernel[(num_parts, tiles)](
             values,
+            values if others is None else others,
             scratch,
             tails,
             i_pass,
-            parts // len(scratch),
+            parts,
+            num_parts // len(scratch),
             length,
             tiles,
             BLOCK=TILE,

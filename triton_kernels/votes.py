@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels.radix import BLOCK, NUM_WARPS
 from vllm_kvcompress.kernels.reference_rows import SHARE_BITS, UNIT_BITS, share_of
+
+_BLOCK, _NUM_WARPS = 4096, 16
 
 
 @triton.jit
@@ -142,8 +143,8 @@ def cover_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str)
     covers = torch.empty((2, num * num_heads * num_groups), dtype=torch.int64, device=masses.device)
     _cover_kernel[(num * num_heads * num_groups,)](
         masses, end, covers[0], covers[1], num_heads * num_groups, length, share_of(tau),
-        FLOOR=cover == "floor", UNIT_BITS=UNIT_BITS, SHARE_BITS=SHARE_BITS, BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        FLOOR=cover == "floor", UNIT_BITS=UNIT_BITS, SHARE_BITS=SHARE_BITS, BLOCK=_BLOCK,
+        num_warps=_NUM_WARPS,
     )  # fmt: skip
     votes = torch.empty((num, num_heads, length), dtype=torch.float32, device=masses.device)
     _votes_kernel[(num * num_heads, triton.cdiv(length, 256))](

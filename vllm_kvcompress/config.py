@@ -250,28 +250,6 @@ class KVCompressionConfig:
             self.window, MAX_INSTRUCTION_LEN if Need.INSTRUCTION_QUERIES in self.needs else 1
         )
 
-    def bytes_kept(
-        self,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        hidden_size: int,
-        max_length: int,
-        element_size: int,
-    ) -> int:
-        """What one layer of a prompt leaves behind until it is compressed, in bytes."""
-        needs, count = self.needs, 0
-        if needs & (Need.WINDOW_QUERIES | Need.INSTRUCTION_QUERIES | Need.LAST_QUERY):
-            count += self.max_rows * num_heads * head_size * element_size
-        if Need.KEY_ATTENTION_SUMS in needs:
-            count += num_kv_heads * max_length * 4
-        if Need.HIDDEN_MOMENTS in needs:
-            count += 4 * hidden_size * 4
-        if Need.QUERY_MOMENTS in needs:
-            count += num_heads * head_size * (head_size + 2) * 4
-        return count
-
     def _options_of(self, method: "type[Method]") -> dict[str, Any]:
         return {name: self.options[name] for name in _option_names(method) if name in self.options}
 

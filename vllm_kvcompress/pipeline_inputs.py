@@ -41,7 +41,8 @@ class FinishedPrefills:
         visual: [N, T] bool, tokens that may compete; None when all may.
         segment: [N, T] int64, image of each visual token or -1; None when nothing needs it.
         num_segments: of the prompt that has the most.
-        head_budgets: [N, L, Hkv] scored tokens of a static allocator, else None.
+        head_budgets: [N, L, Hkv] competing tokens that heads keep; None unless a static allocator
+            knows them.
     """
 
     batch: PromptBatch

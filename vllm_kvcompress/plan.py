@@ -37,12 +37,12 @@ class PromptPlan:
         num_protected: tokens that every head keeps anyway; capacity + num_protected is the nominal
             total.
         num_protected_in_blocks: those of them that are in full blocks.
-        num_recent: R, last tokens that are always kept.
-        num_rows: last prompt rows whose queries are looked at.
+        num_recent: last tokens that are always kept.
+        num_rows: last prompt tokens whose queries a method looks at (query rows).
         instruction_len: how many of them belong to the instruction.
-        stats_from: first position whose row counts in any sum over the prompt.
+        stats_from: first position that counts in any sum over the prompt.
         moments_from: first position that counts in moments.
-        max_hit: most tokens that may be taken from the prefix cache: rows that are looked at and
+        max_hit: most tokens that may be taken from the prefix cache: query rows and
             the kept blocks must be recomputed, because compaction writes into the latter.
         facts: of the prompt.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan knows of a prompt besides the settings."""
+"""What a plan knows of a prompt besides the config."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_INSTRUCTION_LEN = 256
-"""Most instruction rows that are looked at: bounds what must be kept over prefill chunks."""
+"""Most instruction tokens whose queries are looked at: bounds what prompts keep over chunks."""
 
 
 Run = tuple[int, int]

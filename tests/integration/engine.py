@@ -328,7 +328,7 @@ def assert_clean(llm: LLM, free_before: int) -> None:
     assert free_blocks(llm) == free_before
     check_pool(block_pool(llm))
     layers, manager = compressed_layers(llm), compressed_manager(llm)
-    assert len(layers.slots) == len(layers.entries) == 0
+    assert len(layers.slots) == len(layers.waiting.entries) == 0
     assert sorted(layers.slots._free) == list(range(layers.max_num_seqs))
     assert layers.plans == {}
     assert manager.tracked == {}

@@ -40,14 +40,14 @@ def held_pages(stepper: Stepper, name: str) -> HeldPages:
     request = stepper.request(name)
     length = request.num_computed_tokens - request.num_in_flight_tokens
     width = -(-length // layers.block_size)
-    device = layers.device
+    device = layers.facts.device
     held_blocks = compressed_manager(llm).req_to_blocks[req_id]
     table = torch.tensor([[b.block_id for b in held_blocks][:width]], dtype=torch.int32)
     table = table.to(device)
-    layout, size, num_heads = layers.layout, layers.block_size, layers.num_kv_heads
-    all_pages, layer_pages = layers.pages
+    layout, size, num_heads = layers.facts.layout, layers.block_size, layers.num_kv_heads
+    all_pages, layer_pages = layers.facts.pages
     held = HeldPages([], [], [], length)
-    for layer_idx, layer in enumerate(layers.modules):
+    for layer_idx, layer in enumerate(layers.facts.modules):
         float8 = FLOAT8_TYPES.get(layer.kv_cache_dtype)
         # ids of even budgets count from the layer's own pages
         first = layer_idx * layer_pages if layers.even else 0

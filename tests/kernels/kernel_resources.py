@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = (80, 90, 100)
 TABLE = Path(__file__).with_name("resources.csv")
 
 
@@ -44,18 +44,22 @@ class Resources(NamedTuple):
 
 
 SCORE_TYPES = {"q_ptr": "*bf16", "pages_ptr": "*bf16", "scale": "fp32", "softcap": "fp32"} | (
-    dict.fromkeys(("table_ptr", "prompt_lens_ptr"), "*i64")
+    dict.fromkeys(("table_ptr", "prompt_lens_ptr", "lens_ptr"), "*i64")
     | dict.fromkeys(("max_ptr", "sum_ptr", "lse_ptr", "mean_ptr", "last_ptr"), "*fp32")
+    | {"scale_ptr": "*fp32"}
 )
 SCORE_CONSTANTS = {
     "WINDOW": 32,
     "HEAD_SIZE": 128,
     "PAGE_TOKENS": 16,
-    "BLOCK_W": 32,
+    "PADDED": 32,
+    "BLOCK_R": 256,
     "BLOCK_D": 128,
     "BLOCK_T": 64,
+    "KEYS_PER_PART": 256,
     "HAS_SOFTCAP": False,
     "EXACT": False,
+    "key_scale_ptr": None,
 }
 COLUMN_TYPES = SCORE_TYPES | (
     dict.fromkeys(("lengths_ptr", "positions_ptr"), "*i64") | {"total_ptr": "*fp32"}
@@ -68,9 +72,19 @@ COLUMN_CONSTANTS = {
     "BLOCK_T": 64,
     "HAS_SOFTCAP": False,
     "EXACT": False,
+    "key_scale_ptr": None,
 }
 COPY_TYPES = dict.fromkeys(("pages_ptr", "staged_ptr", "rows_ptr"), "*bf16") | dict.fromkeys(
-    ("table_ptr", "kept_ptr", "count_ptr", "start_ptr", "num_full_ptr", "num_kept_ptr"), "*i64"
+    (
+        "table_ptr",
+        "kept_ptr",
+        "count_ptr",
+        "start_ptr",
+        "num_full_ptr",
+        "num_kept_ptr",
+        "num_pages_ptr",
+    ),
+    "*i64",
 )
 COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
 SELECT_TYPES = {"scores_ptr": "*fp32"} | dict.fromkeys(
@@ -89,12 +103,14 @@ DECODE_CONSTANTS = {
     "BLOCK_T": 64,
 }
 TILED = {"BLOCK": 2048}
-CALIBRATE_TYPES = {"trace_ptrs": ["*fp32"] * 4, "lambda_c": "fp32"} | (
+HELD = {"BLOCK": 8192}  # by the registers of one program
+CALIBRATE_TYPES = {"trace_ptr": "*fp32", "final_ptr": "*fp32", "lambda_c": "fp32"} | (
     dict.fromkeys(("num_candidates_ptr", "capacity_ptr"), "*i64")
     | dict.fromkeys(("mean_ptr", "last_ptr", "base_ptr", "evidence_ptr", "value_ptr"), "*fp32")
     | dict.fromkeys(("scores_ptr", "pooled_ptr", "values_ptr", "moments_ptr"), "*fp32")
 )
-CALIBRATE_CONSTANTS = {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8}
+VALUE_CONSTANTS = {"MODE": "rel", "LOCAL_K": 5, "EPS": 1e-8, "BLOCK_T": 512}
+STRENGTH_CONSTANTS = {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8}
 COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32", "masses_ptr": "*fp64"} | (
     dict.fromkeys(("capacity_ptr", "counts_ptr"), "*i64")
 )
@@ -111,15 +127,22 @@ ELITE_CONSTANTS = PROXY_CONSTANTS | {"BLOCK_R": 16}
 VOTE_TYPES = {"masses_ptr": "*fp32", "votes_ptr": "*fp32"} | (
     dict.fromkeys(("end_ptr", "least_ptr", "tie_end_ptr"), "*i64")
 )
-VALUE_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
+POOL_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
 
 KERNELS = {  # by name, followed by what is special about a variant
     "_stage_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_write_kernel": Kernel("compaction", COPY_TYPES, COPY_CONSTANTS),
     "_read_kernel": Kernel(
         "prompt_rows",
-        COPY_TYPES | {"factor": "fp32"},
-        {"HEAD_SIZE": 128, "PAGE_TOKENS": 16, "BLOCK_D": 128, "BLOCK_T": 32, "SCALED": False},
+        COPY_TYPES,
+        {
+            "HEAD_SIZE": 128,
+            "PAGE_TOKENS": 16,
+            "BLOCK_D": 128,
+            "BLOCK_T": 32,
+            "SCALED": False,
+            "scale_ptr": None,
+        },
     ),
     "_head_page_tables_kernel": Kernel(
         "page_tables", {"slots_ptr": "*i64"}, {"PAGE_TOKENS": 16, "SPANS": True, "TILE": 256}
@@ -132,36 +155,56 @@ KERNELS = {  # by name, followed by what is special about a variant
     "_join_splits_kernel": Kernel(
         "decode_attention", DECODE_TYPES, DECODE_CONSTANTS | {"BLOCK_S": 16}
     ),
-    "_row_sums_kernel": Kernel(
-        "window_attention", SCORE_TYPES, SCORE_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
-    ),
+    "_row_sums_kernel": Kernel("window_attention", SCORE_TYPES, SCORE_CONSTANTS, num_warps=8),
     "_scores_kernel": Kernel(
-        "window_attention", SCORE_TYPES, SCORE_CONSTANTS | {"TAKE_MAX": False}
+        "window_attention",
+        SCORE_TYPES,
+        SCORE_CONSTANTS | {"TILES": 1, "TAKE_MAX": False},
+        num_warps=8,
     ),
-    "_row_lse_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
-    "_key_attention_sum_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS),
-    "_select_kernel": Kernel("selection", SELECT_TYPES, {"BLOCK": 4096}, num_warps=16),
+    "_scores_kernel max": Kernel(
+        "window_attention",
+        SCORE_TYPES,
+        SCORE_CONSTANTS | {"BLOCK_R": 128, "TILES": 2, "TAKE_MAX": True},
+        num_warps=8,
+    ),
+    "_combine_kernel": Kernel(
+        "splits",
+        SCORE_TYPES,
+        {"KEYS_PER_PART": 256, "BASE_2": True, "BLOCK_P": 16, "BLOCK_C": 64},
+    ),
+    "_row_lse_kernel": Kernel("column_attention", COLUMN_TYPES, COLUMN_CONSTANTS, num_warps=8),
+    "_key_attention_sum_kernel": Kernel(
+        "column_attention", COLUMN_TYPES, COLUMN_CONSTANTS, num_warps=8
+    ),
+    "_select_kernel": Kernel("selection", SELECT_TYPES, HELD, num_warps=16),
     "_begin_selection_kernel": Kernel("selection", SELECT_TYPES, {}),
-    "_digit_kernel": Kernel("tiled_radix", {"values_ptr": "*fp32"}, TILED, num_warps=8),
+    "_digit_kernel": Kernel(
+        "tiled_radix", {"values_ptr": "*fp32", "others_ptr": "*fp32"}, TILED, num_warps=8
+    ),
     "_place_kernel": Kernel("selection", SELECT_TYPES, TILED, num_warps=8),
-    "_pool_kernel": Kernel("calibration", CALIBRATE_TYPES, VALUE_CONSTANTS),
-    "_value_kernel": Kernel(
-        "calibration",
-        CALIBRATE_TYPES,
-        VALUE_CONSTANTS | {"MODE": "rel", "LOCAL_K": 5, "EPS": 1e-8},
-    ),
+    "_pool_kernel": Kernel("calibration", CALIBRATE_TYPES, POOL_CONSTANTS),
+    "_evidence_kernel": Kernel("calibration", CALIBRATE_TYPES, POOL_CONSTANTS),
+    "_value_kernel": Kernel("calibration", CALIBRATE_TYPES, VALUE_CONSTANTS),
     "_calibrate_kernel": Kernel(
-        "calibration", CALIBRATE_TYPES, CALIBRATE_CONSTANTS | {"BLOCK": 4096}, num_warps=16
+        "calibration", CALIBRATE_TYPES, STRENGTH_CONSTANTS | HELD, num_warps=16
     ),
-    "_begin_statistics_kernel": Kernel("calibration", CALIBRATE_TYPES, {"TOPK_FRAC": 2.0}),
-    "_moments_kernel": Kernel("calibration", CALIBRATE_TYPES, TILED, num_warps=8),
+    "_begin_statistics_kernel": Kernel("tiled_calibration", CALIBRATE_TYPES, {"TOPK_FRAC": 2.0}),
+    "_moments_kernel": Kernel("tiled_calibration", CALIBRATE_TYPES, TILED, num_warps=8),
     "_add_values_kernel": Kernel(
-        "calibration", CALIBRATE_TYPES, CALIBRATE_CONSTANTS | TILED, num_warps=8
+        "tiled_calibration",
+        CALIBRATE_TYPES,
+        TILED | STRENGTH_CONSTANTS,
+        num_warps=8,
     ),
-    "_scale_kernel": Kernel(
-        "head_budgets", COUNT_TYPES, {"NORMALIZE": True, "BLOCK": 4096}, num_warps=16
+    "_scale_kernel": Kernel("head_budgets", COUNT_TYPES, HELD | {"NORMALIZE": True}, num_warps=16),
+    "_count_kernel": Kernel("head_budgets", COUNT_TYPES, HELD, num_warps=16),
+    "_apportion_kernel": Kernel(
+        "budgets",
+        {"shares_ptr": "*fp64"}
+        | dict.fromkeys(("total_ptr", "low_ptr", "high_ptr", "counts_ptr"), "*i64"),
+        {"BLOCK": 1024},
     ),
-    "_count_kernel": Kernel("head_budgets", COUNT_TYPES, {"BLOCK": 4096}, num_warps=16),
     "_begin_heads_kernel": Kernel("head_budgets", COUNT_TYPES, {}),
     "_tile_masses_kernel": Kernel("head_budgets", COUNT_TYPES, TILED, num_warps=8),
     "_scale_tile_kernel": Kernel(
@@ -169,7 +212,7 @@ KERNELS = {  # by name, followed by what is special about a variant
     ),
     "_count_tiles_kernel": Kernel("head_budgets", COUNT_TYPES, {}),
     "_proxy_sums_kernel": Kernel(
-        "proxy_attention", PROXY_TYPES, PROXY_CONSTANTS | {"KEYS_PER_SPLIT": 1024}
+        "proxy_attention", PROXY_TYPES, PROXY_CONSTANTS | {"KEYS_PER_PART": 256}
     ),
     "_group_attention_sum_kernel": Kernel(
         "proxy_attention",
@@ -179,7 +222,7 @@ KERNELS = {  # by name, followed by what is special about a variant
     ),
     "_last_logits_kernel": Kernel("elite_rows", ELITE_TYPES, ELITE_CONSTANTS),
     "_elite_sums_kernel": Kernel(
-        "elite_rows", ELITE_TYPES, ELITE_CONSTANTS | {"BLOCK_I": 256, "KEYS_PER_SPLIT": 1024}
+        "elite_rows", ELITE_TYPES, ELITE_CONSTANTS | {"BLOCK_I": 256, "KEYS_PER_PART": 256}
     ),
     "_elite_attention_kernel": Kernel(
         "elite_rows", ELITE_TYPES, ELITE_CONSTANTS | {"BLOCK_I": 256}
@@ -195,7 +238,11 @@ KERNELS = {  # by name, followed by what is special about a variant
 # keys in float8: GPUs of capability 80 have no conversion for e4m3, and vLLM no attention over it
 KERNELS |= {
     f"{name} e4m3": KERNELS[name]._replace(
-        types=KERNELS[name].types | {"pages_ptr": "*fp8e4nv"}, capabilities=(90,)
+        types=KERNELS[name].types | {"pages_ptr": "*fp8e4nv", "key_scale_ptr": "*fp32"},
+        constants={
+            key: value for key, value in KERNELS[name].constants.items() if key != "key_scale_ptr"
+        },
+        capabilities=(90, 100),
     )
     for name in (
         "_row_sums_kernel",
@@ -204,8 +251,6 @@ KERNELS |= {
         "_key_attention_sum_kernel",
     )
 }
-for name in ("_row_sums_kernel e4m3", "_scores_kernel e4m3"):
-    KERNELS[name] = KERNELS[name]._replace(num_warps=8)
 
 
 def in_float32(name: str, num_warps: int, **tiles: int) -> tuple[str, Kernel]:
@@ -218,8 +263,8 @@ def in_float32(name: str, num_warps: int, **tiles: int) -> tuple[str, Kernel]:
 
 KERNELS |= dict(
     (
-        in_float32("_row_sums_kernel", 16, BLOCK_T=32),
-        in_float32("_scores_kernel", 16),
+        in_float32("_row_sums_kernel", 16, BLOCK_R=32, BLOCK_T=32),
+        in_float32("_scores_kernel", 16, BLOCK_R=32, BLOCK_T=32, TILES=7),
         in_float32("_row_lse_kernel", 8, BLOCK_C=16),
         in_float32("_key_attention_sum_kernel", 8, BLOCK_C=16),
         in_float32("_proxy_sums_kernel", 8, BLOCK_R=32, BLOCK_T=32),

@@ -9,7 +9,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_prompts(lengths: list[int], num_kv_heads: int, head_size: int, size: int) -> PromptPages:
-    """Keys of N prompts in token-row pages of ``size`` tokens; every other element is NaN."""
+    """Keys of as many rows in token-row pages of ``size`` tokens; every other element is NaN."""
     generator = torch.Generator().manual_seed(sum(lengths) + head_size)
     num, num_blocks = len(lengths), -(-max(lengths) // size)
     shape = ((num * num_blocks + 1) * num_kv_heads, size, 2, head_size)
@@ -28,3 +28,8 @@ def random_prompts(lengths: list[int], num_kv_heads: int, head_size: int, size: 
 def on_device(prompts: PromptPages) -> PromptPages:
     pages, table = prompts.pages.to(DEVICE), prompts.block_table.to(DEVICE)
     return prompts._replace(pages=pages, block_table=table)
+
+
+def row_scales(scale: float, num: int) -> torch.Tensor:
+    """[num] float32: every row has one of its own."""
+    return scale * (1 + torch.arange(num) / 8)

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from prompt_cases import DEVICE, on_device, random_prompts
+from prompt_cases import DEVICE, on_device, random_prompts, row_scales
 
 from vllm_kvcompress.kernels import elite_rows, reference
 
@@ -29,12 +29,12 @@ class Case:
             self.segment[n, :length] = -1
             self.segment[n, length // 4 : length - text] = 1
         self.group = num_q_heads // num_kv_heads
-        self.scale = head_size**-0.5
+        self.scale = row_scales(head_size**-0.5, num)
 
     def logits(self, n, head, row, softcap):
         """Of one row on all keys, in double precision."""
         keys = reference.read_prompt(self.prompts, "key")[n, head // self.group].double()
-        z = keys @ self.queries[n, row, head].double() * self.scale
+        z = keys @ self.queries[n, row, head].double() * self.scale[n].double()
         return softcap * torch.tanh(z / softcap) if softcap else z
 
     def naive(self, softcap):
@@ -63,8 +63,8 @@ CASES = [
     (([63, 1], [20, 1], 1, 1, 64, 16), 0.2, 0.0),  # the second is no more than its instruction
     (([100, 41], [33, 5], 8, 2, 32, 16), 0.6, 5.0),  # more elite rows than a tile has
     (([130, 9], [3, 1], 7, 1, 80, 32), 1.0, 0.0),
-    # instructions in the first split of the keys, and in the fifth
-    (([1000, 4097], [40, 5], 2, 2, 128, 16), 0.1, 5.0),
+    # instructions whose keys are in different parts
+    (([1000, 1300], [40, 5], 2, 2, 128, 16), 0.1, 5.0),
 ]
 
 
@@ -80,7 +80,9 @@ def test_attention_of_the_elite(shape, share, softcap):
     torch.testing.assert_close(defined.double(), expected, rtol=1e-4, atol=1e-7)
     tensors = (case.queries.to(DEVICE), case.elite.to(DEVICE), case.segment.to(DEVICE))
     prompts = on_device(case.prompts)
-    found = elite_rows.elite_attention(*tensors, prompts, case.lens().to(DEVICE), *numbers)
+    found = elite_rows.elite_attention(
+        *tensors, prompts, case.lens().to(DEVICE), case.scale.to(DEVICE), softcap
+    )
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-7)
 
 
@@ -99,7 +101,12 @@ def test_last_row_on_the_instruction(shape, share, softcap):
     torch.testing.assert_close(defined.double(), expected, rtol=1e-5, atol=1e-5)
     lens, texts = case.lens().to(DEVICE), texts.to(DEVICE)
     found = elite_rows.last_row_logits(
-        case.queries.to(DEVICE), on_device(case.prompts), lens, texts, *numbers
+        case.queries.to(DEVICE),
+        on_device(case.prompts),
+        lens,
+        texts,
+        case.scale.to(DEVICE),
+        softcap,
     )
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -111,7 +118,8 @@ def test_a_head_without_elite_has_no_attention():
     case.elite[0, 1] = False
     prompts, lens = on_device(case.prompts), case.lens().to(DEVICE)
     tensors = (case.queries.to(DEVICE), case.elite.to(DEVICE), case.segment.to(DEVICE))
-    found = elite_rows.elite_attention(*tensors, prompts, lens, case.scale).cpu()[0, :, :70]
+    found = elite_rows.elite_attention(*tensors, prompts, lens, case.scale.to(DEVICE))
+    found = found.cpu()[0, :, :70]
     visual = case.segment[0, :70] >= 0
     assert found[1, visual].isnan().all()
     assert found[1, ~visual].eq(0).all()

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvcompress.kernels.reference import (
-    calibrate,
+    bacon_calibrate,
+    bacon_evidence,
     key_attention_sum,
     pool_prefix,
     select_tokens,
@@ -69,7 +70,7 @@ class TestWindowScores:
             torch.from_numpy(queries).float(),
             torch.from_numpy(keys).float(),
             torch.tensor(lengths),
-            0.4,
+            torch.full((3,), 0.4),
             softcap,
             reduction,
         )
@@ -81,14 +82,14 @@ class TestWindowScores:
         queries = torch.full((1, 2, 1, 4), 100.0)
         keys = torch.zeros(1, 1, 8, 4)
         keys[0, 0, 3] = 100.0
-        mean, last = window_scores(queries, keys, torch.tensor([8]), 1.0)
+        mean, last = window_scores(queries, keys, torch.tensor([8]), torch.ones(1))
         assert mean[0, 0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
         assert last.equal(mean)
 
     def test_inputs_stay_as_they_are(self):
         queries, keys = torch.randn(1, 2, 2, 4), torch.randn(1, 1, 8, 4)
         copies = queries.clone(), keys.clone()
-        window_scores(queries, keys, torch.tensor([6]), 1.0)
+        window_scores(queries, keys, torch.tensor([6]), torch.ones(1))
         assert queries.equal(copies[0])
         assert keys.equal(copies[1])
 
@@ -134,7 +135,7 @@ class TestColumnSums:
             torch.tensor(lengths),
             torch.tensor(positions),
             torch.from_numpy(keys).float(),
-            self.SCALE,
+            torch.full((3,), self.SCALE),
             softcap,
         )
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
@@ -149,7 +150,8 @@ class TestColumnSums:
 
         def sums(start, end):
             size, first = torch.tensor([end - start]), torch.tensor([start])
-            return key_attention_sum(queries[:, start:end], size, first, keys, self.SCALE)
+            scale = torch.full((1,), self.SCALE)
+            return key_attention_sum(queries[:, start:end], size, first, keys, scale)
 
         edges = [0, *itertools.accumulate(chunks)]
         added = sum(sums(a, b) for a, b in itertools.pairwise(edges))
@@ -199,7 +201,7 @@ def naive_calibrate(base, evidence, trace, capacity, mode, local_k, lambda_c, to
             if mode == "rel":
                 near *= (around(base, t) / local_k) / (around(base, t) / local_k + base[t] + eps)
             v += near
-        if mode in ("elt", "rel") and trace:
+        if mode in ("elt", "rel") and len(trace):
             seen = [row[t] for row in trace]
             lasting = sum(seen) / len(seen)
             if mode == "rel":
@@ -222,40 +224,50 @@ def naive_calibrate(base, evidence, trace, capacity, mode, local_k, lambda_c, to
 
 class TestCalibrate:
     @pytest.mark.parametrize("mode", ["e", "el", "elt", "rel"])
-    @pytest.mark.parametrize("num_traced", [0, 1, 3])
+    @pytest.mark.parametrize(("num_earlier", "trace_r"), [(0, 4), (1, 1), (3, 2), (2, 0)])
     @pytest.mark.parametrize(("topk_frac", "lambda_c"), [(2.0, 0.5), (0.01, 3.0), (50.0, 1.0)])
-    def test_against_loops(self, mode, num_traced, topk_frac, lambda_c):
-        rng = np.random.default_rng(num_traced)
-        scored, capacities, shape = [31, 8], [9, 2], (2, 2, 32)
-        base = rng.gamma(0.5, size=shape)
-        evidence, *trace = np.maximum(rng.normal(size=(1 + num_traced, *shape)), 0)
+    def test_against_loops(self, mode, num_earlier, trace_r, topk_frac, lambda_c):
+        """Two layers of two prompts, after layers that were scored before."""
+        rng = np.random.default_rng(num_earlier)
+        scored, capacities, num_layers = [31, 8], [9, 2], 2
+        base = rng.gamma(0.5, size=(num_layers, 2, 2, 32))
+        trace = np.maximum(rng.normal(size=(num_earlier + num_layers, 2, 2, 32)), 0)
         for n, count in enumerate(scored):
-            for row in (base, evidence, *trace):
-                row[n, :, count:] = 0
-        got = calibrate(
-            torch.from_numpy(base).float(),
-            torch.from_numpy(evidence).float(),
-            [torch.from_numpy(row).float() for row in trace],
-            torch.tensor(scored),
-            torch.tensor(capacities),
+            trace[:, n, :, count:] = 0
+            base[:, n, :, count:] = -np.inf
+        evidence = trace[num_earlier:]
+        got = bacon_calibrate(
+            *(torch.from_numpy(part).float().flatten(0, 1) for part in (base, evidence)),
+            torch.from_numpy(trace).float(),
+            torch.tensor(scored * num_layers),
+            torch.tensor(capacities * num_layers),
+            trace_r=trace_r,
             mode=mode,
             local_k=3,
             lambda_c=lambda_c,
             topk_frac=topk_frac,
-        )
-        for n, count in enumerate(scored):
-            for h in range(2):
-                expected = naive_calibrate(
-                    base[n, h, :count],
-                    evidence[n, h, :count],
-                    [row[n, h, :count] for row in trace],
-                    capacities[n],
-                    mode,
-                    3,
-                    lambda_c,
-                    topk_frac,
-                )
-                np.testing.assert_allclose(got[n, h, :count], expected, rtol=1e-4)
+        ).unflatten(0, (num_layers, 2))
+        for layer, n, h in np.ndindex(num_layers, 2, 2):
+            own, count = num_earlier + layer, scored[n]
+            expected = naive_calibrate(
+                base[layer, n, h, :count],
+                evidence[layer, n, h, :count],
+                trace[max(own - trace_r, 0) : own, n, h, :count],
+                capacities[n],
+                mode,
+                3,
+                lambda_c,
+                topk_frac,
+            )
+            np.testing.assert_allclose(got[layer, n, h, :count], expected, rtol=1e-4)
+            assert got[layer, n, h, count:].isneginf().all()
+
+    def test_evidence(self):
+        mean = torch.tensor([[[0.1, 0.4, 0.2, 0.0]]])
+        last = torch.tensor([[[0.3, 0.1, 0.2, 0.0]]])
+        base, evidence = bacon_evidence(mean, last, torch.tensor([3]), kernel=1, pool="avg")
+        assert base.tolist() == [[[*mean[0, 0, :3].tolist(), -math.inf]]]
+        assert evidence[0, 0].tolist() == pytest.approx([0.2, 0, 0, 0])
 
 
 def naive_select(scores, count, candidate_end, pinned_end):

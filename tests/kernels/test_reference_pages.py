@@ -83,9 +83,9 @@ def draw_kept(rng, counts, full, size):
 class TestCompaction:
     @given(compactions())
     def test_against_loops(self, case):
-        """Staging every layer, then writing runs per layer and head, or one run of everything."""
+        """Staging layers together or one after another, then writing everything at once."""
         layers, heads, requests, permuted, in_one, size, seed = case
-        rng, head_size = np.random.default_rng(seed), 3
+        rng, head_size, num = np.random.default_rng(seed), 3, len(requests)
         layout = page_layout(size, head_size, rng) if permuted else PageLayout(size, head_size)
         num_blocks = 1 + sum(full for full, _, _ in requests)
         layer_pages = num_blocks * heads
@@ -98,40 +98,38 @@ class TestCompaction:
         table = torch.tensor([table + [0] * (longest - len(table)) for table in tables])
         kept = [draw_kept(rng, counts, full, size) for full, _, counts in requests]
         counts = torch.tensor([counts for _, _, counts in requests])
+        starts = counts.cumsum(1) - counts
         max_kept = int(counts.max()) * size
         positions = torch.tensor(
             [[row + [longest * size] * (max_kept - len(row)) for row in rows] for rows in kept]
         )
-        prompts = PromptPages(pages, table, heads, layout)
-        staged = torch.cat(
-            [
-                stage_tokens(
-                    prompts._replace(pages=pages[layer * layer_pages :][:layer_pages]),
-                    positions[:, layer * heads :][:, :heads],
-                    counts[:, layer * heads :][:, :heads] * size,
-                )
-                for layer in range(layers)
-            ],
-            dim=1,
+        # of rows, layer by layer
+        positions, row_counts, row_starts = (
+            part.unflatten(1, (layers, heads)).transpose(0, 1).flatten(0, 1)
+            for part in (positions, counts, starts)
         )
-        assert staged.shape == (len(requests), layers * heads, max_kept, 2 * head_size)
-        if in_one:
-            total = counts.sum(1, keepdim=True)
-            used = torch.arange(max_kept) < counts[:, :, None] * size
-            rows = staged.new_full(
-                (len(requests), 1, int(total.max()) * size, 2 * head_size), np.nan
+        shifted = (table + torch.arange(layers)[:, None, None] * num_blocks).flatten(0, 1)
+        prompts = PromptPages(pages, shifted, heads, layout)
+        staged = pages.new_full((num, int(counts.sum(1).max()) + 1, shape[1]), np.nan)
+        groups = [slice(None)] if in_one else [slice(i * num, i * num + num) for i in range(layers)]
+        for rows in groups:
+            stage_tokens(
+                prompts._replace(block_table=shifted[rows]),
+                positions[rows],
+                row_counts[rows],
+                row_starts[rows],
+                staged,
             )
-            for i, request in enumerate(staged):
-                rows[i, 0, : int(total[i]) * size] = request[used[i]]
-            staged, counts = rows, total
+        for i, total in enumerate(counts.sum(1).tolist()):
+            assert not staged[i, :total].isnan().any()
+            assert staged[i, total:].isnan().all(), "pages that nobody owns are left alone"
         write_pages(
-            prompts,
+            prompts._replace(block_table=table),
             staged,
-            counts,
-            counts.cumsum(1) - counts,
+            counts.sum(1),
             torch.tensor([full for full, _, _ in requests]),
             torch.tensor([num_kept for _, num_kept, _ in requests]),
-            layer_pages if layers > 1 else 0,
+            layer_pages,
         )
 
         expected = before.clone()
@@ -159,9 +157,9 @@ class TestCompaction:
         bits = torch.randint(0, 256, (4, 2 * 2 * 4 * dtype.itemsize), dtype=torch.uint8)
         pages = bits.clone().view(dtype)
         prompts = PromptPages(pages, torch.tensor([[1, 2, 3]]), 1, PageLayout(2, 4))
-        one = torch.tensor([[1]])
-        staged = stage_tokens(prompts, torch.tensor([[[1, 4]]]), 2 * one)
-        write_pages(prompts, staged, one, one - 1, torch.tensor([3]), torch.tensor([1]))
+        one, staged = torch.tensor([[1]]), pages.new_empty((1, 1, 16))
+        stage_tokens(prompts, torch.tensor([[[1, 4]]]), one, one - 1, staged)
+        write_pages(prompts, staged, one[0], torch.tensor([3]), torch.tensor([1]), 4)
         moved, rows = pages.view(torch.uint8)[3].view(2, -1), bits.view(4, 2, -1)
         assert moved[0].equal(rows[1, 1])
         assert moved[1].equal(rows[3, 0])

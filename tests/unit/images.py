@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vllm_kvcompress.prompt import PromptFacts
-from vllm_kvcompress.scoring import LayerContext
+from vllm_kvcompress.scoring import ScoringContext
 
 WINDOW = 4
 
@@ -41,7 +41,7 @@ class Prompt:
         return segment
 
 
-def batch_of(prompts: list[Prompt], garbage=float("nan"), **changes) -> LayerContext:
+def batch_of(prompts: list[Prompt], garbage=float("nan"), **changes) -> ScoringContext:
     """Pages, rows that are not text and segments past a prompt's end hold garbage."""
     longest = max(prompt.length for prompt in prompts)
     instruction_len = [prompt.facts.num_instruction_tokens(WINDOW) for prompt in prompts]
@@ -56,15 +56,16 @@ def batch_of(prompts: list[Prompt], garbage=float("nan"), **changes) -> LayerCon
         queries[i, num_rows - instruction_len[i] :] = rows
         segment[i, : prompt.length] = torch.from_numpy(prompt.segment)
     settings = {
-        "layer": 0,
+        "layers": (0,),
+        "stack": range(1),
         "prompt_lens": torch.tensor([prompt.length for prompt in prompts]),
         "capacity": torch.ones(len(prompts), dtype=torch.int64),
         "window": WINDOW,
         "queries": queries,
         "prompts": lcg.dense_prompts(keys, keys),
-        "scale": head_size**-0.5,
+        "scale": torch.full((len(prompts),), head_size**-0.5),
         "instruction_len": torch.tensor(instruction_len),
         "segment": segment,
         "num_segments": max(len(prompt.images) for prompt in prompts),
     }
-    return LayerContext(**settings | changes)
+    return ScoringContext(**settings | changes)

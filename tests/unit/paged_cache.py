@@ -93,7 +93,7 @@ class Cache:
     def tables(
         self, state: HeadPageState, layer: int, seq_lens: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables [R, Hkv, B] into ``all_pages`` and lengths [R, Hkv] of a layer's per-head batch."""
+        """Tables [R, Hkv, B] into ``all_pages`` and lengths [R, Hkv] of one layer."""
         rows = range(len(self.facts))
         alike = len(state.page_count) == 1
         row = min(layer, len(state.page_count) - 1)

@@ -11,7 +11,7 @@ import torch
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.scoring import LayerTrace, ScoringContext
-from vllm_kvcompress.scoring.base import HiddenMoments, QueryMoments, Scorer
+from vllm_kvcompress.scoring.base import ROWS, HiddenMoments, QueryMoments, Scorer
 
 
 def published(text: str) -> list[float]:
@@ -195,6 +195,27 @@ def context(
         moments=stack([query_moments(p.raw[layer], scorer) for p in prompts]),
         projector=maker_of(prompts),
     )
+
+
+def together(contexts: list[ScoringContext]) -> ScoringContext:
+    """One context of the layers of several, which have the same prompts."""
+    first, blocks, tables = contexts[0], 0, []
+    for ctx in contexts:
+        tables.append(ctx.prompts.block_table + blocks)
+        blocks += len(ctx.prompts.pages) // ctx.prompts.num_kv_heads
+    merged = {}
+    for name in ROWS:
+        parts = [getattr(ctx, name) for ctx in contexts]
+        if isinstance(parts[0], torch.Tensor):
+            merged[name] = torch.cat(parts)
+        elif name != "prompts" and parts[0] is not None:
+            merged[name] = type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+    merged["prompts"] = first.prompts._replace(
+        pages=torch.cat([ctx.prompts.pages for ctx in contexts]), block_table=torch.cat(tables)
+    )
+    layers = tuple(layer for ctx in contexts for layer in ctx.layers)
+    stack = range(contexts[0].stack.start, contexts[-1].stack.stop)
+    return dataclasses.replace(first, layers=layers, stack=stack, trace=LayerTrace(), **merged)
 
 
 def maker_of(prompts: list[Prompt]) -> Maker:

@@ -8,11 +8,11 @@ import torch
 from images import WINDOW, Prompt, batch_of
 
 from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
-from vllm_kvcompress.scoring import LayerContext, LayerTrace
+from vllm_kvcompress.scoring import LayerTrace, ScoringContext
 from vllm_kvcompress.scoring.aircache import AirCache, visual_attention
 
 
-def worked_example(layer: int) -> LayerContext:
+def worked_example(layer: int) -> ScoringContext:
     return lcg.layer_context(layer, 3, LayerTrace())
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from budgets import observed_of, tokens_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ def allocate_row(allocator, base, capacity) -> list[int]:
     """Allocation of one request from its base scores [Hkv][n]."""
     base = torch.as_tensor(np.asarray(base, dtype=np.float32))[None]
     num_candidates = torch.tensor([base.shape[2]])
-    return allocator.head_budgets(base, num_candidates, torch.tensor([capacity]))[0].tolist()
+    return tokens_of(allocator, base, num_candidates, torch.tensor([capacity]))[0].tolist()
 
 
 def linear_schedule(num_layers, budget, beta, num_candidates) -> list[Fraction]:
@@ -147,7 +148,7 @@ class TestAdaKVExamples:
     def test_two_heads(self, normalize, alpha, counts, official, exact):
         base = [SPIKY, FLAT]
         allocator = AdaKV(alpha=alpha, normalize=normalize)
-        assert allocator.counts(torch.tensor([base]), torch.tensor([5]))[0].tolist() == counts
+        assert observed_of(allocator, torch.tensor([base]), torch.tensor([5])).tolist() == [counts]
         assert allocate_row(allocator, base, 5) == exact
         rounded = AdaKV(alpha=alpha, normalize=normalize, rounding="official")
         assert allocate_row(rounded, base, 5) == official
@@ -163,8 +164,8 @@ class TestAdaKVExamples:
         assert base[..., lcg.NUM_SCORED :].isneginf().all()
         num_candidates, capacity = torch.tensor([lcg.NUM_SCORED]), torch.tensor([4])
         allocator = AdaKV(alpha=0.5)
-        assert allocator.counts(base, capacity).tolist() == [[3, 5]]
-        assert allocator.head_budgets(base, num_candidates, capacity).tolist() == [[4, 4]]
+        assert observed_of(allocator, base, capacity).tolist() == [[3, 5]]
+        assert tokens_of(allocator, base, num_candidates, capacity).tolist() == [[4, 4]]
 
 
 @st.composite
@@ -200,7 +201,7 @@ class TestAdaKVProperties:
     def test_total_and_bounds(self, case, normalize, alpha):
         base, capacity = case
         allocator = AdaKV(alpha=alpha, normalize=normalize)
-        counts = allocator.counts(torch.tensor([base]), torch.tensor([capacity]))
+        counts = observed_of(allocator, torch.tensor([base]), torch.tensor([capacity]))
         assert counts.sum() == len(base) * capacity
         result = allocate_row(allocator, base, capacity)
         assert sum(result) == len(base) * capacity
@@ -216,7 +217,8 @@ class TestAdaKVProperties:
         for i, (base, _) in enumerate(rows):
             padded[i, :, : len(base[0])] = torch.tensor(base)
         allocator = AdaKV(normalize=normalize)
-        result = allocator.head_budgets(
+        result = tokens_of(
+            allocator,
             padded,
             torch.tensor([len(base[0]) for base, _ in rows]),
             torch.tensor([capacity for _, capacity in rows]),

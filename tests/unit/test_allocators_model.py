@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from images import WINDOW, Prompt, batch_of
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.allocation import ALLOCATORS, Demand, Scope
+from vllm_kvcompress.allocation import ALLOCATORS, BudgetRequest, Scope
 from vllm_kvcompress.allocation.aircache import AirCacheLayers, strength_and_skewness
 from vllm_kvcompress.allocation.prefixkv import PrefixKV, shortest_starts
 from vllm_kvcompress.allocation.vlcache import VLCache
@@ -27,8 +27,14 @@ NUM_LAYERS = 3
 ALL = [AirCacheLayers(), AirCacheLayers(statistic="skewness"), VLCache(), PrefixKV()]
 
 
-def demand_of(lengths, num_candidates, capacity, pinned) -> Demand:
-    return Demand(*(torch.tensor(column) for column in (lengths, num_candidates, capacity, pinned)))
+def request_of(lengths, num_candidates, capacity, num_protected) -> BudgetRequest:
+    columns = (lengths, num_candidates, capacity, num_protected)
+    return BudgetRequest(*map(torch.tensor, columns))
+
+
+def kept_tokens(allocator, observed, request) -> torch.Tensor:
+    """[N, L] tokens, from what was observed in each layer."""
+    return allocator.kept_tokens(torch.stack(list(observed), dim=1), request)[:, :, 0]
 
 
 def causal_attention(q, k, scale) -> np.ndarray:
@@ -47,7 +53,7 @@ def context(group: list[Prompt], **changes):
     num_kv, longest = group[0].k.shape[0], ctx.is_prompt.shape[1]
     sums = torch.full((len(group), num_kv, longest), float("nan"))
     for i, prompt in enumerate(group):
-        probs = causal_attention(prompt.q, prompt.k, ctx.scale)
+        probs = causal_attention(prompt.q, prompt.k, prompt.k.shape[2] ** -0.5)
         by_group = probs.sum(1).reshape(num_kv, -1, prompt.length).mean(1)
         sums[i, :, : prompt.length] = torch.from_numpy(by_group)
     ctx.key_attention_sum = sums
@@ -62,24 +68,24 @@ def model_of(seed, length, images) -> list[Prompt]:
     return layers
 
 
-def kept_by(allocator, models, demand, **changes) -> torch.Tensor:
+def kept_by(allocator, models, request, **changes) -> torch.Tensor:
     """[N, L] tokens for models, which are lists of one prompt per layer."""
     layers = [context(list(group), **changes) for group in zip(*models, strict=True)]
     observed = [allocator.observe(ctx, UNREAD) for ctx in layers]
-    return allocator.kept_tokens(observed, demand)
+    return kept_tokens(allocator, observed, request)
 
 
 def worked_example() -> list:
     contexts = [lcg.layer_context(layer, 3, LayerTrace()) for layer in range(lcg.LAYERS)]
     for ctx in contexts:
-        q, k = (x[ctx.layer] for x in lcg.queries_keys_values()[:2])
+        q, k = (x[ctx.layers[0]] for x in lcg.queries_keys_values()[:2])
         sums = causal_attention(q, k, lcg.SCALE).sum(1)
         ctx.key_attention_sum = torch.from_numpy(sums.reshape(2, 2, -1).mean(1)).float()[None]
     return contexts
 
 
 class TestAirCache:
-    DEMAND = demand_of([12], [6], [3], [6])
+    REQUEST = request_of([12], [6], [3], [6])
 
     def test_published_statistics(self):
         observed = [AirCacheLayers().observe(ctx, UNREAD)[0].tolist() for ctx in worked_example()]
@@ -98,7 +104,7 @@ class TestAirCache:
         contexts = worked_example()
         allocator = AirCacheLayers()
         observed = [allocator.observe(ctx, UNREAD) for ctx in contexts]
-        kept = allocator.kept_tokens(observed, self.DEMAND)
+        kept = kept_tokens(allocator, observed, self.REQUEST)
         assert kept.tolist() == [[9, 8, 10]]
         sets = []
         for ctx, count in zip(contexts, (kept - 6)[0].tolist(), strict=True):
@@ -126,22 +132,22 @@ class TestAirCache:
         """With a budget of a million the tokens spell the shares: r = 1 of 3e6 tokens."""
         allocator = AirCacheLayers(statistic=statistic)
         observed = [allocator.observe(ctx, UNREAD) for ctx in worked_example()]
-        kept = allocator.kept_tokens(observed, demand_of([0], [3_000_000], [1_000_000], [0]))
+        kept = kept_tokens(allocator, observed, request_of([0], [3_000_000], [1_000_000], [0]))
         assert (kept[0] / 1e6).tolist() == pytest.approx(shares, abs=3e-6)
 
     def test_no_skewness_leaves_strength(self):
         observed = [torch.tensor([[s, 0.0]]).double() for s in (1, 2, 3)]
         for statistic in ("both", "skewness", "strength"):
-            kept = AirCacheLayers(statistic=statistic).kept_tokens(
-                observed, demand_of([90], [60], [10], [30])
+            kept = kept_tokens(
+                AirCacheLayers(statistic=statistic), observed, request_of([90], [60], [10], [30])
             )
             assert kept.tolist() == [[35, 40, 45]]
 
     @pytest.mark.parametrize("images", [[], [(4, 5)], [(4, 6)]], ids=str)
     def test_fewer_than_three_visual_tokens_are_uniform(self, images):
         models = [model_of(1, 40, images), model_of(2, 50, [(3, 30)])]
-        demand = demand_of([40, 50], [30, 27], [11, 9], [10, 23])
-        kept = kept_by(AirCacheLayers(), models, demand)
+        request = request_of([40, 50], [30, 27], [11, 9], [10, 23])
+        kept = kept_by(AirCacheLayers(), models, request)
         assert kept[0].tolist() == [21] * NUM_LAYERS
         assert len(set(kept[1].tolist())) > 1
 
@@ -162,7 +168,7 @@ class TestAirCache:
 
 
 class TestVLCache:
-    DEMAND = demand_of([12], [9], [3], [3])
+    REQUEST = request_of([12], [9], [3], [3])
 
     @pytest.mark.parametrize(
         ("threshold", "sparsity", "tokens"),
@@ -176,14 +182,16 @@ class TestVLCache:
         observed = [allocator.observe(ctx, UNREAD) for ctx in worked_example()]
         gamma = [1 - density.item() for density in observed]
         assert gamma == pytest.approx(lcg.published(sparsity), abs=6e-7)
-        assert allocator.kept_tokens(observed, self.DEMAND).tolist() == [tokens]
+        assert kept_tokens(allocator, observed, self.REQUEST).tolist() == [tokens]
 
     def test_published_shares(self):
         """A prompt of 12 million tokens, so that the tokens spell beta * 12."""
         observed = [VLCache().observe(ctx, UNREAD) for ctx in worked_example()]
         million = 10**6
-        kept = VLCache().kept_tokens(
-            observed, demand_of([12 * million], [9 * million], [3 * million], [3 * million])
+        kept = kept_tokens(
+            VLCache(),
+            observed,
+            request_of([12 * million], [9 * million], [3 * million], [3 * million]),
         )
         beta = (kept[0] / (12 * million)).tolist()
         assert beta == pytest.approx(lcg.published(".520474 .491379 .488147"), abs=6e-7)
@@ -206,10 +214,10 @@ class TestVLCache:
 
     def test_bounds_of_one_percent(self):
         observed = [torch.tensor([x]).double() for x in (1.0, 1e-9, 1e-9)]
-        kept = VLCache().kept_tokens(observed, demand_of([1000], [968], [368], [32]))
+        kept = kept_tokens(VLCache(), observed, request_of([1000], [968], [368], [32]))
         assert kept.sum() == 1200
         assert kept[0].tolist() == [1000, 100, 100]
-        kept = VLCache().kept_tokens(observed, demand_of([1000], [968], [68], [32]))
+        kept = kept_tokens(VLCache(), observed, request_of([1000], [968], [68], [32]))
         assert kept[0].tolist() == [280, 10, 10]
 
 
@@ -251,11 +259,11 @@ def received(draw):
 
 class TestPrefixKV:
     @staticmethod
-    def tokens(layers, capacity, pinned=0) -> list[int]:
+    def tokens(layers, capacity) -> list[int]:
         observed = [torch.tensor([layer], dtype=torch.float32) for layer in layers]
         length = len(layers[0])
-        demand = demand_of([length], [length - pinned], [capacity - pinned], [pinned])
-        return PrefixKV().kept_tokens(observed, demand)[0].tolist()
+        request = request_of([length], [length], [capacity], [0])
+        return kept_tokens(PrefixKV(), observed, request)[0].tolist()
 
     @pytest.mark.parametrize(
         ("total", "level", "expected"),
@@ -277,7 +285,7 @@ class TestPrefixKV:
 
     def test_published_fixture(self):
         observed = [PrefixKV().observe(ctx, UNREAD) for ctx in worked_example()]
-        kept = PrefixKV().kept_tokens(observed, demand_of([12], [11], [5], [1]))
+        kept = kept_tokens(PrefixKV(), observed, request_of([12], [11], [5], [1]))
         assert kept.tolist() == [[6, 6, 6]]
         exact = [[Fraction(x) for x in layer[0].tolist()] for layer in observed]
         level, counts = prefixkv_loop(exact, 18)
@@ -310,10 +318,10 @@ class TestPrefixKV:
         path.write_text("[0.5, 0.25, 0.75]")
         allocator = PrefixKV(profile=str(path))
         observed = [torch.zeros(2, 1)] * 3
-        demand = demand_of([100, 20], [68, 18], [18, 8], [32, 2])
-        assert allocator.kept_tokens(observed, demand).tolist() == [[50, 75, 25], [10, 15, 5]]
-        half = demand_of([100], [68], [8], [12])
-        assert allocator.kept_tokens(observed, half).tolist() == [[20, 30, 10]]
+        request = request_of([100, 20], [68, 18], [18, 8], [32, 2])
+        assert kept_tokens(allocator, observed, request).tolist() == [[50, 75, 25], [10, 15, 5]]
+        half = request_of([100], [68], [8], [12])
+        assert kept_tokens(allocator, observed, half).tolist() == [[20, 30, 10]]
         allocator.check_model(3, 28)
         with pytest.raises(ValueError, match="has 3 layers, the model has 4"):
             allocator.check_model(4, 28)
@@ -325,7 +333,7 @@ class TestPrefixKV:
             ([], "expected a JSON list"),
             ([0.5, "0.5"], "layer 1 needs a number"),
             ([0.5, 1.5], "layer 1 needs a number"),
-            ([1, 1.0], "every layer forgets everything"),
+            ([1, 1.0], "nothing would be kept"),
         ],
     )
     def test_bad_profiles(self, tmp_path, content, message):
@@ -353,8 +361,8 @@ class TestProperties:
     def test_total_and_bounds(self, allocator, case):
         model, numbers = case
         length, _, capacity, pinned = numbers
-        demand = demand_of(*([x] for x in numbers))
-        kept = kept_by(allocator, [model], demand)
+        request = request_of(*([x] for x in numbers))
+        kept = kept_by(allocator, [model], request)
         assert kept.dtype == torch.int64
         assert kept.shape == (1, NUM_LAYERS)
         assert kept.sum() == NUM_LAYERS * (capacity + pinned)
@@ -362,14 +370,14 @@ class TestProperties:
         assert kept.max() <= length
         if isinstance(allocator, AirCacheLayers):
             assert kept.min() > pinned
-        assert kept.equal(kept_by(allocator, [model], demand))
+        assert kept.equal(kept_by(allocator, [model], request))
 
     @pytest.mark.parametrize("allocator", ALL, ids=str)
     @given(one=demands(), two=demands())
     def test_two_prompts_equal_two_batches_of_one(self, allocator, one, two):
-        both = kept_by(allocator, [one[0], two[0]], demand_of(*zip(one[1], two[1], strict=True)))
+        both = kept_by(allocator, [one[0], two[0]], request_of(*zip(one[1], two[1], strict=True)))
         for i, (model, numbers) in enumerate((one, two)):
-            alone = kept_by(allocator, [model], demand_of(*([x] for x in numbers)))
+            alone = kept_by(allocator, [model], request_of(*([x] for x in numbers)))
             assert both[i].tolist() == alone[0].tolist()
 
     def test_every_allocator_of_whole_models_is_here(self):

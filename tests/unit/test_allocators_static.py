@@ -183,7 +183,7 @@ class TestHeadScoreFiles:
             ({"0-0": [True]}, "head 0-0 needs a list"),
             ('{"0-0": [NaN]}', "head 0-0 needs a list"),
             ({"0-0": [1], "0-1": [0.5, -0.1]}, "head 0-1 has a negative score, -0.1"),
-            ({"0-0": [1], "00-0": [1]}, "head 0-0 stands there twice"),
+            ({"0-0": [1], "00-0": [1]}, "duplicate entry for head 0-0"),
             ({"0-0": [0], "0-1": [0.0]}, "all head scores are 0"),
         ],
     )

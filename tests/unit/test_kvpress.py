@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from budgets import tokens_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from rivals import kv_press
@@ -211,9 +212,7 @@ class TestAdaKV:
     def counts(prefill: Prefill, layer: int, allocator: AdaKV, budget: int) -> list[int]:
         base = ours(prefill, layer, SnapKV())[None].clone()
         base[..., PREFIX:] = float("-inf")
-        tokens = allocator.head_budgets(
-            base, torch.tensor([PREFIX]), torch.tensor([budget - WINDOW])
-        )
+        tokens = tokens_of(allocator, base, torch.tensor([PREFIX]), torch.tensor([budget - WINDOW]))
         return tokens[0].tolist()
 
     @budgets

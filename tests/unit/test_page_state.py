@@ -15,37 +15,40 @@ def int32(*values: int) -> torch.Tensor:
 
 
 class TestHeadPageState:
-    def test_even_pages_are_known_before_the_layers_run(self):
-        state = HeadPageState(3, 1, NUM_KV_HEADS, CPU)
-        state.begin(torch.tensor([0, 2]), torch.tensor([5, 0]), torch.tensor([2, 1]), even=True)
-        assert state.page_count[0].tolist() == [[2, 2], [0, 0], [0, 0], [0, 0]]
-        assert state.page_start[0].tolist() == [[0, 2], [0, 0], [0, 0], [0, 0]]
+    COUNT = torch.tensor([[[1, 3], [4, 2]], [[2, 2], [3, 3]]])  # [N, L, Hkv]
+
+    def stored(self, num_layers: int) -> HeadPageState:
+        state = HeadPageState(3, num_layers, NUM_KV_HEADS, CPU)
+        blocks = torch.tensor([5, 6]), torch.tensor([2, 3])
+        state.store(torch.tensor([2, 0]), *blocks, self.COUNT, self.COUNT + 10)
+        return state
+
+    def test_pages_of_all_layers(self):
+        state = self.stored(2)
+        assert state.num_full_blocks.tolist() == [6, 0, 5, 0]
+        assert state.num_kept_blocks.tolist() == [3, 1, 2, 1]
+        assert state.page_count[:, 2].tolist() == [[1, 3], [4, 2]]
+        assert state.page_count[:, 0].tolist() == [[2, 2], [3, 3]]
+        assert state.page_start[:, 2].tolist() == [[11, 13], [14, 12]]
+        assert state.page_count[:, [1, 3]].eq(0).all()
+
+    def test_layers_that_are_alike_share_the_first_ones_pages(self):
+        state = self.stored(1)
+        assert state.page_count[0].tolist() == [[2, 2], [0, 0], [1, 3], [0, 0]]
+        assert state.page_start[0, 2].tolist() == [11, 13]
 
     def test_a_new_request_in_an_old_slot_starts_over(self):
-        state = HeadPageState(3, 2, NUM_KV_HEADS, CPU)
-        slots = torch.tensor([1, 2])
-        state.begin(slots, torch.tensor([5, 6]), torch.tensor([2, 3]), even=False)
-        count, start = torch.tensor([[1, 3], [4, 2]]), torch.tensor([[0, 1], [0, 4]])
-        for layer in (0, 1):
-            state.set_pages(layer, slots, count, start)
-        assert state.page_start[:, slots].tolist() == [[[0, 1], [0, 4]]] * 2
-        state.begin(slots[:1], torch.tensor([0]), torch.tensor([1]), even=False)
-        assert state.page_count[:, 1].eq(0).all()
-        assert state.num_full_blocks.tolist() == [0, 0, 6, 0]
-        assert state.num_kept_blocks.tolist() == [1, 1, 3, 1]
-        assert state.page_count[:, 2].tolist() == [[4, 2], [4, 2]]
-
-    def test_pages_of_all_layers_at_once(self):
-        state = HeadPageState(3, 2, NUM_KV_HEADS, CPU)
-        count = torch.tensor([[[1, 3], [4, 2]]])  # [N, L, Hkv]
-        state.set_all_pages(torch.tensor([2]), count, count + 10)
-        assert state.page_count[:, 2].tolist() == [[1, 3], [4, 2]]
-        assert state.page_start[:, 2].tolist() == [[11, 13], [14, 12]]
-        assert state.page_count[:, :2].eq(0).all()
+        state = self.stored(2)
+        state.reset(torch.tensor([2]))
+        assert state.num_full_blocks.tolist() == [6, 0, 0, 0]
+        assert state.num_kept_blocks.tolist() == [3, 1, 1, 1]
+        assert state.page_count[:, 2].eq(0).all()
+        assert state.page_start[:, 2].eq(0).all()
+        assert state.page_count[:, 0].tolist() == [[2, 2], [3, 3]]
 
 
 class TestPageTables:
-    def test_a_slot_that_was_never_used_shows_the_natural_table(self):
+    def test_a_slot_that_was_never_used_lists_its_blocks(self):
         buffers = PageTables(HeadPageState(3, 2, NUM_KV_HEADS, CPU), 3, 4)
         rows = torch.tensor([3]), int32(4, 7, 2)[None], int32(9)
         tables, kv_len = buffers.fill(*rows, 0, 2)
@@ -67,7 +70,9 @@ class TestPageTables:
     def test_tables_stay_where_they_are(self):
         """Full graphs read them at the address that they had when they were captured."""
         state = HeadPageState(3, 2, NUM_KV_HEADS, CPU)
-        state.begin(torch.tensor([1]), torch.tensor([2]), torch.tensor([1]), even=True)
+        count = torch.ones(1, 2, NUM_KV_HEADS, dtype=torch.int64)
+        start = torch.tensor([[[0, 1], [2, 3]]])
+        state.store(torch.tensor([1]), torch.tensor([2]), torch.tensor([1]), count, start)
         buffers = PageTables(state, 4, 4)
         blocks = int32(4, 7, 2, 9)[None]
         tables, kv_len = buffers.fill(torch.tensor([0]), blocks, int32(14), 0, 2)

@@ -166,7 +166,7 @@ def test_prompts_of_several_entries_are_read_layer_by_layer():
     found = stats.totals(torch.tensor([1, 3]))["moments"]
     expected = [10 * layer + token for layer in range(LAYERS) for token in (2, 1)]
     assert found.total[:, 0, 0].tolist() == expected
-    assert found.count.tolist() == [1] * 2 * LAYERS
+    assert found.num_tokens.tolist() == [1] * 2 * LAYERS
     stats.set_positions(rows, torch.tensor([[5], [6], [9]]))
     assert stats.last_positions(torch.tensor([1, 3])).tolist() == [9, 6]
 

@@ -2,10 +2,11 @@
 """What no scorer of the table may do, whatever it scores."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from scorer_inputs import context, random_prompt
+from scorer_inputs import context, random_prompt, together
 
 from vllm_kvcompress.scoring import SCORERS, LayerTrace, Need
 from vllm_kvcompress.scoring.das import BASES, DAS
@@ -53,6 +54,28 @@ def test_a_batch_equals_batches_of_one(scorer):
                 assert got.shape[:2] == (len(RAGGED), 2)
                 assert not want[..., :end].isnan().any()
                 torch.testing.assert_close(got[i, :, :end], want[0, :, :end], rtol=1e-5, atol=1e-7)
+
+
+@every_scorer
+@pytest.mark.parametrize("groups", [[4], [1, 3]], ids=str)
+def test_layers_together_equal_layers_alone(scorer, groups):
+    """Whatever the groups, and with rotations shared by all layers or not."""
+    prompts = [
+        random_prompt(10, 70, ((1, 20), (25, 35)), layers=4),
+        random_prompt(11, 41, layers=4),
+    ]
+    trace = LayerTrace()
+    alone = [scorer.score(context(prompts, layer, scorer, trace)) for layer in range(4)]
+    whole = together([context(prompts, layer, scorer, LayerTrace()) for layer in range(4)])
+    whole.projector.shared = len(groups) == 1
+    edges = [0, *itertools.accumulate(groups)]
+    parts = [scorer.score(whole.of_layers(*edge)) for edge in itertools.pairwise(edges)]
+    for part in ("base", "final"):
+        found = torch.cat([getattr(scores, part) for scores in parts])
+        wanted = torch.cat([getattr(scores, part) for scores in alone])
+        for i in range(2):
+            end = num_meaningful(scorer, prompts[i].length)
+            assert found[i::2, :, :end].equal(wanted[i::2, :, :end])
 
 
 @every_scorer

@@ -141,7 +141,7 @@ class TestDAS:
         object.__setattr__(scorer, "scorer", Fixed())
         ctx = lcg.layer_context(0, 4, LayerTrace())
         ctx.prompt_lens = torch.tensor([len(scores)])
-        ctx.recent = torch.tensor([0])
+        ctx.num_recent = torch.tensor([0])
         ctx.positions = torch.arange(len(scores))
         ctx.segment = torch.tensor([segment])
         ctx.num_segments = 3
@@ -327,7 +327,7 @@ class TestPostVision:
         prompts = [random_prompt(0, 60, ((3, 10),)), random_prompt(1, 30, ((2, 25),))]
         ctx = context(prompts, 0, PostVision(), LayerTrace())
         for i, (prompt, rows) in enumerate(zip(prompts, (50, 5), strict=True)):
-            probs = attention(prompt.q[0], prompt.k[0], ctx.scale)[:, -rows:]
+            probs = attention(prompt.q[0], prompt.k[0], 8**-0.5)[:, -rows:]
             expected = group_mean(probs.sum(1), 2)
             final = PostVision().score(ctx).final[i, :, : prompt.length]
             np.testing.assert_allclose(final, expected, rtol=1e-5, atol=1e-7)

@@ -25,7 +25,7 @@ class Recorder:
     def __init__(self, proxies: torch.Tensor) -> None:
         self.proxies = proxies
 
-    def project(self, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def project(self, layers: range, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         self.hidden, self.offsets = hidden, offsets
         return self.proxies
 

@@ -11,7 +11,7 @@ import torch
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import reference
-from vllm_kvcompress.scoring import SCORERS, LayerContext, LayerTrace
+from vllm_kvcompress.scoring import SCORERS, LayerTrace, ScoringContext
 from vllm_kvcompress.scoring.bacon import Bacon
 from vllm_kvcompress.scoring.snapkv import SnapKV
 
@@ -70,14 +70,15 @@ def batch_of(prompts, layer, window, capacity, trace, softcap=0.0, garbage=float
     for i, (_, k) in enumerate(prompts):
         keys[i, :, : lengths[i]] = torch.from_numpy(k[layer])
     queries = [torch.from_numpy(q[layer][:, -window:]).transpose(0, 1) for q, _ in prompts]
-    return LayerContext(
-        layer=layer,
+    return ScoringContext(
+        layers=(layer,),
+        stack=range(layer, layer + 1),
         prompt_lens=torch.tensor(lengths),
         capacity=torch.tensor(capacity),
         window=window,
         queries=torch.stack(queries),
         prompts=lcg.dense_prompts(keys, keys),
-        scale=head_size**-0.5,
+        scale=torch.full((len(prompts),), head_size**-0.5),
         softcap=softcap,
         trace=trace,
     )
@@ -169,15 +170,16 @@ class TestWorkedExamples:
     )
     def test_bacon_strength(self, mode, layer, expected):
         """lambda = (S - B) / V, with V put together by hand from the recorded evidence."""
-        trace, evidence = LayerTrace(), []
+        trace = LayerTrace()
         for i in range(layer + 1):
             scores = Bacon(mode=mode).score(lcg.layer_context(i, 4, trace))
-            evidence.append(trace.previous(i + 1, 4)[-1][0, :, : lcg.NUM_SCORED].double())
+        left = trace.extend(torch.empty(0, 1, lcg.NUM_KV_HEADS, lcg.LENGTH), 4)
+        evidence = left[:, 0, :, : lcg.NUM_SCORED].double()
         value = evidence[layer].clone()
         if mode != "e":
             value += torch.from_numpy(oracle.pool1d(evidence[layer].numpy(), 5, "avg"))
         if mode == "elt" and layer:
-            value += sum(evidence[:layer]) / layer
+            value += evidence[:layer].mean(0)
         gain = (scores.final - scores.base)[0, :, : lcg.NUM_SCORED].double()
         assert (gain.sum(1) / value.sum(1)).tolist() == pytest.approx(list(expected), rel=1e-4)
 
@@ -218,18 +220,21 @@ class TestCalibration:
     last = ".06 .02 .09 .10 .08 .01 .12 .03"
     traced = ("0 0 .04 .02 .06 0 0 .09", "0 0 .02 .04 .02 0 0 0")
 
-    def scores(self, mode: str, trace=traced, last=last) -> torch.Tensor:
+    def scores(self, mode: str, traced=traced, last=last, topk_frac=2.0) -> torch.Tensor:
         base, last = (torch.tensor([[published(x)]]) for x in (self.base, last))
-        return reference.calibrate(
+        evidence = (last - base).clamp_min(0)
+        earlier = [torch.tensor([[published(x)]]) for x in traced]
+        return reference.bacon_calibrate(
             base,
-            (last - base).clamp_min(0),
-            [torch.tensor([[published(x)]]) for x in trace],
+            evidence,
+            torch.stack([*earlier, evidence]),
             torch.tensor([8]),
             torch.tensor([2]),
+            trace_r=4,
             mode=mode,
             local_k=3,
             lambda_c=0.5,
-            topk_frac=2.0,
+            topk_frac=topk_frac,
         )[0]
 
     @pytest.mark.parametrize(
@@ -248,24 +253,13 @@ class TestCalibration:
 
     @pytest.mark.parametrize("mode", MODES)
     def test_no_evidence_changes_nothing_bit_for_bit(self, mode):
-        scores = self.scores(mode, trace=(), last=self.base)
+        scores = self.scores(mode, traced=(), last=self.base)
         assert scores[0].equal(torch.tensor(published(self.base)))
 
     def test_one_statistic_position_adds_nothing(self):
         """K = 1: the spread of one value is 0."""
-        base = torch.tensor([[published(self.base)]])
-        scores = reference.calibrate(
-            base,
-            torch.ones_like(base),
-            [],
-            torch.tensor([8]),
-            torch.tensor([2]),
-            mode="elt",
-            local_k=3,
-            lambda_c=0.5,
-            topk_frac=0.1,
-        )
-        assert scores.equal(base)
+        scores = self.scores("elt", traced=(), topk_frac=0.1)
+        assert scores[0].equal(torch.tensor(published(self.base)))
 
 
 class TestAgainstOracle:
@@ -344,19 +338,18 @@ class TestDegenerateRows:
 
 
 class TestLayerTrace:
-    def test_reach(self):
+    def test_groups_see_the_end_of_earlier_ones(self):
+        layers = torch.arange(7).view(7, 1)
         trace = LayerTrace()
-        values = [torch.tensor(float(i)) for i in range(6)]
-        for layer in (0, 1, 3, 4):
-            trace.record(layer, values[layer])
-        assert trace.previous(5, 3) == [values[3], values[4]]
-        assert trace.previous(5, 0) == []
+        assert trace.extend(layers[:3], 2).equal(layers[:3])
+        assert trace.extend(layers[3:4], 2).equal(layers[1:4])
+        assert trace.extend(layers[4:], 2).equal(layers[2:])
 
-    def test_later_layers_are_not_previous(self):
+    def test_no_reach_leaves_nothing(self):
+        layers = torch.arange(4).view(4, 1)
         trace = LayerTrace()
-        trace.record(2, torch.tensor(2.0))
-        assert trace.previous(2, 4) == []
-        assert trace.previous(1, 4) == []
+        for group in layers.split(2):
+            assert trace.extend(group, 0).equal(group)
 
 
 def test_table_rows_are_frozen_dataclasses_under_their_own_name():

@@ -129,13 +129,11 @@ class CompressedImpl:
         """``dtype``: of the model."""
         layers = self.layers
         assert layers is not None
-        layer_idx = layers.position_of[layer.layer_name]
+        layer_idx = layers.facts.position_of[layer.layer_name]
         if meta.queries is not None:
-            movable = as_bytes(queries)
-            store = as_bytes(layers.query_store(queries))[layer_idx]
-            store.index_copy_(0, meta.queries.target, movable.index_select(0, meta.queries.source))
+            layers.waiting.keep_queries(layer_idx, queries, *meta.queries)
         if meta.stats is not None:
-            layers.keep_stats(layer_idx, meta.stats, _as_numbers(queries, layer, dtype))
+            layers.waiting.keep_stats(layer_idx, meta.stats, _as_numbers(queries, layer, dtype))
 
     def _attend_per_head(
         self,
@@ -153,9 +151,9 @@ class CompressedImpl:
         assert batch is not None
         assert layers is not None
         group, head_size = self.num_queries_per_kv, self.head_size
-        stock_meta = batch.metadata_of(layers.position_of[layer.layer_name])
+        stock_meta = batch.metadata_of(layers.facts.position_of[layer.layer_name])
         # where budgets are even, ids count from the layer's own pages
-        pages = kv_cache if layers.even else layers.pages.pages
+        pages = kv_cache if layers.even else layers.facts.pages.pages
         pages = pages.view(-1, 1, *kv_cache.shape[2:])
         if batch.order is None:
             num_tokens = meta.num_actual_tokens

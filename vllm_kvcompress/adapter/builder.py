@@ -162,7 +162,7 @@ class CompressedBuilder:
         chosen = np.flatnonzero(~batch.compressed)
         if not chosen.size:
             return
-        upload = self.layers.upload
+        upload = self.layers.facts.upload
         lens = batch.query_lens[chosen]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         seq_lens = (batch.num_computed[chosen] + lens).astype(np.int32)
@@ -192,25 +192,25 @@ class CompressedBuilder:
         gather = gather_queries(batch)
         if gather.token.size:
             owners = [batch.req_ids[i] for i in gather.owner]
-            places = layers.query_places(owners, gather.distance)
-            source, target = layers.upload(np.stack([gather.token, places]))
+            places = layers.waiting.places(owners, gather.distance)
+            source, target = layers.facts.upload(np.stack([gather.token, places]))
             meta.queries = QueryCopy(source, target)
-        if layers.stats:
+        if layers.waiting.stats:
             meta.stats = self._stats_rows(cam, batch)
 
     def _stats_rows(self, cam: CommonAttentionMetadata, batch: StepBatch) -> StatsRows:
         chunks, layers = plan_stats(batch), self.layers
-        entries = layers.entries_of([batch.req_ids[i] for i in chunks.owner])
+        entries = layers.waiting.entries_of([batch.req_ids[i] for i in chunks.owner])
         width = int(chunks.lengths.max())
         index = np.arange(width) - width + chunks.lengths[:, None]  # [M, C], < 0: not a token
         tokens = np.where(index >= 0, chunks.starts[:, None] + index, 0)
         counted = chunks.lengths - chunks.skip
         packed = np.stack([entries, chunks.lengths, chunks.positions, counted, chunks.owner])
-        entries, lengths, positions, counted, chosen = layers.upload(packed)
+        entries, lengths, positions, counted, chosen = layers.facts.upload(packed)
         num_blocks = -(-int((chunks.positions + chunks.lengths).max()) // self.block_size)
         return StatsRows(
             entries=entries,
-            tokens=layers.upload(tokens),
+            tokens=layers.facts.upload(tokens),
             lengths=lengths,
             positions=positions,
             counted=counted,
@@ -227,13 +227,13 @@ class CompressedBuilder:
         starts = self.arange[: num_reqs * num_heads + 1].clamp(max=num_queries)
         per_head_cam = self._per_head_cam(cam, starts, num_reqs, cam.num_actual_tokens, 1)
         per_head_cam.query_start_loc = self.static_buffer("starts", per_head_cam.query_start_loc)
-        slot_tensor = self.static_buffer("slots", self.layers.upload(slots))
+        slot_tensor = self.static_buffer("slots", self.layers.facts.upload(slots))
         rows = slot_tensor, cam.block_table_tensor[:num_reqs], cam.seq_lens[:num_reqs]
         return PerHeadBatch(None, self._metadata_maker(per_head_cam, *rows))
 
     def _mixed_batch(self, cam: CommonAttentionMetadata, batch: StepBatch) -> PerHeadBatch:
         """The compressed requests of a step that has others, or brings several tokens of one."""
-        upload = self.layers.upload
+        upload = self.layers.facts.upload
         chosen = np.flatnonzero(batch.compressed)
         lens = batch.query_lens[chosen]
         starts = np.concatenate([[0], np.cumsum(np.repeat(lens, self.num_kv_heads))])
@@ -260,7 +260,7 @@ class CompressedBuilder:
         """Common metadata of the sequences, complete but for tables and lengths."""
         return replace(
             cam,
-            query_start_loc=self.layers.upload(starts.numpy()),
+            query_start_loc=self.layers.facts.upload(starts.numpy()),
             query_start_loc_cpu=starts,
             num_reqs=num_reqs * self.num_kv_heads,
             num_actual_tokens=num_tokens * self.num_kv_heads,
@@ -288,7 +288,7 @@ class CompressedBuilder:
 
         def fill(layer_idx: int) -> None:
             num_layers = min(at_once, self.tables.num_layers - layer_idx)
-            layer_pages = 0 if even else self.layers.pages.layer_pages
+            layer_pages = 0 if even else self.layers.facts.pages.layer_pages
             rows = slots, block_table, seq_lens
             tables = self.tables.fill(*rows, layer_idx, num_layers, layer_pages)
             prepared[:] = [

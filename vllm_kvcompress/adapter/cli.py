@@ -44,7 +44,7 @@ def _add_flags(original):
     def add_cli_args(parser):
         parser = original(parser)
         group = parser.add_argument_group(
-            "KV compression", "Compress the KV cache of each prompt when its prefill ends."
+            "KV compression", "Compress the KV caches of prompts, between steps."
         )
         # absent unless given: other front ends must not meet flags that they do not know
         group.add_argument(

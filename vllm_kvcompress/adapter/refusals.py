@@ -7,8 +7,8 @@ Checked before any request.
 import importlib.util
 from collections.abc import Sequence
 
-from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention.attention import Attention
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES, is_served
@@ -101,7 +101,7 @@ def layer_reasons(*, sinks: bool, alibi: bool, kv_sharing: bool, kv_cache_dtype:
     return [f"{reason}: {_ADVICE}." for refused, reason in checks if refused]
 
 
-def check_layers(layers: Sequence[nn.Module]) -> None:
+def check_layers(layers: Sequence[Attention]) -> None:
     """Raise for what shows once all layers and their checkpoint are loaded.
 
     Raises:
@@ -111,10 +111,15 @@ def check_layers(layers: Sequence[nn.Module]) -> None:
     reasons = []
     if any(layer.get_buffer("_k_scale").numel() > 1 for layer in layers):
         reasons.append("the checkpoint has scales of its own for each KV head's cache")
-    if len({float(layer.impl.logits_soft_cap or 0.0) for layer in layers}) > 1:
+    if len({soft_cap(layer) for layer in layers}) > 1:
         reasons.append("layers cap their logits differently")
     if reasons:
         raise KVCompressionError.from_reasons([f"{reason}: {_ADVICE}." for reason in reasons])
+
+
+def soft_cap(layer: Attention) -> float:
+    """Of a layer's logits; 0 for none. Every backend of ours has it, the base class has not."""
+    return float(vars(layer.impl)["logits_soft_cap"] or 0.0)
 
 
 def _shadows_triton_kernels() -> bool:

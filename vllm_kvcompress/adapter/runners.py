@@ -39,7 +39,7 @@ def veto_full_graphs(runner: Runner, layers: CompressedLayers) -> None:
                 kwargs["force_uniform_decode"] = False
             return determine(num_tokens, num_reqs, *args, **kwargs)
 
-        runner._determine_batch_execution_and_padding = MethodType(determine_v1, runner)
+        vars(runner)["_determine_batch_execution_and_padding"] = MethodType(determine_v1, runner)
         return
     gather = runner.gather_batch_req_state
 
@@ -50,7 +50,7 @@ def veto_full_graphs(runner: Runner, layers: CompressedLayers) -> None:
         # data-parallel ranks agree on the mode after this, so they cannot diverge
         return batch._replace(decode_graph_eligible=False), None
 
-    runner.gather_batch_req_state = MethodType(gather_v2, runner)
+    vars(runner)["gather_batch_req_state"] = MethodType(gather_v2, runner)
 
 
 def check_whole_blocks(runner: Runner, block_size: int) -> None:

@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.settings import current_settings
+from vllm_kvcompress.adapter.waiting import bytes_per_layer
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 _SUPPORTED = {
@@ -56,7 +57,8 @@ def spec_fields(vllm_config: VllmConfig, config: KVCompressionConfig) -> SpecFie
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     dtype = model.dtype
     assert isinstance(dtype, torch.dtype), "vLLM has resolved it"
-    entry_bytes = config.bytes_kept(
+    entry_bytes = bytes_per_layer(
+        config,
         num_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),

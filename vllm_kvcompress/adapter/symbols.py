@@ -219,7 +219,7 @@ _ATTENTION = (
         ("AttentionMetadataBuilder", Use.HELD, "device layer_names supports_update_block_table",
          "base of our builders"),
         ("AttentionMetadataBuilder.build_for_cudagraph_capture", Use.REPLACED,
-         "self common_attn_metadata", "captures a per-head batch"),
+         "self common_attn_metadata", "full graphs run a per-head batch"),
         ("AttentionMetadataBuilder.get_cudagraph_support", Use.REPLACED,
          "cls vllm_config kv_cache_spec", "see AttentionCGSupport"),
     ),

@@ -141,7 +141,7 @@ class WorkerTelemetry:
         self._counters.add(prompt_tokens=prompt_tokens)
         pages = count.sum()
         if not self._on_host:
-            pages = pages.to("cpu", non_blocking=True)  # pinned by torch
+            pages = pages.to("cpu", non_blocking=True)  # into pinned memory, by torch
         self._pending.append(
             _Compression(self._start, self._start, pages, tokens_per_page, tail_tokens)
         )

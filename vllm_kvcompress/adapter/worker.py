@@ -24,8 +24,9 @@ class CompressedWorker(Worker):
         """Called after the weights are loaded and before memory is profiled."""
         attention_inputs.install(self.model_runner.get_model(), self.vllm_config)
         specs = super().get_kv_cache_spec()
+        assert self.device is not None, "the worker has been initialized"
         if self._reserved is None and self.device.type != "cpu":
-            # held while vLLM measures what the model takes, so that the cache leaves room for it
+            # there while vLLM measures what the model takes, so that the cache leaves room for it
             self._reserved = torch.empty(
                 model_checks.reserved_bytes(specs, self.vllm_config),
                 dtype=torch.uint8,
@@ -42,7 +43,9 @@ class CompressedWorker(Worker):
         self.compressed_layers = layers_of(self.vllm_config)
         self.compressed_layers.order_of = partial(runners.request_order, self.model_runner)
         runners.veto_full_graphs(self.model_runner, self.compressed_layers)
-        if self.device.type != "cpu":  # nothing is compiled there
+        facts = self.compressed_layers.facts
+        assert facts.pages, "raises where the layers are not at equal distances"
+        if facts.device.type != "cpu":  # nothing is compiled there
             self.compressed_layers.warm_up(self.model_config.max_model_len)
 
     @torch.inference_mode()

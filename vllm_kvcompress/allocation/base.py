@@ -58,7 +58,7 @@ class Allocator(abc.ABC):
 
     Class attributes:
         cost: as ``Scorer.cost``.
-        needs: captured for the allocator.
+        needs: stored or read for the allocator.
         reconstruction: parts of the method are our proposal, because no formula was published.
         per_layer: all heads of a layer get the same.
     """
@@ -116,10 +116,10 @@ class StaticAllocator(Allocator):
     def head_budgets(
         self, capacity: int, num_candidates: int, num_layers: int, num_heads: int
     ) -> list[list[int]]:
-        """Scored tokens C[l][g] of every layer and KV head of the model (all ranks).
+        """Competing tokens C[l][g] that every layer and KV head of the model keeps (all ranks).
 
         Args:
-            capacity: b, nominal scored tokens per head; less than ``num_candidates``.
+            capacity: b, nominal competing tokens that a head keeps; less than ``num_candidates``.
             num_candidates: n.
         """
 

@@ -54,7 +54,7 @@ def load_head_scores(path: str) -> tuple[tuple[float, ...], ...]:
             raise ValueError(f"{path}: head {key} has a negative score, {min(values)}")
         head = int(match[1]), int(match[2])
         if head in means:
-            raise ValueError(f"{path}: head {head[0]}-{head[1]} stands there twice")
+            raise ValueError(f"{path}: duplicate entry for head {head[0]}-{head[1]}")
         means[head] = math.fsum(values) / len(values)
     num_layers = 1 + max(layer for layer, _ in means)
     num_heads = 1 + max(head for _, head in means)
@@ -84,5 +84,5 @@ def load_forget_fractions(path: str) -> tuple[float, ...]:
         if not _is_number(value) or not 0 <= value <= 1:
             raise ValueError(f"{path}: layer {layer} needs a number in [0, 1], got {value!r}")
     if min(raw) == 1:
-        raise ValueError(f"{path}: every layer forgets everything")
+        raise ValueError(f"{path}: all layers have fraction 1: nothing would be kept")
     return tuple(float(value) for value in raw)

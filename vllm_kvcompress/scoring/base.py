@@ -17,7 +17,7 @@ from vllm_kvcompress.workspace import RowShape
 
 
 class Need(enum.Flag):
-    """What must be at hand when a method runs; nothing else is captured or read."""
+    """What must be at hand when a method runs; nothing else is stored or read."""
 
     KEYS = enum.auto()
     VALUES = enum.auto()
@@ -64,12 +64,12 @@ class HiddenMoments(NamedTuple):
     """Sums over the prompt's tokens of the (normed) attention input x, float32.
 
     Attributes:
-        count: [R] tokens summed over.
+        num_tokens: [R] tokens summed over.
         total, square: [R, d] sums of x and of x^2.
         last: [R, d] x of the last prompt token.
     """
 
-    count: torch.Tensor
+    num_tokens: torch.Tensor
     total: torch.Tensor
     square: torch.Tensor
     last: torch.Tensor
@@ -79,12 +79,12 @@ class QueryMoments(NamedTuple):
     """Sums over the prompt's tokens of the queries before RoPE and after their norm, float32.
 
     Attributes:
-        count: [R] tokens summed over.
+        num_tokens: [R] tokens summed over.
         total: [R, Hq, D].
         outer: [R, Hq, D, D], sums of q q^T.
     """
 
-    count: torch.Tensor
+    num_tokens: torch.Tensor
     total: torch.Tensor
     outer: torch.Tensor
 
@@ -126,7 +126,7 @@ class ScoringContext:
         layers: indices in the model of the layers; R = len(layers) * N.
         stack: positions of the layers among all compressed layers.
         prompt_lens: [R] int64, P.
-        capacity: [R] int64, nominal scored tokens per head of the row's layer.
+        capacity: [R] int64, nominal competing tokens per head of the row's layer.
         window: W.
         queries: [R, Q, Hq, D], after norm and RoPE, of positions P-Q .. P-1, Q >= W if the window
             is needed; queries that no method asked for hold garbage.
@@ -173,7 +173,7 @@ class ScoringContext:
             return self
         rows = slice(start * self.num_prompts, stop * self.num_prompts)
         names = [f.name for f in dataclasses.fields(self)]
-        own = {name: rows_of(getattr(self, name), rows) for name in names if name in _ROWS}
+        own = {name: rows_of(getattr(self, name), rows) for name in names if name in ROWS}
         return dataclasses.replace(
             self, layers=self.layers[start:stop], stack=self.stack[start:stop], **own
         )
@@ -224,7 +224,7 @@ class ScoringContext:
         return rows.masked_fill(~self.is_prompt[:, None, :, None], 0.0)
 
 
-_ROWS = (
+ROWS = (
     "prompt_lens",
     "capacity",
     "queries",
@@ -256,8 +256,8 @@ class Scores(NamedTuple):
     """Scores of the prompt's tokens, larger = keep.
 
     ``base`` is the plain importance that budgets are counted on, ``final`` ranks inside a head.
-    Both [R, Hkv, T] float32. What stands at tokens that are kept or barred anyway (the last R, and
-    text where only visual tokens compete) and at t >= P does not matter.
+    Both [R, Hkv, T] float32. Values at tokens that are kept or barred anyway (the last
+    ``num_recent``, and text where only visual tokens compete) and at t >= P do not matter.
     """
 
     base: torch.Tensor
@@ -270,7 +270,7 @@ class Scorer(abc.ABC):
 
     Class attributes:
         cost: floating-point operations per request, in the symbols of docs/methods.md.
-        needs: captured for the scorer; nothing else is.
+        needs: stored or read for the scorer; nothing else is.
         reconstruction: no formula was published; the method is our proposal.
         visual_only: only visual tokens compete unless the user says otherwise.
         shared_sets: all heads of a layer keep the same tokens.
@@ -291,7 +291,7 @@ class Scorer(abc.ABC):
     recent_fraction: ClassVar[float] = 0.0
 
     def num_recent(self, window: int, kept: int) -> int:
-        """R: the last R prompt tokens are always kept. ``kept``: nominal tokens per head."""
+        """How many last prompt tokens are always kept. ``kept``: nominal tokens per head."""
         return window
 
     @property

@@ -16,7 +16,7 @@ def mean_and_deviation(
     Returns:
         [R, d] float32 each, or [R, 1] over tokens and features together.
     """
-    count = hidden.count.double()[:, None]
+    count = hidden.num_tokens.double()[:, None]
     # float64: the difference of two large sums
     total, square = hidden.total.double(), hidden.square.double()
     if not per_feature:

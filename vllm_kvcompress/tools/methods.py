@@ -83,10 +83,10 @@ _PROPERTIES = """\
 
 With default options.
 
-- **Needs** are captured or read only for methods that ask for them.
+- **Needs** are stored or read only for methods that ask for them.
 - **Budget**: what `B` counts; for allocators the total that they share out.
 - **Decides**: *static* budgets follow from the length of the prompt. *Deferred* ones are known once
-  all layers have been scored, so scores of all layers are held until then.
+  all layers have been scored.
 - **Prefix cache**: how much of a prompt that is going to be compressed a cache hit may spare,
   besides the kept blocks, which are always computed again. A combination gets the least of its
   parts.

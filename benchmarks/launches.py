@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many kernels one compressing call launches on a GPU, counted without one.
+
+    python benchmarks/launches.py                       # the table
+    python benchmarks/launches.py --method vl-cache     # and where each launch comes from
+
+All layers of N prompts go through the pipeline as they would on a GPU, but their tensors have no
+memory and Triton's kernels are noted instead of launched. A launch is a Triton kernel or a torch
+operator that is not just a view or an allocation; a few operators, such as sorts, launch more than
+one kernel. Where the workspace does not hold all layers of all prompts, they go in several groups,
+which launch as much each. Code that asks a tensor for a value fails: it would wait for the GPU.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter, jit
+
+from vllm_kvcompress import kernels
+from vllm_kvcompress.config import Candidates, KVCompressionConfig
+from vllm_kvcompress.kernels.operations import OPERATIONS
+from vllm_kvcompress.page_state import HeadPageState
+from vllm_kvcompress.pipeline import (
+    CompressionPipeline,
+    FinishedPrefills,
+    LayerStack,
+    PromptBatch,
+)
+from vllm_kvcompress.plan import BlockPlanner, PromptPlan
+from vllm_kvcompress.prompt import PromptFacts
+from vllm_kvcompress.scoring import Need
+from vllm_kvcompress.workspace import DEFAULT_BYTES
+
+METHODS = ("bacon", "bacon+adakv", "aircache", "vl-cache")
+LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_SIZE = 28, 28, 4, 128  # Qwen2-VL-7B
+BLOCK_SIZE, PROMPT_LEN, BUDGET = 16, 8192, 1024
+INSTRUCTION_LEN = 64
+NUM_SLOTS = 16
+SOURCES = ("vllm_kvcompress", "triton_kernels")
+META = torch.device("meta")
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that launch something.
+
+    Attributes:
+        found: by (what, where in this project it was called).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(
+            result.alias_info is not None and not result.alias_info.is_write
+            for result in func._schema.returns
+        )
+        if not is_view and "empty" not in func._schema.name:
+            self.note(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+    def note(self, what: str) -> None:
+        self.found[what, _caller()] += 1
+
+    @property
+    def total(self) -> int:
+        return self.found.total()
+
+    @property
+    def in_triton(self) -> int:
+        return sum(count for (what, _), count in self.found.items() if what.endswith("_kernel"))
+
+
+def _caller() -> str:
+    """The innermost line of the plugin on the stack."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if any(source in path.parts for source in SOURCES):
+            return f"{path.parent.name}/{path.name}:{frame.lineno} {frame.name}"
+    return "?"
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Launches]:
+    """Counts inside the block, in which nothing is launched."""
+    launches = Launches()
+
+    def note(self: Any, *args: object, **kwargs: object) -> None:
+        function = getattr(self, "fn", self)
+        launches.note(getattr(function, "__name__", str(function)))
+
+    classes = (jit.JITFunction, interpreter.InterpretedFunction)
+    before = [cls.run for cls in classes]
+    chosen = [dict(operation._chosen) for operation in OPERATIONS.values()]
+    for operation in OPERATIONS.values():
+        operation._chosen[META.type] = operation.on("cuda")
+    for cls in classes:
+        cls.run = note
+    try:
+        with torch.inference_mode(), launches:
+            yield launches
+    finally:
+        for cls, run in zip(classes, before, strict=True):
+            cls.run = run
+        for operation, old in zip(OPERATIONS.values(), chosen, strict=True):
+            operation._chosen = old
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def plan(config: KVCompressionConfig) -> PromptPlan:
+    """Of a prompt that is an image, all but some text before it and the instruction."""
+    facts = PromptFacts(PROMPT_LEN, ((16, PROMPT_LEN - INSTRUCTION_LEN),))
+    return BlockPlanner(json.dumps(config.to_json()), BLOCK_SIZE, LAYERS, NUM_KV_HEADS).plan(facts)
+
+
+def finished(config: KVCompressionConfig, num: int) -> FinishedPrefills:
+    """``num`` such prompts."""
+    one, num_blocks = plan(config), PROMPT_LEN // BLOCK_SIZE
+    segment = visual = None
+    if Need.SEGMENTS in config.needs or config.candidates is not Candidates.ALL:
+        segment = meta(num, PROMPT_LEN)
+    if config.candidates is not Candidates.ALL:
+        visual = meta(num, PROMPT_LEN, dtype=torch.bool)
+    owners = NUM_KV_HEADS * (LAYERS if config.spans_layers else 1)
+    return FinishedPrefills(
+        batch=PromptBatch(*(meta(num) for _ in PromptBatch._fields)),
+        block_table=meta(num, num_blocks),
+        max_pages=min(one.num_kept_blocks * owners, one.num_full_blocks),
+        pages_per_layer=one.num_kept_blocks * NUM_KV_HEADS,
+        visual=visual,
+        segment=segment,
+        num_segments=1,
+    )
+
+
+def stack(config: KVCompressionConfig, num: int) -> LayerStack:
+    """What the layers of the model hand over for ``num`` prompts in bfloat16."""
+    layer_pages = (num + 1) * PROMPT_LEN // BLOCK_SIZE * NUM_KV_HEADS
+    rows = plan(config).num_rows
+    return LayerStack(
+        layers=tuple(range(LAYERS)),
+        queries=meta(LAYERS, num, rows, NUM_Q_HEADS, HEAD_SIZE, dtype=torch.bfloat16),
+        pages=meta(LAYERS * layer_pages, BLOCK_SIZE * 2 * HEAD_SIZE, dtype=torch.bfloat16),
+        layer_pages=layer_pages,
+        scale=meta(LAYERS, dtype=torch.float32),
+    )
+
+
+def count(method: str, num: int, workspace_bytes: int) -> Launches:
+    """Of one call that compresses ``num`` prompts."""
+    settings: dict[str, object] = {"method": method}
+    if "%" not in str(KVCompressionConfig.parse(settings).budget):
+        settings["budget"] = BUDGET
+    config = KVCompressionConfig.parse(settings)
+    even = not config.allocation.scope.needs_scores
+    state = HeadPageState(NUM_SLOTS, 1 if even else LAYERS, NUM_KV_HEADS, META)
+    pipeline = CompressionPipeline(
+        config.scoring,
+        config.allocation,
+        config.merging,
+        config.window,
+        NUM_KV_HEADS,
+        kernels.PageLayout(BLOCK_SIZE, HEAD_SIZE),
+        state,
+        workspace_bytes=workspace_bytes,
+    )
+    with counted() as launches:
+        pipeline.compress(finished(config, num), stack(config, num))
+    return launches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--method", help="one method, and where its launches come from")
+    parser.add_argument("--prompts", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--workspace", type=int, default=DEFAULT_BYTES, metavar="BYTES")
+    args = parser.parse_args()
+    for method in (args.method,) if args.method else METHODS:
+        for num in args.prompts:
+            launches = count(method, num, args.workspace)
+            print(
+                f"{method:14} N {num:2}  {launches.total:6} launches, "
+                f"{launches.in_triton} of them Triton's",
+                flush=True,
+            )
+            for (what, where), times in launches.found.items() if args.method else ():
+                print(f"    {times:5} {what:28} {where}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compressing call launches few kernels, however many prompts and layers it has."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_kvcompress.kernels.operations import OPERATIONS
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "launches.py"
+MOST = {"bacon": 35, "bacon+adakv": 65, "aircache": 110}
+ROOM = 1 << 33  # for all layers of eight prompts
+
+
+@pytest.fixture(scope="module")
+def launches():
+    spec = importlib.util.spec_from_file_location("launches", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("method", "most"), MOST.items())
+def test_few_launches(launches, method, most):
+    counted = launches.count(method, 1, ROOM)
+    assert 0 < counted.in_triton < counted.total <= most
+    assert launches.count(method, 8, ROOM).found == counted.found
+
+
+def test_groups_of_layers_launch_as_much_each(launches):
+    """The benchmark sees what a small workspace costs."""
+    whole, split = (launches.count("bacon", 1, size).total for size in (ROOM, 1 << 26))
+    assert split > 1.5 * whole
+
+
+def test_views_and_allocations_do_not_count(launches):
+    with launches.counted() as found:
+        x = torch.empty(4, 4, device="meta")
+        x.view(2, 8)[:, 1:].transpose(0, 1).expand(3, -1, -1).unbind()
+        assert found.total == 0
+        (x + x).sum()
+    assert [what for what, _ in found.found] == ["add", "sum"]
+
+
+def test_nothing_stays_as_counted(launches):
+    with launches.counted():
+        pass
+    assert all("meta" not in operation._chosen for operation in OPERATIONS.values())
