@@ -71,7 +71,7 @@ def assert_hybrid_clean(llm, free: int) -> None:
     assert free_blocks(llm) == free
     check_pool(scheduler_of(llm).kv_cache_manager.block_pool)
     layers = compressed_layers(llm)
-    assert len(layers.slots) == len(layers.entries) == 0
+    assert len(layers.slots) == len(layers.waiting.entries) == 0
     assert layers.plans == {}
     for manager in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers:
         assert not any(manager.req_to_blocks.values())

@@ -185,7 +185,7 @@ def test_abort(checkpoint, shared_engine, method, mode, phase):
     # 48 tokens a step, one for the decode: the victim's chunks end at 47, 94, 141, 188, 235, 258
     stepper.run_until(lambda: PHASES[phase](stepper), limit=40)
     if phase == "inside the window" and mode == "sync":
-        assert stepper.internal["victim"] in compressed_layers(llm).entries
+        assert stepper.internal["victim"] in compressed_layers(llm).waiting.entries
     stepper.abort("victim")
     stepper.run()
     assert "victim" not in stepper.done or stepper.done["victim"].finish_reason == "abort"
