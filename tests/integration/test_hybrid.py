@@ -76,8 +76,7 @@ def assert_hybrid_clean(llm, free: int) -> None:
         assert not any(manager.req_to_blocks.values())
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix-cache", "no-prefix-cache"])
-@pytest.mark.parametrize("chunk", [100, 2048])
+@pytest.mark.parametrize(("chunk", "prefix_cache"), [(100, True), (2048, False)])
 def test_budget_covers_prompt(gemma, chunk, prefix_cache):
     settings = {"max_num_batched_tokens": chunk, "enable_prefix_caching": prefix_cache}
     with engine(gemma, **settings) as llm:
