@@ -305,7 +305,8 @@ def compact_cost(shape: Shape) -> Cost:
 
 
 def compact_calls(x: Inputs) -> Calls:
-    args = (x.kept, x.count, x.start, x.num_full, x.num_kept)
+    kept_blocks = x.shape.num_kept // BLOCK_SIZE
+    args = (x.kept, x.count, x.start, x.num_full, x.num_kept, kept_blocks)
     return {
         "ours": lambda: in_place(kernels, x.prompts, *args),
         "torch": lambda: in_place(reference, x.prompts, *args),

@@ -61,7 +61,8 @@ def select(operations: ModuleType, x: Inputs) -> torch.Tensor:
 
 
 def compress(operations: ModuleType, x: Inputs) -> None:
-    in_place(operations, x.prompts, select(operations, x), x.count, x.start, x.num_full, x.num_kept)
+    tables = (x.count, x.start, x.num_full, x.num_kept, x.shape.num_kept // BLOCK_SIZE)
+    in_place(operations, x.prompts, select(operations, x), *tables)
 
 
 def einsum_compress(

@@ -87,11 +87,16 @@ def in_place(
     start: torch.Tensor,
     num_full: torch.Tensor,
     num_kept: torch.Tensor,
+    most_kept: int | None = None,
 ) -> None:
-    """Kept tokens into the pages of the kept blocks of one layer, by the operations of a module."""
+    """Kept tokens into the pages of the kept blocks of one layer, by the operations of a module.
+
+    ``most_kept``: the largest of ``num_kept``, where the host knows it.
+    """
     pages, table, heads, _ = prompts[:4]
     # pages that no head owns are written, too: with zeros
-    staged = pages.new_zeros((len(table), table.shape[1] * heads, pages.shape[1]))
+    most = (table.shape[1] if most_kept is None else most_kept) * heads
+    staged = pages.new_zeros((len(table), most, pages.shape[1]))
     operations.stage_tokens(prompts, kept, count, start, staged)
     operations.write_pages(prompts, staged, num_kept * heads, num_full, num_kept, len(pages))
 
