@@ -20,6 +20,7 @@ from engine import (
     random_prompt,
     scheduler_of,
 )
+from float_noise import text_tolerance
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_kvcompress.adapter import kv_cache
@@ -38,6 +39,12 @@ B = STEM + random_prompt(130, seed=13)
 SHORTER = STEM[:300]  # ends inside the stem: its own kept blocks lie where A has a shared prefix
 FITS = STEM[:90]
 LONGER = A + random_prompt(77, seed=14)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _measure_noise_first():
+    """With an engine of its own, which takes vLLM's metrics away from one that is open."""
+    text_tolerance()
 
 
 def plan(method: Method, prompt: list[int]):
