@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.allocation import ALLOCATORS, LayerAllocator
+from vllm_kvcompress.allocation import ALLOCATORS, Scope
 from vllm_kvcompress.config import (
     Budget,
     KVCompressionConfig,
@@ -23,7 +23,7 @@ METHODS = [
     f"{scorer}+{allocator}"
     for scorer in SCORERS
     for allocator in ALLOCATORS
-    if SCORERS[scorer].countable or not issubclass(ALLOCATORS[allocator], LayerAllocator)
+    if SCORERS[scorer].countable or ALLOCATORS[allocator].scope is not Scope.LAYER
     if ALLOCATORS[allocator].per_layer or not SCORERS[scorer].shared_sets
 ]
 
