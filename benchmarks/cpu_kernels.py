@@ -88,18 +88,20 @@ def cases(model: Model, num: int, length: int, chunk: int) -> Iterator[Case]:
     prompts = PromptPages(pages, table, model.num_kv_heads, layout)
     heads = (model.num_q_heads, model.head_size)
     queries = torch.randn(num, chunk, *heads, generator=generator).bfloat16()
-    windows, lens, scale = queries[:, -WINDOW:], torch.full((num,), length), model.head_size**-0.5
+    windows, lens = queries[:, -WINDOW:], torch.full((num,), length)
+    scale = torch.full((num,), model.head_size**-0.5)
     yield both_ways("window_scores", windows, prompts, lens, scale)
 
     mean, last = native.window_scores(windows, prompts, lens, scale)
     scored, capacity = lens - WINDOW, torch.full((num,), CAPACITY)
-    options = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5}
-    options |= {"lambda_c": 0.5, "topk_frac": 2.0}
-    trace = [last.roll(layer, 2) for layer in range(TRACE)]
-    calibrate = both_ways("bacon_calibrate", mean, last, trace, scored, capacity, **options)
+    yield both_ways("bacon_evidence", mean, last, scored, kernel=5, pool="avg")
+    base, evidence = native.bacon_evidence(mean, last, scored, kernel=5, pool="avg")
+    options = {"trace_r": TRACE, "mode": "elt", "local_k": 5, "lambda_c": 0.5, "topk_frac": 2.0}
+    trace = torch.stack([evidence.roll(layer, 2) for layer in range(TRACE, -1, -1)])
+    calibrate = both_ways("bacon_calibrate", base, evidence, trace, scored, capacity, **options)
     yield calibrate
 
-    base, _, final = calibrate.native()
+    final = calibrate.native()
     yield both_ways("head_counts", base, capacity, True)
 
     count = torch.full((num, model.num_kv_heads), CAPACITY + WINDOW)
@@ -112,7 +114,8 @@ def cases(model: Model, num: int, length: int, chunk: int) -> Iterator[Case]:
 
 def row_cases(model: Model, prompts: PromptPages, lens: torch.Tensor) -> Iterator[Case]:
     """Operations on rows of proxies, and of an instruction after one image."""
-    num, length, scale = len(lens), int(lens[0]), model.head_size**-0.5
+    num, length = len(lens), int(lens[0])
+    scale = torch.full((num,), model.head_size**-0.5)
     generator = torch.Generator().manual_seed(length)
     heads = (model.num_q_heads, model.head_size)
     proxies = torch.randn(num, PROXIES, *heads, generator=generator).bfloat16()

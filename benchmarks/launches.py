@@ -8,7 +8,7 @@ All layers of N prompts go through the pipeline as they would on a GPU, but thei
 memory and Triton's kernels are noted instead of launched. A launch is a Triton kernel or a torch
 operator that is not just a view or an allocation; a few operators, such as sorts, launch more than
 one kernel. Where the workspace does not hold all layers of all prompts, they go in several groups,
-which launch as much each. Code that asks a tensor for a value fails here, because it would wait for the GPU.
+which launch as much each. Code that asks a tensor for a value fails: it would wait for the GPU.
 """
 
 import argparse

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each method costs per request, and how well its budget fills pages.
 
-    python benchmarks/methods.py            # every scorer, allocator and merge
-    python benchmarks/methods.py --quick    # does it run?
+    python benchmarks/methods.py                              # every scorer, allocator and merge
+    python benchmarks/methods.py --quick --methods bacon,h2o  # 2,000 tokens only, 4 rounds, no file
 
 Engines of one thread each, real ones: a stock engine lives all along and prefills the same prompts
 in turns with the engine of each method. Half of a prompt are visual tokens, of two images, so that
 methods for those have something to do; both engines have encoded the images before, which keeps the
 vision tower out of both times.
 
-    compression_ms      prefill_stats, scoring, allocation, merging and compaction of one prompt
+    keeping_ms          while the prompt is prefilled: last queries, and sums over the prompt
+    compression_ms      before the step after it: scoring, allocation, merging and compaction
+    cost_ms             both
     stock prefill_ms    the step that prefills it without compression
     blocks_held         of the pool, once the prompt is compressed and its first tokens are decoded
     blocks_ideal        the same if the tokens that the method was asked to keep filled every head
@@ -36,7 +38,7 @@ from typing import Any, NamedTuple
 
 from gpucheck.machine import facts
 from serving import ROOT, percentiles
-from serving_engine import Burst, Engine, EngineProcess, Settings, random_prompts
+from serving_engine import Burst, Engine, EngineProcess, Settings, random_prompts, time_calls
 
 LENGTHS = (500, 1000, 2000)
 PATCH = 28
@@ -68,6 +70,13 @@ class VisualEngine(Engine):
 
     max_images = 2
 
+    def __init__(self, settings: Settings, arm: str, **options: Any) -> None:
+        super().__init__(settings, arm, **options)
+        if self.compresses:
+            from vllm_kvcompress.adapter.backend import CompressedImpl
+
+            self.keeping_seconds = time_calls(CompressedImpl, "_keep")
+
     def prompts(self, burst: Burst) -> list[dict[str, Any]]:
         ids = self.engine.get_tokenizer().convert_tokens_to_ids
         image_ids = [ids(f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end")]
@@ -81,26 +90,27 @@ class VisualEngine(Engine):
             result.append({"prompt_token_ids": tokens, "multi_modal_data": data})
         return result
 
+    def compression_ms(self) -> dict[str, float]:
+        return super().compression_ms() | {"keeping_ms": 1000 * self.keeping_seconds()}
+
     def pages(self, request: str) -> dict[str, float]:
         """Blocks that a running request would hold if every head page were full.
 
-        What is behind the prompt's full blocks is in natural layout in any case, a page per head
-        and layer for every block_size tokens.
+        What is behind the prompt's full blocks is kept as it is in any case, a page per head and
+        layer for every block_size tokens.
         """
-        from vllm_kvcompress.adapter.runner import _states
         from vllm_kvcompress.allocation import StaticAllocator
 
-        runner = self.core.model_executor.driver_worker.worker.model_runner
-        entry, state = self.core.scheduler.requests[request], _states[runner]
-        planner, prompt = state.planner, entry.num_prompt_tokens
-        plan = state.plan(runner, request, prompt)
-        assert plan.compresses, f"{prompt} tokens fit the budget: nothing is measured"
+        compressed = self.scheduler.compression.manager.compressed
+        tracked, planner = compressed.tracked[request], compressed.planner
+        plan = tracked.plan
+        assert tracked.compressed, "the prompt fits the budget: nothing is measured"
         size, owners = planner.block_size, planner.num_layers * planner.num_kv_heads
         scored = plan.capacity * owners
         if isinstance(planner.config.allocation, StaticAllocator):
             scored = sum(map(sum, planner.head_budgets(plan)))
         in_pages = scored + (plan.num_protected - plan.tail) * owners
-        behind = entry.num_computed_tokens - plan.num_full_blocks * size
+        behind = tracked.request.num_computed_tokens - plan.num_full_blocks * size
         return {
             "blocks_ideal": math.ceil(in_pages / size) / owners + math.ceil(behind / size),
         }
@@ -154,10 +164,13 @@ def measure(engine: EngineProcess, stock: EngineProcess, length: int, rounds: in
         arms = [stock, engine] if number % 2 else [engine, stock]
         by_arm = {arm: arm.run("single", burst) for arm in arms}
         plain, ours = by_arm[stock], by_arm[engine]
+        cost, prefill = ours["keeping_ms"] + ours["compression_ms"], plain["first_token_ms"]
         found = {
+            "keeping_ms": ours["keeping_ms"],
             "compression_ms": ours["compression_ms"],
-            "stock prefill_ms": plain["prefill_ms"],
-            "compression_ms / stock prefill_ms": ours["compression_ms"] / plain["prefill_ms"],
+            "cost_ms": cost,
+            "stock prefill_ms": prefill,
+            "cost_ms / stock prefill_ms": cost / prefill,
             "stock blocks_held": plain["blocks_held"],
             "blocks_held": ours["blocks_held"],
             "blocks_ideal": ours["blocks_ideal"],
@@ -193,11 +206,11 @@ def measure_all(
         make_stock = functools.partial(VisualEngine, settings(""), "stock")
         with EngineProcess(make_stock, args.threads) as stock:
             for case in cases():
-                if args.only and case.name not in args.only:
+                if args.methods and case.name not in args.methods:
                     continue
                 ours = settings(case.method)
                 options = {"head_scores": str(head_scores)} if case.name == "sparsemm" else {}
-                make = functools.partial(VisualEngine, ours, "compressed", **options)
+                make = functools.partial(VisualEngine, ours, "always", **options)
                 with EngineProcess(make, args.threads) as engine:
                     for length in lengths:
                         yield case, ours, length, measure(engine, stock, length, rounds)
@@ -228,17 +241,26 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1, help="of each engine; 1 disturbs least")
     parser.add_argument("--rounds", type=int, default=10, help="repetitions per length; even")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of scorers, allocators, merges")
-    parser.add_argument("--quick", action="store_true", help="one length, 2 rounds, no file")
+    parser.add_argument(
+        "--methods",
+        type=lambda names: names.split(","),
+        metavar="NAME,NAME",
+        help="some of the scorers, allocators and merges",
+    )
+    parser.add_argument("--quick", action="store_true", help="one length, 4 rounds, no file")
     results = ROOT / "benchmarks" / "results" / "methods_cpu.csv"
     parser.add_argument("--out", type=Path, default=results)
     args = parser.parse_args()
+    names = {case.name for case in cases()}
+    if unknown := set(args.methods or ()) - names:
+        parser.error(f"--methods: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     known = facts("cpu")
-    print("scoring, allocation, merging and compaction of one prompt, medians:")
-    print(f"{'method':28} {'tokens':>6} {'ms':>7} {'of prefill':>10} {'blocks':>7} {'ideal':>7}")
+    print("keeping rows, scoring, allocation, merging and compaction of one prompt, medians:")
+    heads = ("tokens", "keep ms", "ms", "of prefill", "blocks", "ideal")
+    print(f"{'method':28}", *(f"{head:>10}" for head in heads))
     with contextlib.ExitStack() as stack:
         writer = None
-        lengths, rounds = (LENGTHS[:1], 2) if args.quick else (LENGTHS, args.rounds)
+        lengths, rounds = (LENGTHS[-1:], 4) if args.quick else (LENGTHS, args.rounds)
         for case, settings, length, values in measure_all(args, lengths, rounds):
             shared = known | asdict(settings) | {"model": Path(settings.model).parent.name}
             found = list(entries(shared, case, length, values))
@@ -250,12 +272,15 @@ def main() -> None:
                     writer.writeheader()
                 writer.writerows(found)
             median = {name: percentiles(samples)["p50"] for name, samples in values.items()}
-            print(
-                f"{case.method:28} {length:6} {median['compression_ms']:7.1f} "
-                f"{median['compression_ms / stock prefill_ms']:10.0%} "
-                f"{median['blocks_held']:7.0f} {median['blocks_ideal']:7.2f}",
-                flush=True,
+            numbers = (
+                f"{length}",
+                f"{median['keeping_ms']:.1f}",
+                f"{median['compression_ms']:.1f}",
+                f"{median['cost_ms / stock prefill_ms']:.1%}",
+                f"{median['blocks_held']:.0f}",
+                f"{median['blocks_ideal']:.2f}",
             )
+            print(f"{case.method:28}", *(f"{number:>10}" for number in numbers), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from gpucheck.stress import in_place
+from gpucheck.stress import Compaction, in_place
 from rivals import Calls, Rival, Unsuitable, require_gpu
 
 from vllm_kvcompress import kernels
@@ -27,7 +27,8 @@ from vllm_kvcompress.kernels import (
 BLOCK_SIZE, WINDOW = 16, 32
 KEPT_SHARE = 0.1  # of a prompt
 TRACE_LAYERS = 4
-BACON = {"kernel": 5, "pool": "avg", "mode": "elt", "local_k": 5, "lambda_c": 0.5, "topk_frac": 2.0}
+POOLING = {"kernel": 5, "pool": "avg"}
+BACON = {"trace_r": TRACE_LAYERS, "mode": "elt", "local_k": 5, "lambda_c": 0.5, "topk_frac": 2.0}
 
 
 class Shape(NamedTuple):
@@ -61,7 +62,9 @@ class Inputs(NamedTuple):
 
     Attributes:
         queries: [N, W, Hq, D] bfloat16.
-        base, evidence: as the calibration gets them; ``trace``: of the layers before.
+        scale: [N] float32, of the logits.
+        base, evidence: as the calibration gets them; trace: [layers, N, Hkv, T], of the layers
+            before and of this one.
         kept: [N, Hkv, K]; count, start: [N, Hkv]; num_full, num_kept: [N], in blocks.
     """
 
@@ -69,9 +72,10 @@ class Inputs(NamedTuple):
     queries: torch.Tensor
     prompts: PromptPages
     prompt_lens: torch.Tensor
+    scale: torch.Tensor
     base: torch.Tensor
     evidence: torch.Tensor
-    trace: list[torch.Tensor]
+    trace: torch.Tensor
     num_candidates: torch.Tensor
     capacity: torch.Tensor
     kept: torch.Tensor
@@ -102,14 +106,17 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
     kept_blocks = shape.num_kept // BLOCK_SIZE
     count = full(kept_blocks, num, heads)
     order = draw(num, heads, length).argsort(2)[:, :, : shape.num_kept]
+    # few large ones, as attention has them
+    base, *trace = (draw(num, heads, length) ** 8 for _ in range(TRACE_LAYERS + 2))
     return Inputs(
         shape,
         queries.normal_(generator=generator).bfloat16(),
         prompts,
         full(length, num),
-        draw(num, heads, length) ** 8,  # few large ones, as attention has them
-        draw(num, heads, length) ** 8,
-        [draw(num, heads, length) ** 8 for _ in range(TRACE_LAYERS)],
+        torch.full((num,), shape.head_size**-0.5, device=device),
+        base,
+        trace[-1],
+        torch.stack(trace),
         full(length - WINDOW, num),
         full(shape.num_kept - WINDOW, num),
         order.sort(2).values,
@@ -193,11 +200,9 @@ def repeated_window(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def scores_calls(x: Inputs) -> Calls:
-    scale = x.shape.head_size**-0.5
-
     def plain():
         keys = reference.read_prompt(x.prompts, "key")
-        return reference.window_scores(x.queries, keys, x.prompt_lens, scale)
+        return reference.window_scores(x.queries, keys, x.prompt_lens, x.scale)
 
     @functools.cache
     def keys() -> torch.Tensor:  # made by the first call, which is not timed
@@ -208,7 +213,7 @@ def scores_calls(x: Inputs) -> Calls:
         return probs.mean((2, 3)), probs[:, :, :, -1].mean(2)
 
     return {
-        "ours": lambda: kernels.window_scores(x.queries, x.prompts, x.prompt_lens, scale),
+        "ours": lambda: kernels.window_scores(x.queries, x.prompts, x.prompt_lens, x.scale),
         "torch": plain,
         "einsum": einsum,
     }
@@ -220,11 +225,25 @@ def scores_check(x: Inputs) -> None:
         require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-9), "window_scores")
 
 
-# bacon_calibrate
+# bacon_evidence and bacon_calibrate
+
+
+def evidence_calls(x: Inputs) -> Calls:
+    args = (x.base, x.base + x.evidence, x.num_candidates)
+    return {
+        "ours": lambda: kernels.bacon_evidence(*args, **POOLING),
+        "torch": lambda: reference.bacon_evidence(*args, **POOLING),
+    }
+
+
+def evidence_check(x: Inputs) -> None:
+    calls = evidence_calls(x)
+    for ours, plain in zip(calls["ours"](), calls["torch"](), strict=True):
+        require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "bacon_evidence")
 
 
 def calibrate_calls(x: Inputs) -> Calls:
-    args = (x.base, x.base + x.evidence, x.trace, x.num_candidates, x.capacity)
+    args = (x.base, x.evidence, x.trace, x.num_candidates, x.capacity)
     return {
         "ours": lambda: kernels.bacon_calibrate(*args, **BACON),
         "torch": lambda: reference.bacon_calibrate(*args, **BACON),
@@ -233,9 +252,8 @@ def calibrate_calls(x: Inputs) -> Calls:
 
 def calibrate_check(x: Inputs) -> None:
     calls, scored = calibrate_calls(x), x.shape.length - WINDOW
-    for ours, plain in zip(calls["ours"](), calls["torch"](), strict=True):
-        ours, plain = ours[:, :, :scored], plain[:, :, :scored]
-        require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "bacon_calibrate")
+    ours, plain = (calls[name]()[:, :, :scored] for name in ("ours", "torch"))
+    require(torch.allclose(ours, plain, rtol=1e-4, atol=1e-7), "bacon_calibrate")
 
 
 # select_tokens
@@ -301,11 +319,18 @@ def compact_cost(shape: Shape) -> Cost:
     return Cost(moved * (2 * 2 * row + 8), 0, moved * row * 24 + copies)
 
 
+def compaction_of(x: Inputs) -> Compaction:
+    heads = x.shape.num_kv_heads
+    size = (x.shape.num, x.shape.num_kept // BLOCK_SIZE * heads, x.prompts.pages.shape[1])
+    staged, num_pages = x.prompts.pages.new_empty(size), x.num_kept * heads
+    return Compaction(staged, x.kept, x.count, x.start, num_pages, x.num_full, x.num_kept)
+
+
 def compact_calls(x: Inputs) -> Calls:
-    args = (x.kept, x.count, x.start, x.num_full, x.num_kept)
+    tables = compaction_of(x)
     return {
-        "ours": lambda: in_place(kernels, x.prompts, *args),
-        "torch": lambda: in_place(reference, x.prompts, *args),
+        "ours": lambda: in_place(kernels, x.prompts, tables),
+        "torch": lambda: in_place(reference, x.prompts, tables),
     }
 
 
@@ -330,7 +355,7 @@ def tables_cost(shape: Shape) -> Cost:
 def table_maker(
     fill: Callable[..., None], blocks: torch.Tensor, seq_lens: torch.Tensor, held: HeldPages
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Makes tables and lengths of one layer's virtual sequences, always in the same buffers."""
+    """Makes tables and lengths of one layer's per-head sequences, always in the same buffers."""
     num_seqs = len(blocks) * held.page_count.shape[2]
     table, kv_len = blocks.new_zeros(1, num_seqs, blocks.shape[1]), blocks.new_zeros(1, num_seqs)
 
@@ -360,6 +385,13 @@ def tables_check(x: Inputs) -> None:
 
 OPERATIONS = (
     Operation("window_scores", scores_cost, scores_calls, scores_check, "window_scores"),
+    Operation(
+        "bacon_evidence",
+        lambda s: Cost(4 * entries(s) * 4, 0, 100 * entries(s)),
+        evidence_calls,
+        evidence_check,
+        "bacon_evidence",
+    ),
     Operation(
         "bacon_calibrate",
         lambda s: Cost(4 * entries(s) * (TRACE_LAYERS + 3), 0, 100 * entries(s)),

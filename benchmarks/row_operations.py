@@ -27,7 +27,7 @@ def masses_cost(shape: Shape) -> Cost:
 def masses_calls(x: Inputs) -> Calls:
     size = (x.shape.num, PROXIES, x.shape.num_q_heads, x.shape.head_size)
     proxies = _normal(x, *size).bfloat16()
-    numbers = (x.prompt_lens, GROUPS, x.shape.head_size**-0.5)
+    numbers = (x.prompt_lens, GROUPS, x.scale)
 
     def plain():
         return reference.group_attention_sum(
@@ -98,7 +98,7 @@ def elite_cost(shape: Shape) -> Cost:
 
 
 def elite_calls(x: Inputs) -> Calls:
-    rows, numbers = instruction(x), (x.prompt_lens, x.shape.head_size**-0.5)
+    rows, numbers = instruction(x), (x.prompt_lens, x.scale)
 
     def plain():
         return reference.elite_attention(*rows, reference.read_prompt(x.prompts, "key"), *numbers)

@@ -155,7 +155,7 @@ class Engine:
     def single(self, burst: Burst) -> dict[str, Any]:
         """Serve one prompt: time to its first token, and its pages once it decodes."""
         (prompt,) = self.prompts(burst)
-        before = self.compression_ms()
+        before = self.compression_ms() if self.compresses else {}
         request = self.add(prompt, burst.output_tokens)
         start = time.perf_counter()
         while not self.engine.step():

@@ -10,15 +10,17 @@ import functools
 from types import ModuleType
 
 import torch
+from gpucheck.stress import Compaction, in_place
 from operations import (
     BACON,
-    BLOCK_SIZE,
+    POOLING,
     WINDOW,
     Cost,
     Inputs,
     Operation,
     Shape,
     compact_cost,
+    compaction_of,
     entries,
     repeated_window,
     require,
@@ -30,7 +32,7 @@ from torch.nn import functional
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import reference
 
-KERNEL = int(BACON["kernel"])
+KERNEL = int(POOLING["kernel"])
 
 
 def layer_cost(shape: Shape) -> Cost:
@@ -43,24 +45,23 @@ def layer_cost(shape: Shape) -> Cost:
 
 def select(operations: ModuleType, x: Inputs) -> torch.Tensor:
     """Kept positions [N, Hkv, K] by the operations of a module."""
-    scale = x.shape.head_size**-0.5
     if operations is reference:
         keys = reference.read_prompt(x.prompts, "key")
-        mean, last = reference.window_scores(x.queries, keys, x.prompt_lens, scale)
+        mean, last = reference.window_scores(x.queries, keys, x.prompt_lens, x.scale)
     else:
-        mean, last = kernels.window_scores(x.queries, x.prompts, x.prompt_lens, scale)
-    final = operations.bacon_calibrate(mean, last, x.trace, x.num_candidates, x.capacity, **BACON)[
-        2
-    ]
-    tokens = x.count * BLOCK_SIZE
+        mean, last = kernels.window_scores(x.queries, x.prompts, x.prompt_lens, x.scale)
+    base, evidence = operations.bacon_evidence(mean, last, x.num_candidates, **POOLING)
+    final = operations.bacon_calibrate(
+        base, evidence, x.trace, x.num_candidates, x.capacity, **BACON
+    )
+    tokens = x.count * x.prompts.layout.block_size
     return operations.select_tokens(
         final, tokens, x.num_candidates, x.prompt_lens, x.shape.num_kept
     )
 
 
-def compress(operations: ModuleType, x: Inputs) -> None:
-    staged = operations.stage_tokens(x.prompts, select(operations, x), x.count * BLOCK_SIZE)
-    operations.write_pages(x.prompts, staged, x.count, x.start, x.num_full, x.num_kept)
+def compress(operations: ModuleType, x: Inputs, tables: Compaction) -> None:
+    in_place(operations, x.prompts, tables._replace(kept=select(operations, x)))
 
 
 def einsum_compress(
@@ -96,9 +97,10 @@ def layer_calls(x: Inputs) -> Calls:
         """As many tokens as we keep; which ones is another method's affair."""
         return result[0].shape[2] == x.shape.num_kept
 
+    tables = compaction_of(x)
     return {
-        "ours": lambda: compress(kernels, x),
-        "torch": lambda: compress(reference, x),
+        "ours": lambda: compress(kernels, x, tables),
+        "torch": lambda: compress(reference, x, tables),
         "einsum": einsum,
         "kvpress": Rival(press, right),
     }

@@ -33,6 +33,9 @@ last_row_logits = Operation(
 elite_attention = Operation(
     reference_paged.elite_attention, triton="elite_rows", cpp=native.elite_attention
 )
+gaussian_logits = Operation(
+    reference_paged.gaussian_logits, cpp=native.gaussian_logits, torch_on_gpu=True
+)
 pool_prefix = Operation(reference.pool_prefix, triton="calibration", cpp=native.pool_prefix)
 bacon_evidence = Operation(
     reference.bacon_evidence, triton="calibration", cpp=native.bacon_evidence
@@ -64,6 +67,7 @@ __all__ = [
     "cover_votes",
     "describe",
     "elite_attention",
+    "gaussian_logits",
     "group_attention_sum",
     "head_counts",
     "head_page_tables",

@@ -124,6 +124,15 @@ def group_attention_sum(
     )
 
 
+def gaussian_logits(
+    mean: torch.Tensor, covariance: torch.Tensor, prompts: PromptPages, scale: torch.Tensor
+) -> torch.Tensor:
+    """See ``reference_paged.gaussian_logits``."""
+    return torch.ops.vllm_kvcompress.gaussian_logits(
+        mean, covariance, *_keys(prompts), _logit_scale(prompts, scale)
+    )
+
+
 def cover_votes(masses: torch.Tensor, end: torch.Tensor, tau: float, cover: str) -> torch.Tensor:
     """See ``reference.cover_votes``."""
     return torch.ops.vllm_kvcompress.cover_votes(masses, end, share_of(tau), cover == "floor")

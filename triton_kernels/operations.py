@@ -36,6 +36,7 @@ class Operation(Generic[P, R]):
         triton: module below ``vllm_kvcompress.kernels`` that has a function of the same name for
             GPUs. Imported when it is chosen: CPU installations may lack Triton.
         cpp: for CPUs, where it was built.
+        torch_on_gpu: its definition is what GPUs are meant to run.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Operation(Generic[P, R]):
         *,
         triton: str | None = None,
         cpp: Callable[P, R] | None = None,
+        torch_on_gpu: bool = False,
     ) -> None:
         functools.update_wrapper(self, definition)
         self.name = definition.__name__
         self.definition, self.triton, self.cpp = definition, triton, cpp
+        self.torch_on_gpu = torch_on_gpu
         self._chosen: dict[str, Implementation[P, R]] = {}
         OPERATIONS[self.name] = self
 
@@ -95,7 +98,11 @@ def reasons_against(device_type: str) -> list[str]:
     fault = triton_fault()
     if fault is not None:
         return [f"its kernels cannot run on {device_type}: {fault}"]
-    plain = [name for name, op in OPERATIONS.items() if op.on(device_type).language == "torch"]
+    plain = [
+        name
+        for name, op in OPERATIONS.items()
+        if op.on(device_type).language == "torch" and not op.torch_on_gpu
+    ]
     if plain:
         return [
             f"no kernels for {device_type}: {', '.join(plain)}: serve on CUDA or on a CPU, or "

@@ -14,6 +14,10 @@ from vllm_kvcompress.kernels.reference import PromptPages
 read_prompt = Operation(reference.read_prompt, triton="prompt_rows", cpp=native.read_prompt)
 
 
+KEYS_AT_ONCE = 2048
+"""Keys whose products with the covariances of all query heads are in memory at the same time."""
+
+
 def window_scores(
     queries: torch.Tensor,
     prompts: PromptPages,
@@ -78,3 +82,29 @@ def elite_attention(
     """See ``reference.elite_attention``."""
     keys = read_prompt(prompts, "key")
     return reference.elite_attention(queries, elite, segment, keys, prompt_lens, scale, softcap)
+
+
+def gaussian_logits(
+    mean: torch.Tensor, covariance: torch.Tensor, prompts: PromptPages, scale: torch.Tensor
+) -> torch.Tensor:
+    """Log of the expected exponential of the logits of normally distributed queries.
+
+    Args:
+        mean: [R, Hq, D] float32, mean of each query head's queries.
+        covariance: [R, Hq, D, D] float32.
+        scale: [R] float32, of the logits.
+
+    Returns:
+        [R, Hq, T] float32: scale * k mean + scale^2 / 2 * k covariance k for each key k; garbage
+        past a prompt's end.
+    """
+    keys = read_prompt(prompts, "key").float()[:, :, None]  # [R, Hkv, 1, T, D]
+    heads = (prompts.num_kv_heads, -1)
+    mean, covariance = mean.unflatten(1, heads), covariance.unflatten(1, heads)
+    pieces = [
+        (torch.matmul(piece, covariance) * piece).sum(-1)
+        for piece in keys.split(KEYS_AT_ONCE, dim=3)
+    ]
+    factor = scale.double()[:, None, None, None]
+    linear = factor.float() * torch.matmul(mean, keys[:, :, 0].transpose(2, 3))
+    return (linear + (0.5 * factor.square()).float() * torch.cat(pieces, dim=3)).flatten(1, 2)

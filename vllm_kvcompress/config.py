@@ -160,14 +160,11 @@ class KVCompressionConfig:
         reasons: list[str] = []
         method = raw.get("method")
         if not isinstance(method, str) or not method:
-            raise KVCompressionError.from_reasons(
-                [
-                    "no method: set --kv-compression METHOD, for example bacon, or "
-                    '{"method": "bacon"} in additional_config.'
-                ]
-            )
-        raw = {**PRESETS[method].settings, **_without(raw, "method")} if method in PRESETS else raw
-        raw = dict(raw)
+            missing = "no method: set --kv-compression METHOD, for example bacon, or "
+            missing += '{"method": "bacon"} in additional_config.'
+            raise KVCompressionError.from_reasons([missing])
+        preset = PRESETS[method].settings if method in PRESETS else {"method": method}
+        raw = {**preset, **raw, "method": preset["method"]}
         names = str(raw.pop("method")).split("+")
         tables = ([*SCORERS], [*ALLOCATORS], ["none", *MERGES])
         if len(names) > len(tables):
@@ -263,10 +260,6 @@ Method = Scorer | Allocator | Merge
 def _classes(scorer: str, allocator: str, merge: str) -> list[type[Method]]:
     found: list[type[Method]] = [SCORERS[scorer], ALLOCATORS[allocator]]
     return found if merge == "none" else [*found, MERGES[merge]]
-
-
-def _without(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in raw.items() if name != key}
 
 
 def _option_names(method: type[Method]) -> list[str]:

@@ -293,11 +293,11 @@ class CompressionPipeline:
         pages = stack.pages.new_empty((num * num_pages + 1, width))
         start = start - start[:, first : first + 1, :1]
         for group in groups:
-            of_rows = [
+            shares = [
                 per_head[:, group.first : group.last].transpose(0, 1).flatten(0, 1)
                 for per_head in (kept, count, start)
             ]
-            self._stage(prompts, group, of_rows[0], of_rows[1], of_rows[2], pages)
+            self._stage(prompts, group, shares[0], shares[1], shares[2], pages)
         kernels.write_pages(
             PromptPages(
                 stack.pages[first * stack.layer_pages :],

@@ -59,7 +59,7 @@ class When:
         return self.mark is None
 
     def __str__(self) -> str:
-        return "always" if self.mark is None else f"pressure:{self.mark:g}"
+        return "always" if self.mark is None else f"pressure:{self.mark}"
 
 
 ALWAYS = When()

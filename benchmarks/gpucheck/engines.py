@@ -82,6 +82,11 @@ class Case:
         return settings | mode
 
 
+def is_compressed(layers: Any, req_id: str) -> bool:
+    """Whether a worker has compressed the prompt of a request that it knows."""
+    return req_id in layers.slots and bool(layers.is_compressed[layers.slots.of([req_id])][0])
+
+
 class Checks:
     """Runs the checks of a case; ``log`` has a line for each."""
 
@@ -209,8 +214,10 @@ class Checks:
 
     def read_pages(self, stepper) -> dict[int, list]:
         """Positions [L][Hkv] that each compressed prompt holds, by length, once it decodes."""
+        from engine import compressed_layers
         from head_pages import held_pages, positions_of
 
+        layers = compressed_layers(stepper.llm)
         found: dict[int, list] = {}
         while stepper.engine.has_unfinished_requests():
             stepper.step()
@@ -218,8 +225,8 @@ class Checks:
                 request, length = stepper.request(name), len(prompt)
                 if request is None or length in found or length not in self.scored.prompts:
                     continue
-                if request.num_computed_tokens - request.num_in_flight_tokens < length:
-                    continue
+                if not is_compressed(layers, stepper.internal[name]):
+                    continue  # not again yet, after a preemption
                 held = held_pages(stepper, name)
                 found[length] = positions_of(held, self.scored.prompts[length].keys)
                 for heads in held.page_ids:

@@ -16,16 +16,40 @@ import random
 import sys
 import time
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from vllm_kvcompress.kernels import PageLayout, PromptPages, reference
 
+
+class Compaction(NamedTuple):
+    """Arguments of the two operations of a compaction, one layer of N prompts.
+
+    Attributes:
+        staged: [N, pages, block_size * 2 * D], written.
+        kept: [N, Hkv, K] positions.
+        count, start: [N, Hkv] pages of each head, and the number of its first.
+        num_pages: [N] staged pages that are written.
+        num_full, num_kept: [N] blocks.
+    """
+
+    staged: torch.Tensor
+    kept: torch.Tensor
+    count: torch.Tensor
+    start: torch.Tensor
+    num_pages: torch.Tensor
+    num_full: torch.Tensor
+    num_kept: torch.Tensor
+
+
 CHECK_EVERY = 100  # rounds between two waits for the device
 
 
-def draw_case(rng: random.Random, generator: torch.Generator, small: bool) -> tuple:
-    """Random prompts of one layer: ``PromptPages`` with int16 elements, and the five tables.
+def draw_case(
+    rng: random.Random, generator: torch.Generator, small: bool
+) -> tuple[PromptPages, Compaction]:
+    """Random prompts of one layer, with int16 elements, and what is kept of them.
 
     Ragged everywhere: block counts per prompt, pages per head, kept positions. The heads of a
     prompt own exactly the n * Hkv pages of its kept blocks, in some cases all but a few of them.
@@ -64,31 +88,28 @@ def draw_case(rng: random.Random, generator: torch.Generator, small: bool) -> tu
     )  # fmt: skip
     table = torch.randperm(num * most, device=device, generator=generator).view(num, most) + 1
     prompts = PromptPages(pages, table, heads, PageLayout(size, head_size))
-    return prompts, (kept, count, start, num_full, num_kept)
+    staged = pages.new_zeros(num, int(num_kept.max()) * heads, pages.shape[1])
+    num_pages = (start + count).amax(1)
+    return prompts, Compaction(staged, kept, count, start, num_pages, num_full, num_kept)
 
 
-def compact(prompts: PromptPages, tables: tuple, interpret: bool) -> None:
+def compact(prompts: PromptPages, tables: Compaction, interpret: bool) -> None:
     """Ours: what engines call, or its Triton version on CPU tensors."""
     if interpret:
         from vllm_kvcompress.kernels import compaction
 
-        in_place(compaction, prompts, *tables)
+        in_place(compaction, prompts, tables)
     else:
         from vllm_kvcompress import kernels
 
-        in_place(kernels, prompts, *tables)
+        in_place(kernels, prompts, tables)
 
 
-def in_place(
-    operations: ModuleType,
-    prompts: PromptPages,
-    kept: torch.Tensor,
-    count: torch.Tensor,
-    *tables: torch.Tensor,
-) -> None:
+def in_place(operations: ModuleType, prompts: PromptPages, tables: Compaction) -> None:
     """Kept tokens into the pages of the kept blocks, by the operations of a module."""
-    staged = operations.stage_tokens(prompts, kept, count * prompts.layout.block_size)
-    operations.write_pages(prompts, staged, count, *tables)
+    staged, kept, count, start, *numbers = tables
+    operations.stage_tokens(prompts, kept, count, start, staged)
+    operations.write_pages(prompts, staged, *numbers, 0)  # of one layer
 
 
 def run(rounds: int, seed: int, small: bool, interpret: bool) -> int:
@@ -101,8 +122,8 @@ def run(rounds: int, seed: int, small: bool, interpret: bool) -> int:
         prompts, tables = draw_case(rng, generator, small)
         before = prompts.pages.clone()
         expected = prompts._replace(pages=before.clone())
-        compact(prompts, tables, interpret)
-        in_place(reference, expected, *tables)
+        compact(prompts, tables._replace(staged=tables.staged.clone()), interpret)
+        in_place(reference, expected, tables)
         heads = prompts.num_kv_heads
         wrong += (prompts.pages[heads:] != expected.pages[heads:]).any()
         moved += (expected.pages[heads:] != before[heads:]).any()

@@ -43,14 +43,16 @@ class ScoredPrompt:
 class ScoreLog:
     """Records the inputs of ``kernels.window_scores``, prompt by prompt; lengths tell them apart.
 
+    A call has rows of one or more layers, layer by layer.
+
     Attributes:
-        num_layers: calls of one step.
+        num_layers: rows of one prompt.
         prompts: by prompt length; the latest of equal lengths.
     """
 
     num_layers: int
     prompts: dict[int, ScoredPrompt] = field(default_factory=dict)
-    _layers: list[tuple] = field(default_factory=list)
+    _rows: dict[int, list[tuple]] = field(default_factory=dict)
 
     def install(self) -> None:
         original = kernels.window_scores
@@ -62,27 +64,32 @@ class ScoreLog:
         kernels.window_scores = window_scores
 
     def _record(
-        self, queries: torch.Tensor, keys: torch.Tensor, prompt_lens: torch.Tensor, scale: float
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        prompt_lens: torch.Tensor,
+        scale: torch.Tensor,
     ) -> None:
-        rows = queries.permute(0, 2, 1, 3)  # [N, Hq, W, D]
-        self._layers.append((rows.float().cpu().numpy(), keys.float().cpu().numpy()))
-        if len(self._layers) < self.num_layers:
-            return
         window = queries.shape[1]
+        known = queries.permute(0, 2, 1, 3).float().cpu().numpy()  # [R, Hq, W, D]
+        every_key = keys.float().cpu().numpy()
         for row, length in enumerate(prompt_lens.tolist()):
-            known = np.stack([layer[0][row] for layer in self._layers])
-            q = np.zeros((*known.shape[:2], length, known.shape[3]), dtype=np.float32)
-            q[:, :, length - window :] = known
-            k = np.stack([layer[1][row, :, :length] for layer in self._layers])
-            self.prompts[length] = ScoredPrompt(q, k, scale)
-        self._layers.clear()
+            rows = self._rows.setdefault(length, [])
+            rows.append((known[row], every_key[row, :, :length]))
+            if len(rows) < self.num_layers:
+                continue
+            last, keys_of_layers = (np.stack(part) for part in zip(*rows, strict=True))
+            q = np.zeros((*last.shape[:2], length, last.shape[3]), dtype=np.float32)
+            q[:, :, length - window :] = last
+            self.prompts[length] = ScoredPrompt(q, keys_of_layers, float(scale[row]))
+            del self._rows[length]
 
 
 class EngineWatch:
     """Counters over the engines of this process; make it before the first engine.
 
     Attributes:
-        attention: calls of the platform's own attention from Python, our virtual batches included.
+        attention: calls of the platform's own attention from Python, our per-head batches included.
         replays: of CUDA graphs, whole steps and pieces.
     """
 

@@ -17,42 +17,43 @@ constexpr int64_t kTileKeys = 64;
 constexpr int64_t kRowBlock = 8;
 constexpr int64_t kMaxLanes = 16;
 
-// Scaled query rows of one KV head: G query heads with rows_per_head rows each, head by head.
+// Query rows of one KV head. Their logits are scale times the products with the keys.
 struct QueryRows {
-  const float* values;      // [num_blocks, head_size, kRowBlock]; the last block may be padded
-  const int64_t* num_keys;  // [num_blocks * kRowBlock]; row r sees keys [0, num_keys[r]), padding 0
+  const float* values;      // [num_blocks, depth, kRowBlock]; the last block may be padded
+  const int64_t* num_keys;  // [num_blocks * kRowBlock]; row r sees keys [0, num_keys[r])
   int64_t num_blocks;
-  int64_t num_heads;
-  int64_t rows_per_head;
-  int64_t head_size;
-  float softcap;  // 0: none
+  int64_t num_rows;
+  int64_t depth;  // head_size, or half of it in pairs
+  bool pairs;     // two bfloat16 in the place of each float, in tiles of keys, too
+  float scale, softcap;
 };
 
 struct TileKernels {
-  // Online softmax, one for each lane of each row: the largest logit seen so far, and the sum of
-  // exp(logit - largest). Tile [head_size, kTileKeys] of keys start ..; max and sum
-  // [num_blocks * kRowBlock, kMaxLanes], at first -inf and 0.
-  void (*absorb)(const QueryRows& rows, const float* tile, int64_t start, float* max, float* sum);
-
-  // Statistics of all lanes of some chunks of tiles as one: the largest logit, and the inverse of
-  // the sum of exp(logit - largest). max, sum [num_chunks, num_rows, kMaxLanes]; results [rows].
-  void (*merge)(const float* max, const float* sum, int64_t num_chunks, int64_t num_rows,
-                float* row_max, float* row_inverse);
-
-  // Probabilities exp(logit - max) * inverse of the visible keys: their sum over the rows of each
-  // query head, and those of its last row. max, inverse [rows]; sums, lasts [G, kTileKeys],
-  // overwritten.
-  void (*sum)(const QueryRows& rows, const float* tile, int64_t start, const float* max,
-              const float* inverse, float* sums, float* lasts);
-
-  // Logits of each row, padding included, on the keys of a tile; -inf on those that it does not see.
-  // logits [num_blocks * kRowBlock, stride], of which the first kTileKeys columns are written.
+  // Logits of each row, padding included, on the keys of a tile [depth, kTileKeys]; -inf on
+  // those that it does not see. logits [num_blocks * kRowBlock, stride], of which the first
+  // kTileKeys columns are written.
   void (*logits)(const QueryRows& rows, const float* tile, int64_t start, float* logits,
                  int64_t stride);
 
-  // Adds weight times the softmax of one row of logits to out, both [num_keys], a multiple of
-  // kTileKeys. Overwrites the logits.
-  void (*add_softmax)(float* logits, int64_t num_keys, float weight, float* out);
+  // Exponentials exp(logit) / 2^shift of each row in the same places, 0 for keys that it does not
+  // see; their sums are added to those of each lane. For rows without a softcap; shift [rows], sums
+  // [rows, kMaxLanes]. A quotient above 2^100 comes as 2^100.
+  void (*exps)(const QueryRows& rows, const float* tile, int64_t start, const float* shift,
+               float* exps, int64_t stride, float* sums);
+
+  // Turns one row of logits [num_keys], a multiple of kTileKeys, into exp(logit - largest); returns
+  // their sum.
+  float (*exp_row)(float* logits, int64_t num_keys);
+
+  // Adds weighted rows [num_rows, stride] to out [num_keys], a multiple of kTileKeys.
+  void (*add_rows)(const float* values, int64_t stride, int64_t num_rows, const float* weights,
+                   int64_t num_keys, float* out);
+
+  // Adds k^T (A k + linear) for each key k of a tile to out [kTileKeys], where the rows of A stand
+  // as query rows. linear [num_rows].
+  void (*quadratic)(const QueryRows& rows, const float* linear, const float* tile, float* out);
+
+  bool has_pairs;  // knows pairs of bfloat16
 };
 
 // The kernels for the processor that this runs on.

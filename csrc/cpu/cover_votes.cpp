@@ -63,7 +63,8 @@ Cover find_cover(const float* masses, int64_t num, int64_t share, bool is_floor,
 
   constexpr int kBits = 11, kBins = 1 << kBits;
   int64_t count = num;           // keys that share the known leading bits, first in `keys`
-  int64_t above = 0, goal = -1;  // units of larger keys; the cover ends where a sum reaches the goal
+  // units of larger keys; the cover ends where a sum reaches the goal
+  int64_t above = 0, goal = -1;
   uint32_t bin = 0;
   for (const int shift : {20, 10, 0}) {
     std::array<int64_t, kBins> held{};

@@ -101,7 +101,7 @@ struct Instruction {
 void attend(const Instruction& x, const KeyTiles& tiles, int64_t group, int64_t head_size,
             float scale, double softcap, float* out) {
   at::parallel_for(0, x.num_heads, 1, [&](int64_t begin, int64_t end) {
-    PackedRows rows(x.num_rows, head_size, softcap);
+    PackedRows rows(x.num_rows, head_size, softcap, tiles.pairs);
     RowAttention attention(tiles);
     std::vector<uint8_t> hidden(tiles.num_keys());
     for (int64_t head = begin; head < end; ++head) {
@@ -149,7 +149,8 @@ at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
   const at::Tensor scales = row_scales(scale, num);
   auto result = at::zeros({num, num_heads, length}, source.options());
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "elite_attention", [&] {
-    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
+    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size,
+                                    in_pairs(queries, pages));
     for (int64_t n = 0; n < num; ++n) {
       const int64_t prompt_len = lens.const_data_ptr<int64_t>()[n];
       TORCH_CHECK(0 < prompt_len && prompt_len <= length, "prompt_lens: expected 1 to ", length,
@@ -158,8 +159,7 @@ at::Tensor elite_attention(const at::Tensor& queries, const at::Tensor& elite,
                           chosen.const_data_ptr<bool>() + n * chosen.stride(0),
                           segments.const_data_ptr<int64_t>() + n * length,
                           num_rows, num_heads, prompt_len, length};
-      const KeyTiles tiles =
-          read_tiles(keys, n, num_kv_heads, head_size, x.tiles(), prompt_len);
+      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, x.tiles(), prompt_len);
       attend(x, tiles, num_heads / num_kv_heads, head_size, scales.const_data_ptr<float>()[n],
              softcap, result.mutable_data_ptr<float>() + n * result.stride(0));
     }

@@ -27,12 +27,13 @@ at::Tensor group_attention_sum(const at::Tensor& queries, const at::Tensor& page
   const at::Tensor scales = row_scales(scale, num);
   auto masses = at::zeros({num, num_kv_heads, num_groups, length}, source.options());
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "group_attention_sum", [&] {
-    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
+    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size,
+                                    in_pairs(queries, pages));
     for (int64_t n = 0; n < num; ++n) {
       const int64_t prompt_len = lens.const_data_ptr<int64_t>()[n];
       TORCH_CHECK(0 < prompt_len && prompt_len <= length, "prompt_lens: expected 1 to ", length,
                   ", got ", prompt_len);
-      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, head_size, prompt_len);
+      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, prompt_len);
       const QueryTokens rows{source.const_data_ptr<float>() + n * source.stride(0), num_rows,
                              num_kv_heads, group, head_size, prompt_len, 0,
                              scales.const_data_ptr<float>()[n], softcap};

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reading and compacting head pages of vLLM's CPU cache. Definitions: triton_kernels/reference.py.
 //
-// A page keeps block_size tokens of one KV head, keys and values each in an order that depends on the
-// instruction set; the index tables say where element (token, d) stands.
+// A page keeps block_size tokens of one KV head, keys and values each in an order that depends on
+// the instruction set; the index tables say where element (token, d) stands.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>

@@ -48,14 +48,15 @@ at::Tensor key_attention_sum(const at::Tensor& queries, const at::Tensor& length
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
   auto sums = at::zeros({num, num_kv_heads, length}, source.options());
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "key_attention_sum", [&] {
-    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
+    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size,
+                                    in_pairs(queries, pages));
     for (int64_t n = 0; n < num; ++n) {
       const int64_t count = counts.const_data_ptr<int64_t>()[n];
       const int64_t position = firsts.const_data_ptr<int64_t>()[n], seen = position + count;
       TORCH_CHECK(count <= width && seen <= length, "lengths: expected at most ", width,
                   " rows that end by ", length, ", got ", count, " from position ", position);
       if (count == 0) continue;
-      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, head_size, seen);
+      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, seen);
       // rows are right-aligned
       const QueryTokens chunk{
           source.const_data_ptr<float>() + ((n + 1) * width - count) * source.stride(1), count,

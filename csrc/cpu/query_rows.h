@@ -4,9 +4,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -16,6 +18,11 @@ namespace kvcompress {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Two bfloat16, of which only the bits are known, in the place of a float.
+inline float pair_of(uint16_t first, uint16_t second) {
+  return std::bit_cast<float>(static_cast<uint32_t>(second) << 16 | first);
+}
+
 // What the logits of each of so many rows are multiplied by, [num] float32.
 inline at::Tensor row_scales(const at::Tensor& scale, int64_t num) {
   TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == num,
@@ -23,16 +30,18 @@ inline at::Tensor row_scales(const at::Tensor& scale, int64_t num) {
   return scale.contiguous();
 }
 
-// Rows of one KV head put together one by one, scaled.
+// Rows of one KV head put together one by one.
 class PackedRows {
  public:
-  PackedRows(int64_t max_rows, int64_t head_size, double softcap)
-      : head_size_(head_size),
+  // pairs: as in QueryRows; queries are bfloat16 numbers then.
+  PackedRows(int64_t max_rows, int64_t head_size, double softcap, bool pairs = false)
+      : depth_(pairs ? head_size / 2 : head_size),
+        pairs_(pairs),
         softcap_(static_cast<float>(softcap)),
-        values_(ceil_div(max_rows, kRowBlock) * kRowBlock * head_size),
+        values_(ceil_div(max_rows, kRowBlock) * kRowBlock * depth_),
         num_keys_(ceil_div(max_rows, kRowBlock) * kRowBlock) {}
 
-  // Starts anew: queries that are added from now on are multiplied by scale.
+  // Starts anew, with a scale for the logits of all rows.
   void start(float scale) {
     size_ = 0;
     scale_ = scale;
@@ -40,8 +49,11 @@ class PackedRows {
 
   // query [head_size] sees keys [0, num_keys)
   void add(const float* query, int64_t num_keys) {
-    float* to = &values_[size_ / kRowBlock * kRowBlock * head_size_ + size_ % kRowBlock];
-    for (int64_t d = 0; d < head_size_; ++d) to[d * kRowBlock] = query[d] * scale_;
+    float* to = &values_[size_ / kRowBlock * kRowBlock * depth_ + size_ % kRowBlock];
+    for (int64_t d = 0; d < depth_; ++d) {
+      to[d * kRowBlock] = pairs_ ? pair_of(c10::BFloat16(query[2 * d]).x,
+                                           c10::BFloat16(query[2 * d + 1]).x) : query[d];
+    }
     num_keys_[size_++] = num_keys;
   }
 
@@ -51,20 +63,15 @@ class PackedRows {
   // What pads them is whatever stood there before.
   QueryRows rows(int64_t first, int64_t count) const {
     count = std::min(count, size_ - first);
-    return {&values_[first * head_size_], &num_keys_[first], ceil_div(count, kRowBlock), 1,
-            count, head_size_, softcap_};
-  }
-
-  // All rows, as those of so many query heads, head by head.
-  QueryRows heads(int64_t num_heads) const {
-    return {values_.data(), num_keys_.data(), ceil_div(size_, kRowBlock), num_heads,
-            size_ / num_heads, head_size_, softcap_};
+    return {&values_[first * depth_], &num_keys_[first], ceil_div(count, kRowBlock), count,
+            depth_, pairs_, scale_, softcap_};
   }
 
  private:
-  int64_t head_size_, size_ = 0;
+  int64_t depth_, size_ = 0;
+  bool pairs_;
   float scale_ = 1.0f, softcap_;
-  std::vector<float> values_;      // [max_rows / kRowBlock, D, kRowBlock]
+  std::vector<float> values_;      // [max_rows / kRowBlock, depth, kRowBlock]
   std::vector<int64_t> num_keys_;  // [max_rows]
 };
 

@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of any rows on the keys of one prompt, by exponentials that are taken once.
 //
-// The logits of a panel of rows on all keys are in memory at the same time, those of a few rows and
-// in most cases in the cache; keys are read from their pages once.
+// The exponentials of a panel of rows on all keys are in memory at the same time, those of a few
+// rows and in most cases in the cache; keys are read from their pages once.
 
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numbers>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -20,26 +23,33 @@
 
 namespace kvcompress {
 
-// Keys of one prompt as float32: those of some tiles, of all KV heads.
+// Keys of one prompt as float32 or pairs: those of some tiles, of all KV heads.
 struct KeyTiles {
   const float* head(int64_t head) const { return &values[head * starts.size() * tile_size]; }
 
   int64_t num_keys() const { return static_cast<int64_t>(starts.size()) * kTileKeys; }
 
   std::vector<int64_t> starts;  // position of the first key of each tile, ascending
-  int64_t tile_size;            // head_size * kTileKeys
-  std::vector<float> values;    // [Hkv, tiles, D, kTileKeys], zeros at and after the prompt's end
+  int64_t tile_size;            // depth * kTileKeys
+  bool pairs;                   // as in QueryRows
+  std::vector<float> values;    // [Hkv, tiles, depth, kTileKeys], zeros from the prompt's end on
 };
 
+// Whether products of these queries and keys are exact in pairs of bfloat16, and known here.
+inline bool in_pairs(const at::Tensor& queries, const at::Tensor& pages) {
+  return queries.scalar_type() == at::kBFloat16 && pages.scalar_type() == at::kBFloat16 &&
+         queries.size(-1) % 2 == 0 && tile_kernels().has_pairs;
+}
+
 template <typename T>
-KeyTiles read_tiles(const PromptKeys<T>& keys, int64_t request, int64_t num_kv_heads,
-                    int64_t head_size, std::vector<int64_t> starts, int64_t prompt_len) {
+KeyTiles read_tiles(const PromptKeys<T>& keys, int64_t row, int64_t num_kv_heads,
+                    std::vector<int64_t> starts, int64_t prompt_len) {
   const int64_t num_tiles = static_cast<int64_t>(starts.size());
-  KeyTiles tiles{std::move(starts), head_size * kTileKeys, {}};
+  KeyTiles tiles{std::move(starts), keys.depth() * kTileKeys, keys.pairs(), {}};
   tiles.values.resize(num_kv_heads * num_tiles * tiles.tile_size);
   at::parallel_for(0, num_kv_heads * num_tiles, 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      keys.read_tile(request, i / num_tiles, tiles.starts[i % num_tiles], prompt_len,
+      keys.read_tile(row, i / num_tiles, tiles.starts[i % num_tiles], prompt_len,
                      &tiles.values[i * tiles.tile_size]);
     }
   });
@@ -48,58 +58,108 @@ KeyTiles read_tiles(const PromptKeys<T>& keys, int64_t request, int64_t num_kv_h
 
 // The same of all keys before the prompt's end.
 template <typename T>
-KeyTiles read_tiles(const PromptKeys<T>& keys, int64_t request, int64_t num_kv_heads,
-                    int64_t head_size, int64_t prompt_len) {
+KeyTiles read_tiles(const PromptKeys<T>& keys, int64_t row, int64_t num_kv_heads,
+                    int64_t prompt_len) {
   std::vector<int64_t> starts;
   for (int64_t t = 0; t < prompt_len; t += kTileKeys) starts.push_back(t);
-  return read_tiles(keys, request, num_kv_heads, head_size, std::move(starts), prompt_len);
+  return read_tiles(keys, row, num_kv_heads, std::move(starts), prompt_len);
 }
 
-// Sums of attention of rows on the keys of some tiles; one thread's.
+// Attention of rows on the keys of some tiles; one thread's.
 class RowAttention {
  public:
   explicit RowAttention(const KeyTiles& tiles)
       : out(tiles.num_keys()),
+        last(tiles.num_keys()),
         tiles_(tiles),
         panel_rows_(std::max(kLeastRows, kPanelFloats / tiles.num_keys() / kRowBlock * kRowBlock)) {
   }
 
-  // Overwrites out with the probabilities of rows of a KV head, summed over the rows, times weight.
-  // hidden: [num_keys] of the tiles, true for keys that none of the rows looks at; or nullptr.
+  // Overwrites out with the probabilities of rows of a KV head, summed over the rows, times weight,
+  // and last with those of the last row. hidden: [num_keys] of the tiles, true for keys that none
+  // of the rows looks at; or nullptr.
   void run(const PackedRows& rows, int64_t head, const uint8_t* hidden, float weight) {
-    const TileKernels& kernels = tile_kernels();
-    const auto& starts = tiles_.starts;
     std::fill(out.begin(), out.end(), 0.0f);
-    logits_.resize(std::min(panel_rows_, ceil_div(rows.size(), kRowBlock) * kRowBlock) *
-                   tiles_.num_keys());
+    std::fill(last.begin(), last.end(), 0.0f);
     for (int64_t first = 0; first < rows.size(); first += panel_rows_) {
       const QueryRows panel = rows.rows(first, panel_rows_);
-      const int64_t seen = *std::max_element(panel.num_keys, panel.num_keys + panel.rows_per_head);
-      const int64_t num_tiles = std::lower_bound(starts.begin(), starts.end(), seen) - starts.begin();
-      const int64_t num_keys = num_tiles * kTileKeys;
-      const float* tile = tiles_.head(head);
-      for (int64_t i = 0; i < num_tiles; ++i, tile += tiles_.tile_size) {
-        kernels.logits(panel, tile, starts[i], &logits_[i * kTileKeys], num_keys);
+      const int64_t seen = *std::max_element(panel.num_keys, panel.num_keys + panel.num_rows);
+      const auto& starts = tiles_.starts;
+      num_tiles_ = std::lower_bound(starts.begin(), starts.end(), seen) - starts.begin();
+      const int64_t num_keys = num_tiles_ * kTileKeys;
+      exps_.resize(panel.num_blocks * kRowBlock * num_keys);
+      weights_.resize(panel.num_rows);
+      if (num_tiles_ == 0) continue;
+      if (hidden != nullptr || panel.softcap != 0.0f || !exps_at_once(panel, tiles_.head(head))) {
+        exps_of_logits(panel, tiles_.head(head), hidden);
       }
-      for (int64_t r = 0; r < panel.rows_per_head; ++r) {
-        float* row = &logits_[r * num_keys];
-        for (int64_t j = 0; hidden != nullptr && j < num_keys; ++j) {
-          row[j] = hidden[j] ? -std::numeric_limits<float>::infinity() : row[j];
-        }
-        kernels.add_softmax(row, num_keys, weight, out.data());
+      for (float& share : weights_) share = 1.0f / share;
+      const TileKernels& kernels = tile_kernels();
+      if (first + panel.num_rows == rows.size()) {
+        const int64_t r = panel.num_rows - 1;
+        kernels.add_rows(&exps_[r * num_keys], num_keys, 1, &weights_[r], num_keys, last.data());
       }
+      for (float& share : weights_) share *= weight;
+      kernels.add_rows(exps_.data(), num_keys, panel.num_rows, weights_.data(), num_keys,
+                       out.data());
     }
   }
 
-  std::vector<float> out;  // [num_keys] of the tiles
+  std::vector<float> out, last;  // [num_keys] of the tiles
 
  private:
-  // 1 MiB of logits; of longer prompts more, because each panel takes all keys through the cache
-  static constexpr int64_t kPanelFloats = int64_t{1} << 18, kLeastRows = 4 * kRowBlock;
+  // Exponentials of a panel's logits, and their sums as weights. Instead of the largest logit, one
+  // of the first is subtracted: false if that was too small.
+  bool exps_at_once(const QueryRows& panel, const float* tile) {
+    const TileKernels& kernels = tile_kernels();
+    const int64_t num_keys = num_tiles_ * kTileKeys, num_rows = panel.num_blocks * kRowBlock;
+    shift_.assign(num_rows, 0.0f);
+    sums_.assign(num_rows * kMaxLanes, 0.0f);
+    kernels.logits(panel, tile, tiles_.starts[0], exps_.data(), num_keys);
+    for (int64_t r = 0; r < panel.num_rows; ++r) {
+      const float* row = &exps_[r * num_keys];
+      const float top = *std::max_element(row, row + kFirstKeys);
+      shift_[r] = std::isfinite(top) ? top * std::numbers::log2e_v<float> : 0.0f;
+    }
+    for (int64_t i = 0; i < num_tiles_; ++i, tile += tiles_.tile_size) {
+      kernels.exps(panel, tile, tiles_.starts[i], shift_.data(), &exps_[i * kTileKeys], num_keys,
+                   sums_.data());
+    }
+    for (int64_t r = 0; r < panel.num_rows; ++r) {
+      const float* lanes = &sums_[r * kMaxLanes];
+      weights_[r] = std::accumulate(lanes, lanes + kMaxLanes, 0.0f);
+      if (!(weights_[r] >= kLeastSum && weights_[r] <= kLargestSum)) return false;
+    }
+    return true;
+  }
+
+  // The same, the largest logit being subtracted.
+  void exps_of_logits(const QueryRows& panel, const float* tile, const uint8_t* hidden) {
+    const TileKernels& kernels = tile_kernels();
+    const int64_t num_keys = num_tiles_ * kTileKeys;
+    for (int64_t i = 0; i < num_tiles_; ++i, tile += tiles_.tile_size) {
+      kernels.logits(panel, tile, tiles_.starts[i], &exps_[i * kTileKeys], num_keys);
+    }
+    for (int64_t r = 0; r < panel.num_rows; ++r) {
+      float* row = &exps_[r * num_keys];
+      for (int64_t j = 0; hidden != nullptr && j < num_keys; ++j) {
+        row[j] = hidden[j] ? -std::numeric_limits<float>::infinity() : row[j];
+      }
+      weights_[r] = kernels.exp_row(row, num_keys);
+    }
+  }
+
+  // 256 KiB of exponentials; of longer prompts more, because each panel takes all keys through the
+  // cache
+  static constexpr int64_t kPanelFloats = int64_t{1} << 16, kLeastRows = 4 * kRowBlock;
+  static constexpr int64_t kFirstKeys = 16;
+  static constexpr float kLeastSum = 1e-3f, kLargestSum = 1e15f;
 
   const KeyTiles& tiles_;
-  int64_t panel_rows_;
-  std::vector<float> logits_;  // [panel_rows, num_keys]
+  int64_t panel_rows_, num_tiles_ = 0;
+  std::vector<float> exps_;             // [panel_rows, keys that the panel sees]
+  std::vector<float> weights_, shift_;  // [panel_rows]
+  std::vector<float> sums_;             // [panel_rows, kMaxLanes]
 };
 
 // Query tokens of one prompt: queries [count, Hq, D] float32. Token r sees seen + r * more keys.
@@ -115,7 +175,7 @@ struct QueryTokens {
 inline void attend_parts(const QueryTokens& x, const KeyTiles& tiles, int64_t per_part,
                          int64_t num_parts, int64_t num_keys, int64_t stride, float* out) {
   at::parallel_for(0, x.num_kv_heads * num_parts, 1, [&](int64_t begin, int64_t end) {
-    PackedRows rows(per_part * x.group, x.head_size, x.softcap);
+    PackedRows rows(per_part * x.group, x.head_size, x.softcap, tiles.pairs);
     RowAttention attention(tiles);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / num_parts, first = i % num_parts * per_part;

@@ -1,126 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of each prompt's last W positions on its keys. Definition: triton_kernels/reference.py.
-//
-// The keys of a head are read twice, in tiles: once for the softmax statistics of each row, once
-// for the probabilities. Chunks of a head's tiles are independent of each other in both passes.
 
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <tuple>
 #include <vector>
 
-#include "attention_tiles.h"
 #include "elements.h"
-#include "prompt_keys.h"
-#include "query_rows.h"
-#include "threads.h"
+#include "row_attention.h"
 
 namespace kvcompress {
 namespace {
 
-constexpr int64_t kChunkKeys = 8 * kTileKeys;
-
-// One value per key from one per query head and key: the mean or the maximum, times a factor.
-void reduce_heads(const float* heads, int64_t num_heads, float factor, bool take_max, int64_t count,
-                  float* out) {
+// One value per key from one per query head and key: the mean or the maximum. Heads are stride
+// apart.
+void reduce_heads(const float* heads, int64_t num_heads, int64_t stride, bool take_max,
+                  int64_t count, float* out) {
   std::copy_n(heads, count, out);
   for (int64_t g = 1; g < num_heads; ++g) {
-    const float* row = heads + g * kTileKeys;
+    const float* row = heads + g * stride;
     for (int64_t j = 0; j < count; ++j) {
       const float larger = row[j] <= out[j] || out[j] != out[j] ? out[j] : row[j];  // or NaN
       out[j] = take_max ? larger : out[j] + row[j];
     }
   }
-  const float share = take_max ? factor : factor / static_cast<float>(num_heads);
+  const float share = take_max ? 1.0f : 1.0f / static_cast<float>(num_heads);
   for (int64_t j = 0; j < count; ++j) out[j] *= share;
 }
 
-// The windows of R rows, scaled: those of all query heads of a KV head together.
-struct Windows {
-  // queries: [R, W, Hq, D] float32; lens, scales: [R]
-  Windows(const at::Tensor& queries, const int64_t* lens, int64_t num_kv_heads,
-          const float* scales, double softcap)
-      : size(queries.size(1)),
-        num_heads(num_kv_heads),
-        group(queries.size(2) / num_kv_heads),
-        head_size(queries.size(3)),
-        prompt_lens(lens, lens + queries.size(0)) {
-    const float* from = queries.const_data_ptr<float>();
-    for (int64_t pair = 0; pair < queries.size(0) * num_heads; ++pair) {
-      const int64_t n = pair / num_heads, head = pair % num_heads;
-      PackedRows& window = rows.emplace_back(group * size, head_size, softcap);
-      window.start(scales[n]);
-      for (int64_t g = 0; g < group; ++g) {
-        for (int64_t w = 0; w < size; ++w) {
-          const int64_t row = ((n * size + w) * num_heads + head) * group + g;
-          window.add(from + row * head_size, prompt_lens[n] - size + w + 1);
-        }
-      }
-    }
-  }
-
-  int64_t size, num_heads, group, head_size;  // W, Hkv, G, D
-  std::vector<int64_t> prompt_lens;
-  std::vector<PackedRows> rows;  // [R, Hkv]
-};
-
-// mean, last: [R, Hkv, length], zeros at first.
-template <typename T>
-void score(const Windows& queries, const PromptKeys<T>& keys, int64_t length, bool take_max,
+// The window of one row. mean, last: [Hkv, stride], of which the first prompt_len - W columns are
+// written.
+void score(const QueryTokens& window, const KeyTiles& tiles, bool take_max, int64_t stride,
            float* mean, float* last) {
-  const TileKernels& kernels = tile_kernels();
-  const int64_t num_heads = queries.num_heads;
-  const int64_t num_rows = ceil_div(queries.group * queries.size, kRowBlock) * kRowBlock;
-  const int64_t num_pairs = static_cast<int64_t>(queries.rows.size());
-  const int64_t max_chunks = ceil_div(length, kChunkKeys), stride = num_rows * kMaxLanes;
-  const int64_t num_items = num_pairs * max_chunks;
-  std::vector<float> max(num_items * stride, -std::numeric_limits<float>::infinity());
-  std::vector<float> sum(num_items * stride, 0.0f);
-
-  at::parallel_for(0, num_items, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> tile(queries.head_size * kTileKeys);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t pair = i / max_chunks, head = pair % num_heads, n = pair / num_heads;
-      const QueryRows rows = queries.rows[pair].heads(queries.group);
-      const int64_t first = i % max_chunks * kChunkKeys;
-      const int64_t stop = std::min(first + kChunkKeys, queries.prompt_lens[n]);
-      for (int64_t start = first; start < stop; start += kTileKeys) {
-        keys.read_tile(n, head, start, stop, tile.data());
-        kernels.absorb(rows, tile.data(), start, &max[i * stride], &sum[i * stride]);
+  const int64_t num_heads = window.num_kv_heads * window.group, num_keys = tiles.num_keys();
+  const int64_t count = window.seen - 1;  // keys before the window
+  std::vector<float> means(num_heads * num_keys), lasts(means.size());
+  at::parallel_for(0, num_heads, 1, [&](int64_t begin, int64_t end) {
+    PackedRows rows(window.count, window.head_size, window.softcap, tiles.pairs);
+    RowAttention attention(tiles);
+    for (int64_t head = begin; head < end; ++head) {
+      rows.start(window.scale);
+      for (int64_t w = 0; w < window.count; ++w) {
+        rows.add(window.queries + (w * num_heads + head) * window.head_size, window.seen + w);
       }
+      attention.run(rows, head / window.group, nullptr, 1.0f / static_cast<float>(window.count));
+      std::copy_n(attention.out.data(), count, &means[head * num_keys]);
+      std::copy_n(attention.last.data(), count, &lasts[head * num_keys]);
     }
   });
-
-  std::vector<float> row_max(num_pairs * num_rows), row_inverse(row_max.size());
-  at::parallel_for(0, num_pairs, grain_of(max_chunks * stride), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t from = i * max_chunks * stride, to = i * num_rows;
-      kernels.merge(&max[from], &sum[from], max_chunks, num_rows, &row_max[to], &row_inverse[to]);
-    }
-  });
-
-  at::parallel_for(0, num_items, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> tile(queries.head_size * kTileKeys);
-    std::vector<float> sums(queries.group * kTileKeys), lasts(sums.size());
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t pair = i / max_chunks, head = pair % num_heads, n = pair / num_heads;
-      const QueryRows rows = queries.rows[pair].heads(queries.group);
-      const float per_row = 1.0f / static_cast<float>(rows.rows_per_head);
-      const int64_t first = i % max_chunks * kChunkKeys;
-      const int64_t stop = std::min(first + kChunkKeys, queries.prompt_lens[n] - queries.size);
-      for (int64_t start = first; start < stop; start += kTileKeys) {
-        keys.read_tile(n, head, start, stop, tile.data());
-        kernels.sum(rows, tile.data(), start, &row_max[pair * num_rows],
-                    &row_inverse[pair * num_rows], sums.data(), lasts.data());
-        const int64_t count = std::min(stop - start, kTileKeys), at = pair * length + start;
-        reduce_heads(sums.data(), queries.group, per_row, take_max, count, mean + at);
-        reduce_heads(lasts.data(), queries.group, 1.0f, take_max, count, last + at);
-      }
-    }
-  });
+  for (int64_t head = 0; head < window.num_kv_heads; ++head) {
+    const int64_t from = head * window.group * num_keys, to = head * stride;
+    reduce_heads(&means[from], window.group, num_keys, take_max, count, mean + to);
+    reduce_heads(&lasts[from], window.group, num_keys, take_max, count, last + to);
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, const at::Tensor& pages,
@@ -142,12 +76,19 @@ std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, cons
   }
   auto mean = at::zeros({num, num_kv_heads, length}, queries.options().dtype(at::kFloat));
   auto last = at::zeros(mean.sizes(), mean.options());
-  const Windows windows(queries.to(at::kFloat).contiguous(), prompt_len, num_kv_heads,
-                        scales.const_data_ptr<float>(), softcap);
+  const at::Tensor source = queries.to(at::kFloat).contiguous();
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "window_scores", [&] {
-    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size);
-    score(windows, keys, length, take_max, mean.mutable_data_ptr<float>(),
-          last.mutable_data_ptr<float>());
+    const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size,
+                                    in_pairs(queries, pages));
+    for (int64_t n = 0; n < num; ++n) {
+      const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, prompt_len[n]);
+      const QueryTokens rows{source.const_data_ptr<float>() + n * source.stride(0), window,
+                             num_kv_heads, queries.size(2) / num_kv_heads, head_size,
+                             prompt_len[n] - window + 1, 1, scales.const_data_ptr<float>()[n],
+                             softcap};
+      score(rows, tiles, take_max, length, mean.mutable_data_ptr<float>() + n * mean.stride(0),
+            last.mutable_data_ptr<float>() + n * last.stride(0));
+    }
   });
   return {mean, last};
 }

@@ -10,18 +10,28 @@ from dataclasses import dataclass, field
 
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_kvcompress.orders import ATTRIBUTE, CompressionOrder
 from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import PromptFacts
 
 
 @dataclass
 class GhostRequest:
-    """What the worker knows of a request."""
+    """What the worker knows of a request.
+
+    Attributes:
+        tables: per group; freed ids stay, as in the real worker.
+        prefix: hash of the tokens up to each position.
+        compressed: whether its prompt has been compressed, in its present life.
+        boundary: logical length when it was compressed first.
+    """
 
     tokens: list[int]
     prompt_len: int
-    tables: list[list[int]]  # per group; freed ids stay, as in the real worker
-    prefix: list[int] = field(default_factory=list)  # hash of the tokens up to each position
+    tables: list[list[int]]
+    prefix: list[int] = field(default_factory=list)
+    compressed: bool = False
+    boundary: int | None = None
 
     def extend_prefix(self) -> None:
         last = self.prefix[-1] if self.prefix else 0
@@ -51,6 +61,11 @@ class Ghost:
             known = self.requests.get(req_id)
             if known is not None:
                 known.tables = [[] for _ in known.tables]
+                known.compressed = False
+        orders = vars(output)[ATTRIBUTE]
+        for order in orders.compress:
+            if self.requests[order.req_id].tables[0]:  # else it has left
+                self.compress(order)
         computed = {}
         for new in output.scheduled_new_reqs:
             tables = [list(ids) for ids in new.block_ids]
@@ -58,12 +73,15 @@ class Ghost:
             self.requests[new.req_id] = GhostRequest(tokens, len(tokens), tables)
             computed[new.req_id] = new.num_computed_tokens
             self.check_hit(len(tokens), new.num_computed_tokens)
+            plan = self.planner.plan(PromptFacts(len(tokens)))
+            assert (new.req_id in orders.plans) == plan.compresses
         cached = output.scheduled_cached_reqs
         for index, req_id in enumerate(cached.req_ids):
             known = self.requests[req_id]
             ids = cached.new_block_ids[index]
             if req_id in cached.resumed_req_ids:
                 known.tables = [list(group) for group in ids]
+                assert not known.compressed
                 # what was sampled and then dropped will be sampled again
                 del known.tokens[known.prompt_len + cached.num_output_tokens[index] :]
                 del known.prefix[len(known.tokens) :]
@@ -74,7 +92,7 @@ class Ghost:
             computed[req_id] = cached.num_computed_tokens[index]
         req_ids = list(output.num_scheduled_tokens)
         rows = [(r, computed[r], output.num_scheduled_tokens[r]) for r in req_ids]
-        # like a layer: everything is written, then read; compaction comes last
+        # like a layer: everything is written, then read
         for row in rows:
             self.write(*row)
         for row in rows:
@@ -101,31 +119,44 @@ class Ghost:
             for position, slot in enumerate(self.slot_ids(table, start, start + count), start):
                 self.slots[slot] = known.prefix[position]
 
+    def compress(self, order: CompressionOrder) -> None:
+        """Read the whole prompt, then write its kept blocks."""
+        known, plan = self.requests[order.req_id], order.plan
+        assert plan == self.planner.plan(PromptFacts(known.prompt_len))
+        assert plan.compresses
+        assert not known.compressed, "compressed twice"
+        self.check_uncompressed(order.req_id, order.block_ids, 0, known.prompt_len)
+        for slot in self.kept_slots(known):
+            self.slots[slot] = ("compacted", order.req_id, slot)
+        known.compressed = True
+
+    def kept_slots(self, known: GhostRequest) -> list[int]:
+        plan, size = self.planner.plan(PromptFacts(known.prompt_len)), self.block_size
+        first, end = plan.num_freed_blocks * size, plan.num_full_blocks * size
+        return self.slot_ids(known.tables[0], first, end)
+
     def attend(self, req_id: str, start: int, count: int) -> None:
         known = self.requests[req_id]
-        plan = self.planner.plan(PromptFacts(known.prompt_len))
         full, end = known.tables[0], start + count
         for table in known.tables[1:]:
-            self.check_natural(req_id, table, max(0, start - self.sliding + 1), end)
-        if not plan.compresses:
-            self.check_natural(req_id, full, 0, end)
+            self.check_uncompressed(req_id, table, max(0, start - self.sliding + 1), end)
+        plan = self.planner.plan(PromptFacts(known.prompt_len))
+        if not known.compressed:
+            if known.boundary is not None:
+                assert end <= known.boundary, "a replay goes on uncompressed"
+            if self.planner.config.when.always and plan.compresses:
+                assert end <= known.prompt_len, "outputs came before the compression"
+            self.check_uncompressed(req_id, full, 0, end)
             return
-        if self.planner.config.spans_layers:  # pages are written after the last layer
-            assert start >= known.prompt_len or end <= known.prompt_len, "outputs came too soon"
-        kept_end = plan.num_full_blocks * self.block_size
-        if start < known.prompt_len:
-            self.check_natural(req_id, full, 0, min(end, known.prompt_len))
-            if end < known.prompt_len:
-                return
-        kept = self.slot_ids(full, plan.num_freed_blocks * self.block_size, kept_end)
-        if start < known.prompt_len:
-            for slot in kept:
-                self.slots[slot] = ("compacted", req_id, slot)
-        for slot in kept:
+        assert start >= known.prompt_len
+        if known.boundary is None:
+            known.boundary = start
+        assert start >= known.boundary, "a replay was compressed earlier than before"
+        for slot in self.kept_slots(known):
             assert self.slots[slot] == ("compacted", req_id, slot), f"{req_id} lost a kept block"
-        self.check_natural(req_id, full, kept_end, end)
+        self.check_uncompressed(req_id, full, plan.num_full_blocks * self.block_size, end)
 
-    def check_natural(self, req_id: str, table: list[int], start: int, end: int) -> None:
+    def check_uncompressed(self, req_id: str, table: list[int], start: int, end: int) -> None:
         """Positions [start, end) hold what stock vLLM would have there."""
         held = [self.slots[slot] for slot in self.slot_ids(table, start, end)]
         assert held == self.requests[req_id].prefix[start:end], f"{req_id} reads foreign tokens"

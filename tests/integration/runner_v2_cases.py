@@ -8,7 +8,7 @@ import pytest
 from engine import (
     Method,
     Stepper,
-    assert_nothing_stored,
+    assert_clean,
     assert_same,
     engine,
     free_blocks,
@@ -17,7 +17,6 @@ from engine import (
     model_runner,
     page_prompt,
     random_prompt,
-    request_slots,
     scheduler_of,
     scheduling,
 )
@@ -62,12 +61,6 @@ def expected(model: str, method: Method) -> list:
         oracle_of(model).generate(prompt, params.max_tokens, config)
         for prompt, params in zip(PROMPTS, PARAMS, strict=True)
     ]
-
-
-def assert_clean(llm, free: int) -> None:
-    assert free_blocks(llm) == free
-    assert request_slots(llm)._slot_of == {}
-    assert_nothing_stored(llm)
 
 
 @pytest.mark.parametrize(("family", "chunk"), [("llama", 64), ("gemma3", 2048)])

@@ -11,7 +11,6 @@ from engine import (
     assert_clean,
     assert_same,
     check_pool,
-    compressed_builder,
     engine,
     free_blocks,
     generate,
@@ -120,8 +119,6 @@ def test_nothing_leaks_after_500_requests(checkpoint, name):
         assert stepper.preemptions > 0
         assert stepper.peak_running > 4
         assert_clean(llm, free)
-        store = compressed_builder(llm).stored_rows._rows
-        assert store is None or len(store) <= 2 * 12  # grows with requests at once, not ever
         held_after = {name: len(tokens) for name, tokens in stepper.partial.items()}
         assert len(held_after) >= added - aborted
         again = generate(llm, [stems[0] + random_prompt(90, seed=1)])

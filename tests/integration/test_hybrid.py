@@ -12,14 +12,13 @@ from engine import (
     assert_same,
     cache_stats,
     check_pool,
-    compressed_builder,
+    compressed_layers,
     engine,
     free_blocks,
     generate,
     greedy,
     model_runner,
     random_prompt,
-    request_slots,
     scheduler_of,
 )
 from float_noise import measured_tolerance
@@ -71,7 +70,9 @@ def test_equals_oracle(gemma, method):
 def assert_hybrid_clean(llm, free: int) -> None:
     assert free_blocks(llm) == free
     check_pool(scheduler_of(llm).kv_cache_manager.block_pool)
-    assert request_slots(llm)._slot_of == {}
+    layers = compressed_layers(llm)
+    assert len(layers.slots) == len(layers.entries) == 0
+    assert layers.plans == {}
     for manager in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers:
         assert not any(manager.req_to_blocks.values())
 
@@ -98,7 +99,7 @@ def test_groups(gemma):
         specs = [g.kv_cache_spec for g in model_runner(llm).kv_cache_config.kv_cache_groups]
         assert sum(isinstance(spec, CompressedSpec) for spec in specs) == 1
         assert any(isinstance(spec, SlidingWindowSpec) for spec in specs)
-        ours = set(compressed_builder(llm).layer_rows)
+        ours = set(compressed_layers(llm).position_of)
         assert sorted(int(name.split(".")[2]) for name in ours) == FULL_LAYERS
         context = model_runner(llm).compilation_config.static_forward_context
         for name, layer in context.items():

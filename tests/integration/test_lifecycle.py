@@ -10,7 +10,7 @@ from engine import (
     Stepper,
     assert_clean,
     assert_same,
-    compressed_builder,
+    compressed_layers,
     differ,
     engine,
     free_blocks,
@@ -26,6 +26,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_kvcompress.adapter.kv_cache import CompressedManager
+from vllm_kvcompress.adapter.layers import CompressedLayers
+from vllm_kvcompress.orders import ATTRIBUTE
 
 METHODS = [
     Method("snapkv", 96),
@@ -55,9 +57,16 @@ def calm(model: str, method: Method):
 by_scheduling = pytest.mark.parametrize("mode", ["sync", "async"])
 
 
-@by_name
-@by_scheduling
-@pytest.mark.parametrize("chunk", [96, 2048])
+@pytest.mark.parametrize(
+    ("method", "mode", "chunk"),
+    [
+        (METHODS[0], "sync", 96),
+        (METHODS[0], "async", 2048),
+        (METHODS[1], "sync", 2048),
+        (METHODS[1], "async", 96),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_preemption_storm(checkpoint, method, mode, chunk):
     """A pool far too small for all: requests lose their blocks at any point, again and again."""
     model = checkpoint("llama")
@@ -170,7 +179,7 @@ def test_abort(checkpoint, shared_engine, method, mode, phase):
     # 48 tokens a step, one for the decode: the victim's chunks end at 47, 94, 141, 188, 235, 258
     stepper.run_until(lambda: PHASES[phase](stepper), limit=40)
     if phase == "inside the window" and mode == "sync":
-        assert compressed_builder(llm).stored_rows._row_of
+        assert stepper.internal["victim"] in compressed_layers(llm).entries
     stepper.abort("victim")
     stepper.run()
     assert "victim" not in stepper.done or stepper.done["victim"].finish_reason == "abort"
@@ -292,22 +301,64 @@ def test_prompt_logprobs(checkpoint, shared_engine):
         assert ours == pytest.approx(prompt_logprobs(llm), abs=text_tolerance())
 
 
-def test_blocks_freed_too_early_are_noticed(checkpoint, monkeypatch):
-    """Mutation: blocks return when the last chunk is scheduled, not when it has been processed."""
-    model, method, chunk = checkpoint("llama"), METHODS[1], 96
-    original = CompressedManager.remove_skipped_blocks
+def _ignore_orders(monkeypatch):
+    monkeypatch.setattr(CompressedLayers, "compress", lambda self, orders: None)
 
-    def remove_skipped_blocks(self, request_id, processed_computed_tokens, num_prompt_tokens=None):
-        original(self, request_id, processed_computed_tokens + chunk, num_prompt_tokens)
 
-    settings = {
-        "num_gpu_blocks_override": 20,
-        "max_model_len": 512,
-        "max_num_batched_tokens": chunk,
-        "enable_prefix_caching": False,
-    }
-    with engine(model, method, **settings) as llm:
-        assert_same(generate(llm, PROMPTS, greedy(DECODE)), uncontended(model, method))
-    monkeypatch.setattr(CompressedManager, "remove_skipped_blocks", remove_skipped_blocks)
-    with engine(model, method, **settings) as llm:
-        assert differ(generate(llm, PROMPTS, greedy(DECODE)), uncontended(model, method))
+def _compress_after_the_forward_pass(monkeypatch):
+    begin, end, late = CompressedLayers.begin_step, CompressedLayers.end_step, []
+
+    def begin_step(self, output):
+        orders = vars(output)[ATTRIBUTE]
+        late[:], orders.compress = orders.compress, []
+        begin(self, output)
+
+    def end_step(self):
+        end(self)
+        self.compress(late)
+
+    monkeypatch.setattr(CompressedLayers, "begin_step", begin_step)
+    monkeypatch.setattr(CompressedLayers, "end_step", end_step)
+
+
+def _name_other_blocks(monkeypatch):
+    original = CompressedManager.compress
+
+    def compress(self, *args):
+        order = original(self, *args)
+        return order._replace(block_ids=order.block_ids[1:] + order.block_ids[:1])
+
+    monkeypatch.setattr(CompressedManager, "compress", compress)
+
+
+def _free_one_block_too_many(monkeypatch):
+    original = CompressedManager._remove_blocks_in_range
+
+    def remove(self, request_id, first, last):
+        original(self, request_id, first, last + 1)
+
+    monkeypatch.setattr(CompressedManager, "_remove_blocks_in_range", remove)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        _ignore_orders,
+        _compress_after_the_forward_pass,
+        _name_other_blocks,
+        _free_one_block_too_many,
+    ],
+)
+def test_mutations_are_noticed(checkpoint, monkeypatch, mutation):
+    model, method = checkpoint("llama"), METHODS[1]
+    expected = uncontended(model, method)
+    mutation(monkeypatch)
+    with engine(
+        model,
+        method,
+        num_gpu_blocks_override=20,
+        max_model_len=512,
+        max_num_batched_tokens=96,
+        enable_prefix_caching=False,
+    ) as llm:
+        assert differ(generate(llm, PROMPTS, greedy(DECODE)), expected)

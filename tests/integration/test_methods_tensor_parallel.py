@@ -13,7 +13,7 @@ from typing import Any
 
 import oracle.plan
 import pytest
-from engine import Answer, Method, assert_same, engine, generate, greedy, scheduler_of
+from engine import Answer, Method, assert_same, compressed_manager, engine, generate, greedy
 from every_method import (
     METHODS,
     OUTPUT_TOKENS,
@@ -26,8 +26,6 @@ from every_method import (
 from expectations import Reference, logprob_tolerance
 from subprocesses import result_of, run_python
 
-from vllm_kvcompress.adapter import runner as adapter_runner
-from vllm_kvcompress.adapter.kv_cache import manager_of
 from vllm_kvcompress.config import KVCompressionConfig
 
 RANKS = 2
@@ -46,7 +44,7 @@ def answers_of_two_ranks(settings: dict[str, dict[str, Any]]) -> dict[str, list]
     found = {}
     with engine(
         checkpoint(),
-        # hooks on attention inputs and splits at the ends of prompts are set at the start
+        # hooks on attention inputs are set at the start
         Method("shiftkv+pyramid", 80, WINDOW),
         tensor_parallel_size=RANKS,
         max_num_batched_tokens=77,
@@ -65,19 +63,13 @@ def answers_of_two_ranks(settings: dict[str, dict[str, Any]]) -> dict[str, list]
 
 def reconfigure_worker(worker, text: str) -> None:
     """Runs on every rank; see ``every_method.reconfigure``, which cannot reach other processes."""
-    runner = worker.model_runner
-    builder = runner.attn_groups[0][0].metadata_builders[0]
-    planner = replace(builder.planner, settings=text)
-    builder.configure(KVCompressionConfig.parse(json.loads(text)), planner)
-    adapter_runner._states[runner].planner = planner
+    layers = worker.compressed_layers
+    layers.configure(replace(layers.planner, settings=text))
 
 
 def reconfigure_scheduler(llm, text: str) -> None:
-    scheduler = scheduler_of(llm)
-    manager = manager_of(scheduler.kv_cache_manager)
-    assert manager is not None
+    manager = compressed_manager(llm)
     manager.planner = replace(manager.planner, settings=text)
-    scheduler.need_mamba_block_aligned_split = manager.planner.config.spans_layers
     assert llm.reset_prefix_cache()
 
 

@@ -120,8 +120,8 @@ def check_against_oracle(
             for name, ids in stepper.prompts.items():
                 if stepper.num_computed(name) >= len(ids):
                     blocks[name].append(held_blocks(stepper, name))
-                    if name not in held:
-                        held[name] = held_pages(stepper, name)
+                if stepper.num_computed(name) > len(ids) and name not in held:
+                    held[name] = held_pages(stepper, name)  # compressed in the prompt's next step
         stepper.run()
         assert_clean(llm, free)
 

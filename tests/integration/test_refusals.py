@@ -9,7 +9,7 @@ import torch
 from engine import (
     Method,
     assert_same,
-    compressed_builder,
+    compressed_layers,
     engine,
     generate,
     model_runner,
@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -306,8 +307,9 @@ def test_inert(checkpoint):
         assert type(group.kv_cache_spec) is FullAttentionSpec
         (manager,) = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
         assert type(manager) is FullAttentionManager
-        with pytest.raises(AssertionError):
-            compressed_builder(llm)
+        assert type(scheduler_of(llm)) is Scheduler
+        with pytest.raises(AttributeError):
+            compressed_layers(llm)
         answers = generate(llm, prompts)
     code = f"""
 import json, sys

@@ -30,7 +30,6 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import (
@@ -43,8 +42,14 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kvcompress.adapter import kv_cache
-from vllm_kvcompress.adapter.kv_cache import CompressedSpec
+from vllm_kvcompress.adapter.kv_cache import CompressedSpec, TrackedRequest
+from vllm_kvcompress.adapter.scheduler import (
+    CompressedAsyncScheduler,
+    CompressedScheduler,
+    CompressionPolicy,
+)
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.orders import ATTRIBUTE
 from vllm_kvcompress.prompt import PromptFacts
 
 BLOCK = 16
@@ -67,6 +72,8 @@ class Setup:
     prefix_cache: bool
     hybrid: bool
     chunk: int
+    when: str
+    entries: int
 
     @property
     def num_blocks(self) -> int:
@@ -75,14 +82,22 @@ class Setup:
 
     @property
     def settings(self) -> dict:
-        return {"method": self.method, "budget": self.budget, "window": self.window}
+        names = ("method", "budget", "window", "when")
+        return {"workspace_mib": 1, **{name: getattr(self, name) for name in names}}
 
     def spec(self) -> CompressedSpec:
         plain = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
         )
         settings = json.dumps(KVCompressionConfig.parse(self.settings).to_json())
-        return CompressedSpec.of(plain, settings=settings, model_kv_heads=2, num_layers=2)
+        return CompressedSpec.of(
+            plain,
+            settings=settings,
+            model_kv_heads=2,
+            num_layers=2,
+            entry_bytes=(1 << 19) // self.entries,
+            max_entries=8,
+        )
 
 
 @functools.cache
@@ -115,7 +130,7 @@ def make_scheduler(model: str, setup: Setup) -> Scheduler:
         )
         groups += [KVCacheGroupSpec(["sliding"], sliding)]
     caches = KVCacheConfig(setup.num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
-    cls = AsyncScheduler if setup.asynchronous else Scheduler
+    cls = CompressedAsyncScheduler if setup.asynchronous else CompressedScheduler
     return cls(
         config,
         caches,
@@ -140,6 +155,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache=st.sampled_from([True, True, True, False]),
         hybrid=st.sampled_from([False, False, True]),
         chunk=st.sampled_from([24, 64, 512]),
+        when=st.sampled_from(["always", "always", "pressure:0.3", "pressure:0.8"]),
+        entries=st.sampled_from([1, 2, 8]),
     )
     def start(self, **choices) -> None:
         self.setup = Setup(**choices)
@@ -178,21 +195,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.has_requests() and len(self.in_flight) < self.depth)
     @rule()
     def schedule(self) -> None:
-        before = {r.request_id: r.num_computed_tokens - r.num_in_flight_tokens for r in self.alive}
+        before = {r.request_id: r.num_computed_tokens for r in self.alive}
         output = self.scheduler.schedule()
         self.in_flight.append(output)
+        orders = vars(output)[ATTRIBUTE].compress
+        assert all(before[order.req_id] >= order.plan.facts.length for order in orders)
+        _total["compressed"] += len(orders)
         for req_id in output.num_scheduled_tokens:
-            request = self.scheduler.requests[req_id]
-            plan = self.planner.plan(PromptFacts(request.num_prompt_tokens))
-            blocks = self.full.req_to_blocks[req_id]
+            request, tracked = self.scheduler.requests[req_id], self.full.tracked[req_id]
+            blocks, plan = self.full.req_to_blocks[req_id], tracked.plan
+            assert plan == self.planner.plan(PromptFacts(request.num_prompt_tokens))
+            if not self.planner.config.when.always:
+                _total["not yet compressed"] += before[req_id] > request.num_prompt_tokens
+            elif plan.compresses:
+                ended = before[req_id] >= request.num_prompt_tokens
+                assert tracked.compressed == ended, "compressed at the next step, not any other"
+            freed = plan.num_freed_blocks if tracked.compressed else 0
             nulls = [block.is_null for block in blocks]
-            if plan.compresses and before[req_id] >= request.num_prompt_tokens:
-                assert nulls == [True] * plan.num_freed_blocks + [False] * (
-                    len(blocks) - plan.num_freed_blocks
-                ), "the prompt is processed: exactly m - n blocks must be back"
-                _total["compressed"] += 1
-            else:
-                assert not any(nulls), "blocks left before the prompt was processed"
+            assert nulls == [index < freed for index in range(len(blocks))]
         _total["hits"] += sum(new.num_computed_tokens > 0 for new in output.scheduled_new_reqs)
         _total["preemptions"] += len(output.preempted_req_ids or ())
         if not self.scheduler.scheduler_config.async_scheduling:
@@ -251,6 +271,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for block in self.pool.blocks:
             if not block.is_null:
                 assert block.ref_cnt == references[block.block_id]
+        holders = sum(tracked.holds_entry for tracked in self.full.tracked.values())
+        assert self.full.free_entries == self.setup.entries - holders >= 0
         for req_id, blocks in self.full.req_to_blocks.items():
             request = self.scheduler.requests[req_id]
             plan = self.planner.plan(PromptFacts(request.num_prompt_tokens))
@@ -273,6 +295,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.requests
         assert self.pool.get_num_free_blocks() == self.setup.num_blocks - 1
         assert not any(self.full.req_to_blocks.values())
+        assert not self.full.tracked
+        assert self.full.free_entries == self.setup.entries
         self.check_integrity()
 
 
@@ -304,34 +328,82 @@ def test_random_lives(capsys):
     with capsys.disabled():
         print(f"\n{_total['steps']} scheduler steps checked: {dict(_total)}")
     assert _total["steps"] >= MIN_STEPS
-    for event in ("compressed", "hits", "preemptions", "aborted"):
+    for event in ("compressed", "not yet compressed", "hits", "preemptions", "aborted"):
         assert _total[event] > 200, f"{event} hardly happened"
 
 
-def _hash_everything(manager, original):
-    return "cache_blocks", FullAttentionManager.cache_blocks
+def _hash_everything():
+    return kv_cache.CompressedManager, "cache_blocks", FullAttentionManager.cache_blocks
 
 
-def _hit_everything(manager, original):
-    return "find_longest_cache_hit", FullAttentionManager.__dict__["find_longest_cache_hit"]
+def _hit_everything():
+    original = FullAttentionManager.__dict__["find_longest_cache_hit"]
+    return kv_cache.CompressedManager, "find_longest_cache_hit", original
 
 
-def _free_one_block_too_many(manager, original):
+def _free_one_block_too_many():
     def remove(self, request_id, first, last):
         FullAttentionManager._remove_blocks_in_range(self, request_id, first, last + 1)
 
-    return "_remove_blocks_in_range", remove
+    return kv_cache.CompressedManager, "_remove_blocks_in_range", remove
 
 
-def _free_when_scheduled(manager, original):
-    def remove_skipped_blocks(self, request_id, processed, num_prompt_tokens=None):
-        original(self, request_id, processed + 1, num_prompt_tokens)
+def _forget_to_free():
+    def remove(self, request_id, first, last):
+        pass
 
-    return "remove_skipped_blocks", remove_skipped_blocks
+    return kv_cache.CompressedManager, "_remove_blocks_in_range", remove
 
 
-def _forget_to_free(manager, original):
-    return "remove_skipped_blocks", lambda self, *args, **kwargs: None
+def _compress_before_the_prompt_ends():
+    def is_prefilled(self):
+        return self.request.num_computed_tokens >= self.request.num_prompt_tokens - 1
+
+    return TrackedRequest, "is_prefilled", property(is_prefilled)
+
+
+def _name_other_blocks():
+    original = kv_cache.CompressedManager.compress
+
+    def compress(self, *args):
+        order = original(self, *args)
+        return order._replace(block_ids=order.block_ids[::-1])
+
+    return kv_cache.CompressedManager, "compress", compress
+
+
+def _drop_orders():
+    original = CompressionPolicy.end_step
+
+    def end_step(self, output):
+        orders = original(self, output)
+        orders.compress.clear()
+        return orders
+
+    return CompressionPolicy, "end_step", end_step
+
+
+def _send_orders_a_step_late():
+    original, late = CompressionPolicy.end_step, {}
+
+    def end_step(self, output):
+        orders = original(self, output)
+        late[self], orders.compress = orders.compress, late.get(self, [])
+        return orders
+
+    return CompressionPolicy, "end_step", end_step
+
+
+def _forget_boundaries():
+    return CompressionPolicy, "_may_compress", lambda self, tracked: True
+
+
+def _do_not_split():
+    return CompressionPolicy, "clip", lambda self, request, start, num_new_tokens: num_new_tokens
+
+
+def _forget_entries():
+    return kv_cache.CompressedManager, "_release_entry", lambda self, tracked: None
 
 
 @pytest.mark.parametrize(
@@ -340,22 +412,17 @@ def _forget_to_free(manager, original):
         _hash_everything,
         _hit_everything,
         _free_one_block_too_many,
-        _free_when_scheduled,
         _forget_to_free,
+        _compress_before_the_prompt_ends,
+        _name_other_blocks,
+        _drop_orders,
+        _send_orders_a_step_late,
+        _forget_boundaries,
+        _do_not_split,
+        _forget_entries,
     ],
 )
 def test_mutations_are_noticed(monkeypatch, mutation):
-    manager = kv_cache.CompressedManager
-    monkeypatch.setattr(manager, *mutation(manager, manager.remove_skipped_blocks))
-    with pytest.raises(AssertionError):
-        run_machine(200, shrink=False)
-
-
-def test_a_missing_split_is_noticed(monkeypatch):
-    """Replayed outputs in the step that ends their prompt would read unwritten pages."""
-    hook = "_mamba_block_aligned_split"
-    monkeypatch.setattr(
-        Scheduler, hook, lambda self, request, num_new_tokens, *rest: num_new_tokens
-    )
-    with pytest.raises(AssertionError, match="outputs came too soon"):
+    monkeypatch.setattr(*mutation())
+    with pytest.raises((AssertionError, KeyError)):
         run_machine(200, shrink=False)

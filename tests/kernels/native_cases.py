@@ -48,5 +48,5 @@ def prompts_of(
 
 
 def scales_of(num: int, scale: float) -> torch.Tensor:
-    """[num] float32, the first one as given, each other one smaller."""
-    return scale / (1 + torch.arange(num) / 8)
+    """[num] float32, each one half of the one before."""
+    return scale * 0.5 ** torch.arange(num)

@@ -39,6 +39,8 @@ class TestGroupMasses:
         prompts = prompts_of(lengths, num_kv_heads, head_size, size, dtype, generator)
         factor, softcap = options.get("factor", 2.0), options.get("softcap", 0.0)
         queries = random_queries(len(lengths), rows, num_q_heads, head_size, factor=factor)
+        if dtype == torch.bfloat16:
+            queries = queries.bfloat16()
         lens, numbers = (
             torch.tensor(lengths),
             (groups, scales_of(len(lengths), head_size**-0.5), softcap),
@@ -76,6 +78,21 @@ class TestGroupMasses:
     def test_rows_of_several_panels(self):
         """A long prompt, of which less than the rows of a group are in memory."""
         self.check([9000], (4, 1), 8, 32, 20, 1)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_key_that_outshines_the_first_ones(self, dtype):
+        """By more than floats can tell the exponentials of."""
+        generator = torch.Generator().manual_seed(5)
+        prompts = prompts_of([640], 1, 16, 16, dtype, generator)
+        keys = prompts.layout.key_index.view(16, 16)
+        prompts.pages[prompts.block_table[0, 30, None], keys[3]] = 1000.0
+        queries, lens = random_queries(1, 8, 2, 16).to(dtype), torch.tensor([640])
+        arguments = (lens, 2, QUARTER)
+        expected = reference.group_attention_sum(
+            queries, reference.read_prompt(prompts, "key"), *arguments
+        )
+        found = native.group_attention_sum(queries, prompts, *arguments)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-9)
 
     def test_logits_of_minus_infinity(self):
         """Whole tiles of them, then a visible key."""
@@ -134,6 +151,8 @@ class TestElite:
             queries[n, rows - text :] = own.masked_fill(~last[:, :, None], NAN)
             segment[n, :length] = -1
             segment[n, length // 4 : length - text] = 1
+        if dtype == torch.bfloat16:
+            queries = queries.bfloat16()
         return queries, elite, segment, prompts, torch.tensor(lengths), torch.tensor(texts)
 
     CASES = (

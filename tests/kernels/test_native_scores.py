@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import NAN, prompts_of, scales_of
 
-from vllm_kvcompress.kernels import native, reference
+from vllm_kvcompress.kernels import native, reference, reference_paged
 
 INF = float("inf")
 
@@ -100,12 +100,13 @@ class TestColumnSums:
             ([4097], [33], 4, 2, 32, 32),
         ],
     )
-    def test_shapes(self, ends, lengths, group, num_kv_heads, head_size, size, softcap):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_shapes(self, ends, lengths, group, num_kv_heads, head_size, size, softcap, dtype):
         """Chunks in the middle and at the end of prompts, whole prompts, a request without rows."""
         generator = torch.Generator().manual_seed(head_size)
         prompts = prompts_of(ends, num_kv_heads, head_size, size, torch.bfloat16, generator)
         shape = (len(ends), max(lengths), group * num_kv_heads, head_size)
-        queries = 2 * torch.randn(shape, generator=generator)
+        queries = (2 * torch.randn(shape, generator=generator)).to(dtype)
         for row, length in zip(queries, lengths, strict=True):
             row[: max(lengths) - length] = NAN  # rows are right-aligned
         rows, positions = torch.tensor(lengths), torch.tensor(ends) - torch.tensor(lengths)
@@ -125,11 +126,36 @@ class TestColumnSums:
             native.key_attention_sum(queries, rows, torch.tensor([60]), prompts, torch.ones(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("lengths", "group", "num_kv_heads", "head_size", "size"),
+    [([1], 1, 1, 64, 16), ([63, 9, 64], 4, 2, 20, 16), ([1200, 33], 7, 1, 80, 32)],
+)
+def test_gaussian_logits(lengths, group, num_kv_heads, head_size, size, dtype):
+    generator = torch.Generator().manual_seed(head_size)
+    prompts = prompts_of(lengths, num_kv_heads, head_size, size, dtype, generator)
+    heads = (len(lengths), group * num_kv_heads, head_size)
+    mean = torch.randn(heads, generator=generator)
+    covariance = torch.randn(*heads, head_size, generator=generator)
+    arguments = (mean, covariance, prompts, scales_of(len(lengths), head_size**-0.5))
+    expected, found = (x.gaussian_logits(*arguments) for x in (reference_paged, native))
+    for ours, theirs, length in zip(found, expected, lengths, strict=True):
+        torch.testing.assert_close(ours[:, :length], theirs[:, :length], rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_smaller_instruction_sets(capability):
     """The kernels that other processors would use."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-P", "-m", "pytest", __file__, "-k", "TestWindow or TestColumn"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        __file__,
+        "-k",
+        "TestWindow or TestColumn or gauss",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

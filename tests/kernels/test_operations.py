@@ -29,10 +29,10 @@ def table(monkeypatch):
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_rows_of_the_table(operation):
-    """The name is the module's; a GPU has a kernel; all versions are called alike."""
+    """The name is the module's; GPUs have the kernels they need; all versions are called alike."""
     assert getattr(kernels, operation.name) is operation
     assert operation.name in kernels.__all__
-    assert operation.on("cuda").language == "Triton"
+    assert operation.on("cuda").language == ("torch" if operation.torch_on_gpu else "Triton")
     expected = list(inspect.signature(operation.definition).parameters.values())
     assert list(inspect.signature(operation).parameters.values()) == expected
     for call in (operation.on("cuda").call, operation.cpp):
@@ -66,7 +66,7 @@ def test_the_first_argument_tells_the_device(table, paged):
 
 
 def test_description_of_a_gpu():
-    assert kernels.describe("cuda") == "Triton"
+    assert kernels.describe("cuda") == "Triton; in torch: gaussian_logits"
 
 
 def test_description_of_a_cpu(cpp):

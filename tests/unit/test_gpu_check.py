@@ -240,25 +240,26 @@ def test_forced_model(checkpoint):
 class TestStress:
     def compact(self, monkeypatch, function):
         def ours(prompts, tables, interpret):
-            function(prompts, *tables)
+            function(prompts, tables)
 
         monkeypatch.setattr(stress, "compact", ours)
         return stress.run(rounds=8, seed=1, small=True, interpret=True)
 
     def test_right(self, monkeypatch):
-        def right(prompts, *tables):
-            stress.in_place(reference, prompts, *tables)
+        def right(prompts, tables):
+            stress.in_place(reference, prompts, tables)
 
         assert self.compact(monkeypatch, right) == 0
 
     def test_no_order_between_reading_and_writing(self, monkeypatch):
         """One head after the other: what a later head reads may be written already."""
 
-        def one_by_one(prompts, kept, count, *args):
-            for head in range(kept.shape[1]):
-                only = torch.zeros_like(count)
-                only[:, head] = count[:, head]
-                stress.in_place(reference, prompts, kept, only, *args)
+        def one_by_one(prompts, tables):
+            for head in range(tables.kept.shape[1]):
+                only = torch.zeros_like(tables.count)
+                only[:, head] = tables.count[:, head]
+                last = (tables.start + tables.count)[:, head]
+                stress.in_place(reference, prompts, tables._replace(count=only, num_pages=last))
 
         assert self.compact(monkeypatch, one_by_one) > 2  # of 8
 
@@ -267,9 +268,8 @@ class TestStress:
         generator = torch.Generator().manual_seed(3)
         rng = stress.random.Random(3)
         for _ in range(20):
-            prompts, (kept, count, start, num_full, num_kept) = stress.draw_case(
-                rng, generator, small=False
-            )
+            prompts, tables = stress.draw_case(rng, generator, small=False)
+            _, kept, count, start, _, num_full, num_kept = tables
             size = prompts.layout.block_size
             assert (start[:, 1:] >= (start + count)[:, :-1]).all()
             assert ((start + count)[:, -1] <= num_kept * kept.shape[1]).all()

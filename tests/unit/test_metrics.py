@@ -56,6 +56,9 @@ def test_exposition(tmp_path):
     counters = Counters(str(tmp_path))
     counters.add(
         requests_compressed=3,
+        compressed_at_once=2,
+        compressed_pressure=0,
+        compressed_instead_of_preemption=1,
         requests_kept_whole=1,
         prompt_tokens=900,
         kept_tokens=192,
@@ -67,6 +70,9 @@ def test_exposition(tmp_path):
     expected = {
         ("requests_total", (("outcome", "compressed"),)): 3,
         ("requests_total", (("outcome", "kept_whole"),)): 1,
+        ("compressions_total", (("when", "at_once"),)): 2,
+        ("compressions_total", (("when", "pressure"),)): 0,
+        ("compressions_total", (("when", "instead_of_preemption"),)): 1,
         ("request_blocks_total", (("when", "before"),)): 30,
         ("request_blocks_total", (("when", "after"),)): 6,
         ("prompt_tokens_total", ()): 900,

@@ -172,6 +172,11 @@ class CompressedManager(FullAttentionManager):
             self._release_entry(tracked)
         return super().pop_blocks_for_free(request_id)
 
+    def forget_waiting(self, request_id: str) -> None:
+        """A request that gets no blocks keeps no entry: those that have blocks may need it."""
+        if not self.req_to_blocks.get(request_id) and request_id in self.tracked:
+            self._release_entry(self.tracked[request_id])
+
     def _release_entry(self, tracked: TrackedRequest) -> None:
         self.free_entries += tracked.holds_entry
         tracked.holds_entry = False
@@ -265,6 +270,8 @@ class CompressedKVCacheManager(KVCacheManager):
         blocks = super().allocate_slots(request, *args, **kwargs)
         while blocks is None and self.relieve(request):
             blocks = super().allocate_slots(request, *args, **kwargs)
+        if blocks is None:
+            self.compressed.forget_waiting(request.request_id)
         return blocks
 
 

@@ -156,10 +156,12 @@ class CompressionPolicy:
         return True
 
     def _may_compress(self, tracked: TrackedRequest) -> bool:
-        """Not before a replay has come to where the request was compressed before."""
+        """Not its last token's cache, and no replay before where it was compressed at first."""
         request = tracked.request
         req_id = request.request_id
         if self.manager.compressed.tracked.get(req_id) is not tracked:
+            return False
+        if not self._goes_on(request):
             return False
         return request.num_computed_tokens >= self.boundaries.get(req_id, 0)
 

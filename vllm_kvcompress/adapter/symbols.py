@@ -188,6 +188,7 @@ _SCHEDULER = (
         ("SlidingWindowSpec", Use.HELD, "", "the one other group that may stand beside ours"),
         ("KVCacheConfig", Use.HELD, "kv_cache_groups", "finds our group"),
         ("KVCacheGroupSpec", Use.HELD, "kv_cache_spec", "finds our group"),
+        ("KVCacheSpec", Use.HELD, "block_size", "what workers say of their layers"),
         ("KVCacheLayout", Use.HELD, "LBHNC", "blocks, heads, tokens: has head pages"),
         ("is_quantized_kv_cache", Use.CALLED, "kv_cache_dtype", "which caches are numbers"),
     ),

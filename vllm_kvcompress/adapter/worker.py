@@ -43,7 +43,9 @@ class CompressedWorker(Worker):
         self.compressed_layers = layers_of(self.vllm_config)
         self.compressed_layers.order_of = partial(runners.request_order, self.model_runner)
         runners.veto_full_graphs(self.model_runner, self.compressed_layers)
-        if self.compressed_layers.facts.device.type != "cpu":  # nothing is compiled there
+        facts = self.compressed_layers.facts
+        assert facts.pages, "raises where the layers are not at equal distances"
+        if facts.device.type != "cpu":  # nothing is compiled there
             self.compressed_layers.warm_up(self.model_config.max_model_len)
 
     @torch.inference_mode()

@@ -6,12 +6,13 @@ from typing import ClassVar
 
 import torch
 
+from vllm_kvcompress import kernels
+from vllm_kvcompress.kernels.reference_paged import KEYS_AT_ONCE
 from vllm_kvcompress.options import require_bool, require_range, require_whole
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
 from vllm_kvcompress.workspace import RowShape
 
 _OFFSETS_AT_ONCE = 64
-_KEYS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Expected(Scorer):
     def workspace(self, row: RowShape) -> int:
         queries = row.num_q_heads * row.head_size
         covariance = 10 * queries * row.head_size
-        pieces = 2 * queries * min(row.length, _KEYS_AT_ONCE)
+        pieces = 2 * queries * min(row.length, KEYS_AT_ONCE)
         rotated = 6 * _OFFSETS_AT_ONCE * row.head_size**2
         return 3 * row.keys + 6 * row.logits + covariance + pieces + rotated
 
@@ -81,27 +82,21 @@ class Expected(Scorer):
     def _logits(self, ctx: ScoringContext) -> torch.Tensor:
         """Log of the expected exponential of the logits, [R, Hkv, G, T] float32."""
         assert ctx.moments is not None, "expected needs query moments"
-        num_kv_heads = ctx.keys.shape[1]
+        num_kv_heads = ctx.prompts.num_kv_heads
         turn = self._mean_rotation(ctx)[:, None]  # [R, 1, D, D], row j: the image of unit vector j
-        scale = ctx.scale[:, None, None, None]
         count = ctx.moments.num_tokens.clamp_min(1)[:, None, None]
         mean = ctx.moments.total / count  # [R, Hq, D]
-        turned = torch.matmul(mean[:, :, None], turn)[:, :, 0].unflatten(1, (num_kv_heads, -1))
-        logits = scale * torch.matmul(turned, ctx.keys.transpose(2, 3))
+        turned = torch.matmul(mean[:, :, None], turn)[:, :, 0]
         if not self.covariance:
-            return logits
+            grouped = turned.unflatten(1, (num_kv_heads, -1))
+            return ctx.scale[:, None, None, None] * torch.matmul(grouped, ctx.keys.transpose(2, 3))
         # float64: the difference of two large numbers
         centre = mean.double()
         spread = ctx.moments.outer.double() / count[..., None]
         spread = (spread - centre[..., None] * centre[:, :, None]).float()
         spread = torch.matmul(torch.matmul(turn.transpose(2, 3), spread), turn)
-        spread = spread.unflatten(1, (num_kv_heads, -1))  # [R, Hkv, G, D, D]
-        # G products as large as the keys: a piece of the prompt at a time
-        pieces = [
-            (torch.matmul(keys, spread) * keys).sum(-1)
-            for keys in ctx.keys[:, :, None].split(_KEYS_AT_ONCE, dim=3)
-        ]
-        return logits + (0.5 * scale.double().square()).float() * torch.cat(pieces, dim=3)
+        logits = kernels.gaussian_logits(turned, spread, ctx.prompts, ctx.scale)
+        return logits.unflatten(1, (num_kv_heads, -1))
 
     def _mean_rotation(self, ctx: ScoringContext) -> torch.Tensor:
         """RoPE averaged over the horizon, as the images [R, D, D] of the unit vectors.
