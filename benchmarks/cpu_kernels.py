@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference
+from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference, reference_paged
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE, WINDOW, CAPACITY, TRACE = 32, 32, 96, 4
@@ -109,6 +109,14 @@ def cases(model: Model, num: int, length: int, chunk: int) -> Iterator[Case]:
 
     rows, positions = torch.full((num,), chunk), lens - chunk
     yield both_ways("key_attention_sum", queries, rows, positions, prompts, scale)
+    mean = torch.randn(num, *heads, generator=generator)
+    outer = mean[..., None] * mean[:, :, None]
+    gaussian = (mean, outer, prompts, scale)
+    yield Case(
+        "gaussian_logits",
+        functools.partial(native.gaussian_logits, *gaussian),
+        functools.partial(reference_paged.gaussian_logits, *gaussian),
+    )
     yield from row_cases(model, prompts, lens)
 
 

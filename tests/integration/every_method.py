@@ -192,11 +192,9 @@ def serve(llm, requests: Sequence[Request]) -> list[Served]:
         stepper.step()
         for name, ids in stepper.prompts.items():
             computed = stepper.num_computed(name)
-            if computed <= len(ids):  # compressed at the beginning of the step after the prompt
-                continue
-            if name not in held:
+            # compressed at the beginning of the step after the prompt
+            if computed > len(ids) and name not in held:
                 held[name] = held_pages(stepper, name)
-            else:
                 behind = computed - len(ids) // BLOCK_SIZE * BLOCK_SIZE
                 blocks[name] = held_blocks(stepper, name) - -(-behind // BLOCK_SIZE)
     stepper.run()

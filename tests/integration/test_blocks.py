@@ -23,8 +23,7 @@ from vllm_kvcompress.config import metrics_dir
 from vllm_kvcompress.metrics import totals
 
 
-@pytest.mark.parametrize("name", ["snapkv", "bacon+adakv"])
-@pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix-cache", "no-prefix-cache"])
+@pytest.mark.parametrize(("name", "prefix_cache"), [("snapkv", True), ("bacon+adakv", False)])
 def test_blocks_return_after_the_prompt(checkpoint, name, prefix_cache):
     """20 blocks of a prompt become 3, one step after the one that ends it; metrics say so."""
     length = 19 * BLOCK_SIZE + 5

@@ -2,7 +2,8 @@
 """Every legal scorer x allocator x merge in the real engine, equal to the oracle's reference.
 
 The whole product runs, not a sample, because all settings share one engine (``reconfigure``) and
-the oracle one prefill of each prompt: a combination costs a few steps of a tiny Qwen2-VL. What is
+the oracle one prefill of each prompt: a combination costs a few steps of a tiny Qwen2-VL. Half of
+the combinations get their prompts in chunks, as many of each scorer, allocator and merge. What is
 compared, for each layer and KV head of each request: head pages, keys and values in them (so kept
 positions and merged entries), blocks that the request still holds, and the next tokens with their
 log-probabilities.
@@ -74,11 +75,14 @@ def legal(method: str) -> bool:
     return True
 
 
-PRODUCT = [
-    method
-    for method in map("+".join, itertools.product(SCORERS, ALLOCATORS, ("none", *MERGES)))
-    if legal(method)
-]
+PARTS = (tuple(SCORERS), tuple(ALLOCATORS), ("none", *MERGES))
+PRODUCT = [method for method in map("+".join, itertools.product(*PARTS)) if legal(method)]
+
+
+def chunks_of(method: str) -> str:
+    """One of CHUNKS for each of the product; the tests below run every method both ways."""
+    places = [names.index(part) for names, part in zip(PARTS, method.split("+"), strict=True)]
+    return tuple(CHUNKS)[sum(places) % 2]
 
 
 def check(llm, reference: Reference, raw: dict) -> None:
@@ -91,7 +95,12 @@ def check(llm, reference: Reference, raw: dict) -> None:
     assert_clean(llm, free)
 
 
-@pytest.mark.parametrize("method", PRODUCT)
+@pytest.mark.parametrize(
+    ("llm", "method"),
+    [(chunks_of(method), method) for method in sorted(PRODUCT, key=chunks_of, reverse=True)],
+    indirect=["llm"],
+    scope="module",
+)
 def test_product(llm, reference, complete, method):
     check(llm, reference, complete(settings(method)))
 
@@ -151,6 +160,7 @@ def test_options(llm, reference, complete, raw):
     check(llm, reference, complete(raw))
 
 
+@pytest.mark.parametrize("llm", ["chunked"], indirect=True, scope="module")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(llm, reference, complete, preset):
     """Published systems; those that name no budget get that of the other tests."""

@@ -71,14 +71,13 @@ def assert_hybrid_clean(llm, free: int) -> None:
     assert free_blocks(llm) == free
     check_pool(scheduler_of(llm).kv_cache_manager.block_pool)
     layers = compressed_layers(llm)
-    assert len(layers.slots) == len(layers.entries) == 0
+    assert len(layers.slots) == len(layers.waiting.entries) == 0
     assert layers.plans == {}
     for manager in scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers:
         assert not any(manager.req_to_blocks.values())
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix-cache", "no-prefix-cache"])
-@pytest.mark.parametrize("chunk", [100, 2048])
+@pytest.mark.parametrize(("chunk", "prefix_cache"), [(100, True), (2048, False)])
 def test_budget_covers_prompt(gemma, chunk, prefix_cache):
     settings = {"max_num_batched_tokens": chunk, "enable_prefix_caching": prefix_cache}
     with engine(gemma, **settings) as llm:

@@ -54,6 +54,13 @@ def calm(model: str, method: Method):
         return generate(llm, STORM, greedy(STORM_DECODE))
 
 
+by_pair = pytest.mark.parametrize(
+    ("method", "mode"),
+    [(METHODS[0], "sync"), (METHODS[1], "async")],
+    ids=lambda value: getattr(value, "name", value),
+)
+"""Where the two have nothing to do with each other."""
+
 by_scheduling = pytest.mark.parametrize("mode", ["sync", "async"])
 
 
@@ -76,8 +83,8 @@ def test_preemption_storm(checkpoint, method, mode, chunk):
         engine(
             model,
             method,
-            num_gpu_blocks_override=20,
-            max_model_len=512,
+            num_gpu_blocks_override=15,
+            max_model_len=384,
             max_num_batched_tokens=chunk,
         ) as llm,
     ):
@@ -140,7 +147,7 @@ def test_priority_preemption(checkpoint):
     """The victim is not the last of the batch, so rows move in the worker's tables."""
     model, method = checkpoint("llama"), METHODS[1]
     with engine(
-        model, method, num_gpu_blocks_override=20, max_model_len=512, scheduling_policy="priority"
+        model, method, num_gpu_blocks_override=15, max_model_len=384, scheduling_policy="priority"
     ) as llm:
         free = free_blocks(llm)
         stepper = Stepper(llm)
@@ -161,8 +168,7 @@ PHASES = {
 }
 
 
-@by_name
-@by_scheduling
+@by_pair
 @pytest.mark.parametrize("phase", PHASES)
 def test_abort(checkpoint, shared_engine, method, mode, phase):
     """Neighbours do not notice, and nothing of the victim stays."""
@@ -179,7 +185,7 @@ def test_abort(checkpoint, shared_engine, method, mode, phase):
     # 48 tokens a step, one for the decode: the victim's chunks end at 47, 94, 141, 188, 235, 258
     stepper.run_until(lambda: PHASES[phase](stepper), limit=40)
     if phase == "inside the window" and mode == "sync":
-        assert stepper.internal["victim"] in compressed_layers(llm).entries
+        assert stepper.internal["victim"] in compressed_layers(llm).waiting.entries
     stepper.abort("victim")
     stepper.run()
     assert "victim" not in stepper.done or stepper.done["victim"].finish_reason == "abort"
@@ -219,8 +225,7 @@ def first(answer, count: int):
     return type(answer)(answer.token_ids[:count], answer.logprobs[:count])
 
 
-@by_name
-@by_scheduling
+@by_pair
 def test_parallel_sampling(checkpoint, method, mode):
     """n=3 with a seed equals three requests with the seeds vLLM gives its children.
 
@@ -246,8 +251,7 @@ def test_parallel_sampling(checkpoint, method, mode):
         assert_clean(llm, free)
 
 
-@by_name
-@by_scheduling
+@by_pair
 def test_streaming(checkpoint, shared_engine, method, mode):
     """Deltas add up to the answer, one token per step."""
     llm = shared_engine(method, mode)

@@ -324,7 +324,7 @@ def machine(checkpoint):
 
 
 def test_random_lives(capsys):
-    run_machine(200)
+    run_machine(80)
     with capsys.disabled():
         print(f"\n{_total['steps']} scheduler steps checked: {dict(_total)}")
     assert _total["steps"] >= MIN_STEPS
@@ -395,7 +395,18 @@ def _send_orders_a_step_late():
 
 
 def _forget_boundaries():
-    return CompressionPolicy, "_may_compress", lambda self, tracked: True
+    original = CompressionPolicy.end_step
+
+    def end_step(self, output):
+        orders = original(self, output)
+        self.boundaries.clear()
+        return orders
+
+    return CompressionPolicy, "end_step", end_step
+
+
+def _keep_entries_of_waiting_requests():
+    return kv_cache.CompressedManager, "return_entry", lambda self, tracked: None
 
 
 def _do_not_split():
@@ -420,9 +431,10 @@ def _forget_entries():
         _forget_boundaries,
         _do_not_split,
         _forget_entries,
+        _keep_entries_of_waiting_requests,
     ],
 )
 def test_mutations_are_noticed(monkeypatch, mutation):
     monkeypatch.setattr(*mutation())
     with pytest.raises((AssertionError, KeyError)):
-        run_machine(200, shrink=False)
+        run_machine(80, shrink=False)

@@ -32,8 +32,7 @@ def test_every_budget(kind, length):
     equals_the_reference(scores, torch.tensor([budgets]), full, full, length)
 
 
-@pytest.mark.parametrize("kind", ["normal", "special"])
-@pytest.mark.parametrize("slack", [0, 5])
+@pytest.mark.parametrize(("kind", "slack"), [("normal", 5), ("special", 0)])
 def test_ragged_requests(kind, slack):
     """Requests of unlike lengths with pinned ranges, a count for each head, garbage behind."""
     length, candidates, pinned_end = 4200, [4097, 1000, 0, 63], [4128, 1000, 32, 64]

@@ -172,10 +172,10 @@ class CompressedManager(FullAttentionManager):
             self._release_entry(tracked)
         return super().pop_blocks_for_free(request_id)
 
-    def forget_waiting(self, request_id: str) -> None:
-        """A request that gets no blocks keeps no entry: those that have blocks may need it."""
-        if not self.req_to_blocks.get(request_id) and request_id in self.tracked:
-            self._release_entry(self.tracked[request_id])
+    def return_entry(self, tracked: TrackedRequest) -> None:
+        """A request that got no blocks keeps no entry, which one that has blocks may need."""
+        if not self.req_to_blocks.get(tracked.request.request_id):
+            self._release_entry(tracked)
 
     def _release_entry(self, tracked: TrackedRequest) -> None:
         self.free_entries += tracked.holds_entry
@@ -270,8 +270,6 @@ class CompressedKVCacheManager(KVCacheManager):
         blocks = super().allocate_slots(request, *args, **kwargs)
         while blocks is None and self.relieve(request):
             blocks = super().allocate_slots(request, *args, **kwargs)
-        if blocks is None:
-            self.compressed.forget_waiting(request.request_id)
         return blocks
 
 

@@ -32,6 +32,7 @@ class CompressionPolicy:
         self.manager = CompressedKVCacheManager.adopt(scheduler.kv_cache_manager, self.relieve)
         self.orders: dict[str, CompressionOrder] = {}
         self.boundaries: dict[str, int] = {}
+        self._took_entry: list[TrackedRequest] = []  # in this step
         # requests whose prompts are being computed, and prompts that wait for their compression
         self._prefilling: dict[str, TrackedRequest] = {}
         self._waiting: dict[str, TrackedRequest] = {}
@@ -87,6 +88,7 @@ class CompressionPolicy:
         if start + num_new_tokens <= first_row or start >= request.num_prompt_tokens:
             return num_new_tokens
         compressed = self.manager.compressed
+        self._took_entry.append(tracked)
         if compressed.take_entry(tracked):
             return num_new_tokens
         if self._compress_largest(Outcome.PRESSURE, needs_entry=True):
@@ -97,6 +99,9 @@ class CompressionPolicy:
     def end_step(self, output: SchedulerOutput) -> StepOrders:
         """What the workers must know of this step."""
         tracked = self.manager.compressed.tracked
+        for request in self._took_entry:
+            self.manager.compressed.return_entry(request)
+        self._took_entry = []
         entering = [new.req_id for new in output.scheduled_new_reqs]
         entering += output.scheduled_cached_reqs.resumed_req_ids
         for req_id in entering:
