@@ -133,7 +133,8 @@ class Plan(NamedTuple):
     """How much work a run does. Lengths in tokens.
 
     Attributes:
-        long_output_tokens: of "oversubscribed".
+        long_prompt_tokens, long_output_tokens: of "oversubscribed"; prompts that leave little of
+            the pool, so that answers outgrow it.
         single: prompt lengths.
         rounds: of tight and roomy; "oversubscribed" has half of them.
         roomy_for: requests that the pool of "roomy" holds uncompressed.
@@ -142,6 +143,7 @@ class Plan(NamedTuple):
     requests: int
     prompt_tokens: int
     output_tokens: int
+    long_prompt_tokens: int
     long_output_tokens: int
     single: tuple[int, ...]
     rounds: int
@@ -153,9 +155,9 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "cpu": Plan(24, 1000, 64, 128, (500, 1000, 2000, 4000), 10, 32),
-    "cuda": Plan(16, 8192, 512, 1024, (2048, 8192, 32768), 4, 20),
-    "quick": Plan(5, 300, 6, 40, (200,), 1, 7),  # does it run at all?
+    "cpu": Plan(24, 1000, 64, 800, 128, (500, 1000, 2000, 4000), 10, 32),
+    "cuda": Plan(16, 8192, 512, 8000, 1024, (2048, 8192, 32768), 4, 20),
+    "quick": Plan(5, 300, 6, 300, 40, (200,), 1, 7),  # does it run at all?
 }
 
 
@@ -167,15 +169,17 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def measure(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Settings, list[Row]]]:
-    def blocks(output_tokens: int) -> int:
-        return -(-(plan.prompt_tokens + output_tokens) // args.block_size)
+    def blocks(tokens: int) -> int:
+        return -(-tokens // args.block_size)
 
-    longest = max(plan.prompt_tokens + plan.long_output_tokens, *plan.single) + 64
-    per_request = blocks(plan.output_tokens)
+    most = plan.prompt_tokens + plan.output_tokens
+    most_long = plan.long_prompt_tokens + plan.long_output_tokens
+    longest = max(most, most_long, *plan.single) + 64
+    per_request = blocks(most)
     pools = {
         "tight": 3 * per_request + per_request // 2,
-        "roomy": max(plan.roomy_for * per_request, -(-longest // args.block_size) + 1),
-        "oversubscribed": -(-plan.requests * blocks(plan.long_output_tokens) // 3),
+        "roomy": max(plan.roomy_for * per_request, blocks(longest) + 1),
+        "oversubscribed": -(-plan.requests * blocks(most_long) // 3),
     }
     arms = {w: tuple(a for a in ARMS[w] if a in ("stock", *args.policies)) for w in args.workloads}
     single_by = [workload for workload in args.workloads if "always" in arms[workload]][-1:]
@@ -194,12 +198,14 @@ def measure(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Settings, li
         )
         print(f"starting engines with a pool of {pool} blocks: {', '.join(arms[workload])}",
               flush=True)  # fmt: skip
-        load = {"requests": plan.requests, "prompt_tokens": plan.prompt_tokens}
-        load["output_tokens"], rounds = plan.output_tokens, plan.rounds
         if workload == "oversubscribed":
-            load["output_tokens"], rounds = plan.long_output_tokens, -(-plan.rounds // 2)
+            lengths, rounds = (plan.long_prompt_tokens, plan.long_output_tokens), plan.rounds // 2
+        else:
+            lengths, rounds = (plan.prompt_tokens, plan.output_tokens), plan.rounds
+        load = dict(zip(("prompt_tokens", "output_tokens"), lengths, strict=True))
+        load["requests"] = plan.requests
         with Engines(settings, arms[workload]) as engines:
-            found = engines.repeat("burst", rounds, arms[workload], **load)
+            found = engines.repeat("burst", max(1, rounds), arms[workload], **load)
             yield settings, as_rows(workload, found)
             for length in plan.single if workload in single_by else ():
                 if length + 64 > settings.max_model_len:
