@@ -172,13 +172,26 @@ class Served:
     """What an engine made of one request.
 
     Attributes:
-        held: head pages when the prompt had ended.
+        held: head pages of the prompt when it has been compressed.
         kept_blocks: blocks that the full blocks of the prompt still hold afterwards.
     """
 
     answer: Answer
     held: HeldPages
     kept_blocks: int
+
+
+def of_prompt(held: HeldPages, length: int) -> HeldPages:
+    """Without what was decoded behind a prompt of ``length`` tokens."""
+    keys, values = (
+        [[rows[: len(rows) + length - held.num_computed] for rows in heads] for heads in part]
+        for part in (held.keys, held.values)
+    )
+    pages = [
+        [ids[: -(-len(rows) // BLOCK_SIZE)] for ids, rows in zip(*layer, strict=True)]
+        for layer in zip(held.page_ids, keys, strict=True)
+    ]
+    return HeldPages(keys, values, pages, length)
 
 
 def serve(llm, requests: Sequence[Request]) -> list[Served]:
@@ -194,7 +207,7 @@ def serve(llm, requests: Sequence[Request]) -> list[Served]:
             computed = stepper.num_computed(name)
             # compressed at the beginning of the step after the prompt
             if computed > len(ids) and name not in held:
-                held[name] = held_pages(stepper, name)
+                held[name] = of_prompt(held_pages(stepper, name), len(ids))
                 behind = computed - len(ids) // BLOCK_SIZE * BLOCK_SIZE
                 blocks[name] = held_blocks(stepper, name) - -(-behind // BLOCK_SIZE)
     stepper.run()

@@ -98,7 +98,7 @@ def test_groups(gemma):
         specs = [g.kv_cache_spec for g in model_runner(llm).kv_cache_config.kv_cache_groups]
         assert sum(isinstance(spec, CompressedSpec) for spec in specs) == 1
         assert any(isinstance(spec, SlidingWindowSpec) for spec in specs)
-        ours = set(compressed_layers(llm).position_of)
+        ours = set(compressed_layers(llm).facts.position_of)
         assert sorted(int(name.split(".")[2]) for name in ours) == FULL_LAYERS
         context = model_runner(llm).compilation_config.static_forward_context
         for name, layer in context.items():
