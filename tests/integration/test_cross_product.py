@@ -231,7 +231,7 @@ def _nothing_merged(original):
 
 
 def _pages_of_another_owner(original):
-    return lambda *args: original(*args[:-2], args[-2].flip(1), args[-1].flip(1))
+    return lambda *args: original(*args[:-2], args[-2].flip(1, 2), args[-1].flip(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def _pages_of_another_owner(original):
         ("h2o+pyramid", kernels, "select_tokens", _one_token_off),
         ("bacon+aircache", kernels, "stage_tokens", _of_the_other_head),
         ("snapkv+uniform+lookm", LookM, "merge", _nothing_merged),
-        ("snapkv+adakv", HeadPageState, "set_pages", _pages_of_another_owner),
-        ("elastic+pyramid", HeadPageState, "set_all_pages", _pages_of_another_owner),
+        ("snapkv+adakv", HeadPageState, "store", _pages_of_another_owner),
+        ("elastic+pyramid", HeadPageState, "store", _pages_of_another_owner),
     ],
 )
 def test_mutations_are_noticed(

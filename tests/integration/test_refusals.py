@@ -101,7 +101,7 @@ def test_engine_features(checkpoint, family, settings, reason, advice):
     [
         ({"method": "bacno"}, {}, ["unknown scorer 'bacno'", "Did you mean 'bacon'?", "snapkv"]),
         ({"method": "bacon+adkv"}, {}, ["unknown allocator 'adkv'", "Did you mean 'adakv'?"]),
-        ({"budget": 64}, {}, ["'method' is missing", '{"method": "bacon"}']),
+        ({"budget": 64}, {}, ["no method", '{"method": "bacon"}']),
         (BACON | {"bugdet": 1}, {}, ["unknown key 'bugdet'", "Did you mean 'budget'?"]),
         (BACON | {"alpha": 0.1}, {}, ["unknown key 'alpha' for bacon", "Valid: method, budget"]),
         (BACON | {"mode": "rle"}, {}, ["mode must be one of e, el, elt, rel, got 'rle'"]),
@@ -183,12 +183,17 @@ def test_attention_features():
 def test_scales_of_single_heads():
     """Checkpoints bring them; one scale may come as a number or as a row of one."""
     layers = [torch.nn.Module(), torch.nn.Module()]
+    for layer in layers:
+        layer.impl = SimpleNamespace(logits_soft_cap=None)
     layers[0].register_buffer("_k_scale", torch.tensor(0.5))
     layers[1].register_buffer("_k_scale", torch.tensor([0.5]))
-    refusals.check_scales(layers)
+    refusals.check_layers(layers)
     layers[1].register_buffer("_k_scale", torch.tensor([0.5, 0.25]))
     with pytest.raises(KVCompressionError, match=r"each KV head.*without --kv-compression"):
-        refusals.check_scales(layers)
+        refusals.check_layers(layers)
+    layers[1].impl.logits_soft_cap = 30.0
+    with pytest.raises(KVCompressionError, match=r"each KV head[^$]*cap their logits differently"):
+        refusals.check_layers(layers)
 
 
 @pytest.mark.parametrize(

@@ -125,9 +125,8 @@ def _check_engine(original):
         refusals.check(vllm_config, settings)
         # vLLM resolves both by name in the processes that need them, and fails where it cannot
         parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
-        parallel.worker_cls = refusals.WORKERS[parallel.worker_cls]
-        kind = "CompressedAsyncScheduler" if scheduler.async_scheduling else "CompressedScheduler"
-        scheduler.scheduler_cls = f"vllm_kvcompress.adapter.scheduler.{kind}"
+        parallel.worker_cls = refusals.WORKERS.get(parallel.worker_cls, parallel.worker_cls)
+        scheduler.scheduler_cls = refusals.SCHEDULERS[bool(scheduler.async_scheduling)]
         telemetry.publish()
         return vllm_config
 

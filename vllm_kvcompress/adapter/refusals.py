@@ -28,6 +28,12 @@ WORKERS = {
 }
 """vLLM's workers, and ours in their place."""
 
+SCHEDULERS = {
+    False: "vllm_kvcompress.adapter.scheduler.CompressedScheduler",
+    True: "vllm_kvcompress.adapter.scheduler.CompressedAsyncScheduler",
+}
+"""Ours, by whether scheduling is asynchronous."""
+
 
 def check(vllm_config: VllmConfig, settings: KVCompressionConfig) -> None:
     """Raise one error with every reason why this engine cannot compress.
@@ -74,10 +80,12 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
          f"--max-model-len {model.max_model_len}: lower the window"),
         (vllm_config.attention_config.use_non_causal, "non-causal attention: serve the model "
          "without --kv-compression"),
-        (parallel.worker_cls not in WORKERS, f"--worker-cls {parallel.worker_cls}: compression "
-         "brings its own worker, so remove the flag"),
-        (scheduler.scheduler_cls is not None, f"--scheduler-cls {scheduler.scheduler_cls}: "
-         "compression brings its own scheduler, so remove the flag"),
+        (parallel.worker_cls not in {*WORKERS, *WORKERS.values()},
+         f"--worker-cls {parallel.worker_cls}: compression brings its own worker, so remove the "
+         "flag"),
+        (scheduler.scheduler_cls not in {None, *SCHEDULERS.values()},
+         f"--scheduler-cls {scheduler.scheduler_cls}: compression brings its own scheduler, so "
+         "remove the flag"),
         (_shadows_triton_kernels(), "the folder triton_kernels of this project is on sys.path, "
          "where vLLM takes it for OpenAI's package of that name: start vLLM from another folder, "
          "or with python -P"),
