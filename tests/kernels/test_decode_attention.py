@@ -198,9 +198,10 @@ def test_float8_pages(function, dtype, precision):
     case = draw_case(RAGGED, 9, 37, 4, 64, 16, dtype)
     key_scale, value_scale = 0.37, 1.9
     pages, layout, *others = case.args
-    layout = layout._replace(key_scale=key_scale, value_scale=value_scale)
     queries = case.queries.to(precision)
-    found = function(queries, pages, layout, *others, 0.2)
+    found = function(
+        queries, pages, layout, *others, 0.2, key_scale=key_scale, value_scale=value_scale
+    )
     assert found.dtype == precision
     scales = torch.tensor([key_scale, value_scale]).repeat_interleave(64)
     scaled = [[rows * scales for rows in heads] for heads in case.held_rows]
