@@ -34,9 +34,9 @@ class RequestSlots:
         """Numbers of known requests, int64."""
         return np.array([self._slot_of[req_id] for req_id in req_ids], dtype=np.int64)
 
-    def release(self, req_ids: Iterable[str]) -> None:
-        """Take numbers back; ids that have none are ignored."""
-        for req_id in req_ids:
-            slot = self._slot_of.pop(req_id, None)
-            if slot is not None:
-                self._free.append(slot)
+    def release(self, req_ids: Iterable[str]) -> np.ndarray:
+        """Take numbers back, and return them, int64; ids that have none are ignored."""
+        known = [req_id for req_id in req_ids if req_id in self._slot_of]
+        freed = [self._slot_of.pop(req_id) for req_id in dict.fromkeys(known)]
+        self._free += freed
+        return np.array(freed, dtype=np.int64)

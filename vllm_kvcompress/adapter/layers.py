@@ -126,10 +126,7 @@ class CompressedLayers:
         self._num_computed = {request.req_id: request.num_computed_tokens for request in new}
         self._num_computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         self.step_brings_rows = self._brings_rows(output.num_scheduled_tokens)
-        fresh = self.slots.assign(output.num_scheduled_tokens)
-        if fresh.size:
-            self.is_compressed[fresh] = False
-            self.state.reset(self.facts.upload(fresh))
+        self.slots.assign(output.num_scheduled_tokens)
 
     def end_step(self) -> None:
         self._num_computed = None
@@ -165,7 +162,11 @@ class CompressedLayers:
         """These requests have left, or come back as new ones."""
         for req_id in req_ids:
             self.plans.pop(req_id, None)
-        self.slots.release(req_ids)
+        freed = self.slots.release(req_ids)
+        dirty = freed[self.is_compressed[freed]]
+        if dirty.size:
+            self.is_compressed[dirty] = False
+            self.state.reset(self.facts.upload(dirty))
         self.waiting.release(req_ids)
 
     # compression
