@@ -183,7 +183,8 @@ class StackProjector:
         for index, layer_idx in enumerate(layers):
             groups.setdefault(id(self.inputs[layer_idx].rotary_emb), []).append(index)
         for members in groups.values():
-            where = torch.tensor(members, device=queries.device)
+            # all layers share one module as a rule; a list of indices would wait for the device
+            where = slice(None) if len(groups) == 1 else torch.tensor(members).to(queries.device)
             inputs = self.inputs[layers[members[0]]]
             chosen = rows[where]  # [L', N, M, H, D]
             flat = chosen.flatten(0, 2).flatten(1).to(inputs.hidden.dtype).contiguous()

@@ -55,6 +55,11 @@ class CompressedSpec(FullAttentionSpec):
         return max(1, min(room, self.max_entries))
 
     @property
+    def copy_bytes(self) -> int:
+        """Bound on what is copied at a time of what prompts keep."""
+        return (self.planner.config.workspace_mib << 20) // 4
+
+    @property
     def planner(self) -> BlockPlanner:
         assert self.num_layers, "plans are made from the spec of a group"
         return BlockPlanner(self.settings, self.block_size, self.num_layers, self.model_kv_heads)
@@ -157,10 +162,13 @@ class CompressedManager(FullAttentionManager):
         self._release_entry(tracked)
         return order
 
-    def num_freeable(self, tracked: TrackedRequest) -> int:
-        """Blocks that the pool gains if the prompt is compressed; others may share the rest."""
+    def share_of_blocks(self, tracked: TrackedRequest) -> float:
+        """Blocks that compressing the prompt gives up, each divided by those that share it.
+
+        A block comes back when the last of them is compressed, so every one has its part in that.
+        """
         blocks = self.req_to_blocks[tracked.request.request_id]
-        return sum(block.ref_cnt == 1 for block in blocks[: tracked.plan.num_freed_blocks])
+        return sum(1 / block.ref_cnt for block in blocks[: tracked.plan.num_freed_blocks])
 
     def count_whole(self) -> None:
         """A prompt has ended that fits its budget."""
@@ -250,14 +258,14 @@ class CompressedKVCacheManager(KVCacheManager):
         manager.compressed, manager.relieve = compressed, relieve
         return manager
 
-    def get_computed_blocks(self, request: Request):
+    def get_computed_blocks(self, request: Request, *args, **kwargs):
         """Prefix-cache hits end before rows that a method looks at, and before the kept blocks."""
         plan = self.compressed.track(request).plan
         if not plan.compresses:
-            return super().get_computed_blocks(request)
+            return super().get_computed_blocks(request, *args, **kwargs)
         token = _hit_cap.set(plan.max_hit)
         try:
-            blocks, num_hit, boundary = super().get_computed_blocks(request)
+            blocks, num_hit, boundary = super().get_computed_blocks(request, *args, **kwargs)
         finally:
             _hit_cap.reset(token)
         if self.num_kv_cache_groups > 1:

@@ -60,6 +60,9 @@ class CompressedLayers:
         self.facts = LayerFacts(vllm_config, modules, spec.num_kv_heads, device, layout)
         self.block_size, self.num_kv_heads = spec.block_size, spec.num_kv_heads
         self.num_entries = spec.num_entries
+        # what waits is copied to be compressed: no more than reserved_bytes counts
+        per_prompt = max(1, spec.entry_bytes * spec.num_layers)
+        self._prompts_together = max(1, spec.copy_bytes // per_prompt)
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         max_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
         self._max_length = max_blocks * self.block_size
@@ -99,7 +102,10 @@ class CompressedLayers:
             mean_over_replicas=self._mean_over_replicas,
             workspace_bytes=self.config.workspace_mib << 20,
         )
-        self.waiting = WaitingPrompts(self.facts, self.config, self.num_entries, self._max_length)
+        self.waiting = self._no_prompts()
+
+    def _no_prompts(self) -> WaitingPrompts:
+        return WaitingPrompts(self.facts, self.config, self.num_entries, self._max_length)
 
     @property
     def num_layers(self) -> int:
@@ -174,8 +180,10 @@ class CompressedLayers:
     def compress(self, orders: Sequence[CompressionOrder]) -> None:
         """Compress these prompts in all layers; afterwards they attend to their head pages."""
         orders = [order for order in orders if order.req_id in self.slots]
-        if not orders:
-            return
+        for start in range(0, len(orders), self._prompts_together):
+            self._compress(orders[start : start + self._prompts_together])
+
+    def _compress(self, orders: Sequence[CompressionOrder]) -> None:
         req_ids = [order.req_id for order in orders]
         slots = self.slots.of(req_ids)
         with self.telemetry.compression():
@@ -250,5 +258,5 @@ class CompressedLayers:
         self.waiting.fill_for_warm_up("")
         stack = self.waiting.stack([""], plan.num_rows)
         self.pipeline.compress(self._prompts(nobody, [order]), stack)
-        self.waiting.release([""])
+        self.waiting = self._no_prompts()  # attention may bring queries of another type
         self.state.reset(self.facts.upload(nobody))

@@ -68,4 +68,4 @@ def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) ->
     max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
     num_seqs = vllm_config.scheduler_config.max_num_seqs * spec.num_kv_heads
     workspace = spec.planner.config.workspace_mib << 20
-    return kept + workspace + 4 * table_ids(num_seqs, max_blocks, spec.num_layers)
+    return kept + spec.copy_bytes + workspace + 4 * table_ids(num_seqs, max_blocks, spec.num_layers)

@@ -145,14 +145,14 @@ class CompressionPolicy:
     def _compress_largest(self, outcome: Outcome, needs_entry: bool = False) -> bool:
         """Compress the waiting prompt that frees most blocks; False if there is none that helps."""
         compressed = self.manager.compressed
-        best, most = None, 0
+        best, most = None, 0.0
         bounds = sorted(self._waiting.values(), key=lambda t: -t.plan.num_freed_blocks)
         for tracked in bounds:
             if tracked.plan.num_freed_blocks <= most:  # no later one frees more
                 break
             if not self._may_compress(tracked) or (needs_entry and not tracked.holds_entry):
                 continue
-            gain = compressed.num_freeable(tracked)
+            gain = compressed.share_of_blocks(tracked)
             if gain > most or (needs_entry and best is None):
                 best, most = tracked, gain
         if best is None:
@@ -161,14 +161,17 @@ class CompressionPolicy:
         return True
 
     def _may_compress(self, tracked: TrackedRequest) -> bool:
-        """Not its last token's cache, and no replay before where it was compressed at first."""
+        """Whether it still needs its cache, and has replayed what it computed before."""
         request = tracked.request
         req_id = request.request_id
         if self.manager.compressed.tracked.get(req_id) is not tracked:
             return False
         if not self._goes_on(request):
             return False
-        return request.num_computed_tokens >= self.boundaries.get(req_id, 0)
+        boundary = self.boundaries.get(req_id)
+        if boundary is not None:
+            return request.num_computed_tokens >= boundary
+        return not request.is_prefill_chunk  # vLLM says so of replayed outputs, too
 
 
 class _CompressedScheduler(Scheduler):

@@ -126,7 +126,7 @@ _SCHEDULER = (
         "vllm.v1.core.kv_cache_manager",
         ("KVCacheManager", Use.HELD, "coordinator num_kv_cache_groups usage",
          "base of ours; finds our manager; the pressure policy"),
-        ("KVCacheManager.get_computed_blocks", Use.REPLACED, "self request",
+        ("KVCacheManager.get_computed_blocks", Use.WRAPPED, "self request",
          "caps prefix-cache hits: compaction writes into the blocks behind the cap",
          "tuple[KVCacheBlocks, int, int]"),
         ("KVCacheManager.allocate_slots", Use.WRAPPED, "self request",
@@ -165,8 +165,8 @@ _SCHEDULER = (
               ("KVCacheBlock", Use.HELD, "block_id is_null ref_cnt", "what a prompt holds")),
     *_symbols("vllm.v1.request",
               ("Request", Use.HELD,
-               "max_tokens mm_features num_computed_tokens num_output_placeholders "
-               "num_prompt_tokens request_id",
+               "is_prefill_chunk max_tokens mm_features num_computed_tokens "
+               "num_output_placeholders num_prompt_tokens request_id",
                "its plan follows from length and images; will it go on?")),
     *_symbols(
         "vllm.multimodal.inputs",

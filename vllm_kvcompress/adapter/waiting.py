@@ -162,7 +162,8 @@ class WaitingPrompts:
         store = self._queries
         assert store is not None, "queries were kept while the prompts were computed"
         by_entry = as_bytes(store).unflatten(1, (self.num_entries, self.config.max_rows))
-        kept = by_entry[:, entries, :num_rows].flip(2).view(store.dtype)
+        distance = torch.arange(num_rows - 1, -1, -1, device=entries.device)
+        kept = by_entry[:, entries[:, None], distance].view(store.dtype)
         if kept.dtype.itemsize > 1:
             return kept
         # the attention kernel takes float8 queries
