@@ -137,7 +137,7 @@ class CompressedBuilder:
             return super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
         batch = self.layers.batch(cam)
         compressed = batch.compressed
-        brings_rows = batch.bring_rows.any()
+        brings_rows = self.layers.step_brings_rows
         one_token = cam.max_query_len == 1 and not brings_rows
         if one_token and (self.replays_graphs or compressed.all()):
             slots = np.full(cam.num_reqs, self.layers.state.num_slots, dtype=np.int64)

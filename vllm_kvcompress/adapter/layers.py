@@ -160,7 +160,8 @@ class CompressedLayers:
             start = self._num_computed.get(req_id)
             if start is None or start >= plan.facts.length:
                 continue
-            if start + num_scheduled_tokens[req_id] > plan.first_row:
+            end = min(start + num_scheduled_tokens[req_id], plan.facts.length)
+            if end > plan.first_row:
                 return True
         return False
 
