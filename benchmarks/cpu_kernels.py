@@ -28,8 +28,8 @@ from vllm_kvcompress.kernels import PageLayout, PromptPages, native, reference, 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE, WINDOW, CAPACITY, TRACE = 32, 32, 96, 4
 PROXIES, GROUPS, TAU = 512, 32, 0.95
-TEXT_ROWS, INSTRUCTION, ELITE = 256, 40, 4
-"""Rows that are captured, those of the instruction, and elite ones of every query head."""
+KEPT_QUERIES, INSTRUCTION, ELITE = 256, 40, 4
+"""Queries that are kept, those of the instruction, and elite ones of every query head."""
 
 
 class Model(NamedTuple):
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
     operation: str
     native: Callable[[], Any]
-    plain: Callable[[], Any]
+    torch: Callable[[], Any]
 
 
 def transposed_layout(head_size: int) -> PageLayout:
@@ -60,7 +60,7 @@ def transposed_layout(head_size: int) -> PageLayout:
     return PageLayout(BLOCK_SIZE, head_size, keys, places + numel)
 
 
-def plainly(operation: Callable, *args: Any, **options: Any) -> Any:
+def in_torch(operation: Callable, *args: Any, **options: Any) -> Any:
     """A definition on keys that torch reads out of the pages first."""
     read = (
         reference.read_prompt(arg, "key") if isinstance(arg, PromptPages) else arg for arg in args
@@ -73,7 +73,7 @@ def both_ways(name: str, *args: Any, **options: Any) -> Case:
     return Case(
         name,
         functools.partial(getattr(native, name), *args, **options),
-        functools.partial(plainly, getattr(reference, name), *args, **options),
+        functools.partial(in_torch, getattr(reference, name), *args, **options),
     )
 
 
@@ -131,10 +131,10 @@ def row_cases(model: Model, prompts: PromptPages, lens: torch.Tensor) -> Iterato
     yield masses
     yield both_ways("cover_votes", masses.native(), lens, TAU, "floor")
 
-    rows, texts = proxies[:, :TEXT_ROWS], torch.full((num,), INSTRUCTION)
+    rows, texts = proxies[:, :KEPT_QUERIES], torch.full((num,), INSTRUCTION)
     yield both_ways("last_row_logits", rows, prompts, lens, texts, scale)
 
-    elite = torch.zeros(num, model.num_q_heads, TEXT_ROWS, dtype=torch.bool)
+    elite = torch.zeros(num, model.num_q_heads, KEPT_QUERIES, dtype=torch.bool)
     elite[:, :, -4 * ELITE :: 4] = True
     segment = torch.zeros(num, prompts.block_table.shape[1] * BLOCK_SIZE, dtype=torch.int64)
     segment[:, length - INSTRUCTION :] = -1
@@ -145,14 +145,14 @@ def check(case: Case) -> None:
     """Raises:
     AssertionError: the two ways disagree.
     """
-    torch.testing.assert_close(case.native(), case.plain(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(case.native(), case.torch(), rtol=1e-4, atol=1e-6)
 
 
 def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of both, in turns; the first pair warms up."""
-    found: dict[str, list[float]] = {"native": [], "plain": []}
+    found: dict[str, list[float]] = {"native": [], "torch": []}
     for number in range(rounds + 1):
-        for way in ("native", "plain"):
+        for way in ("native", "torch"):
             start = time.perf_counter()
             getattr(case, way)()
             if number:
@@ -223,7 +223,7 @@ def main() -> None:
                     shape = f"{model.name} {num} x {length}, {threads} threads"
                     print(
                         f"{shape:34}{case.operation:16}{row['native_p50']:>9} ms"
-                        f"{row['plain_p50']:>9} ms{row['ratio_p50']:>8} "
+                        f"{row['torch_p50']:>9} ms{row['ratio_p50']:>8} "
                         f"[{row['ratio_p20']}, {row['ratio_p80']}]",
                         flush=True,
                     )

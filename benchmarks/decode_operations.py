@@ -34,7 +34,7 @@ class DecodeInputs(NamedTuple):
     """Arguments of ``paged_decode``, in its order; then the tables that other kernels need.
 
     Attributes:
-        table, kv_len: of the virtual sequences.
+        table, kv_len: of the (request, KV head) pairs.
     """
 
     args: tuple

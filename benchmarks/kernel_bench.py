@@ -12,8 +12,8 @@ every call. Decode attention is replayed from a CUDA graph, as engines do it. Im
     einsum       the code path of projects around SnapKV, from contiguous keys and values
     kvpress      its SnapKV press, from the same
     topk         torch's, positions sorted
-    flash-attn   vLLM's own kernel over the virtual batch; "+tables": tables built in every layer
-    flashinfer   its batched decode over the virtual batch
+    flash-attn   vLLM's own kernel over the per-head batch; "+tables": tables built in every layer
+    flashinfer   its batched decode over the per-head batch
     row, tile, cuda   candidates for "ours" in select_tokens; the row "fastest" says which won
     copy         a device copy that reads half of the operation's bytes and writes as many; for
                  select_tokens, of the scores
@@ -105,7 +105,7 @@ class Timer:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            call()  # what is compiled or allocated once is not captured
+            call()  # what is compiled or allocated once stays out of the graph
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -194,7 +194,7 @@ def prepare(
     try:
         return graphs.replayed(found)
     except FAILURES as error:
-        return Absent(f"cannot be captured: {error}".partition("\n")[0])
+        return Absent(f"no graph can be captured: {error}".partition("\n")[0])
 
 
 def measure(

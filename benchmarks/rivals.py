@@ -69,7 +69,7 @@ def as_heads(pages: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.T
 
 
 class FlashAttention:
-    """vLLM's own FlashAttention over virtual sequences, as the adapter calls it.
+    """vLLM's own FlashAttention over the per-head batch, as the adapter calls it.
 
     Args:
         queries: [R * Hkv, G, D].
@@ -136,7 +136,7 @@ def flash_infer(
     lengths: torch.Tensor,
     jit: bool,
 ) -> Callable[[], torch.Tensor]:
-    """FlashInfer's batched decode over virtual sequences, planned beforehand.
+    """FlashInfer's batched decode over the per-head batch, planned beforehand.
 
     Args:
         queries, pages: as in :class:`FlashAttention`.

@@ -11,7 +11,7 @@ from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import reference
 
 PROXIES, GROUPS, TAU, COVER = 512, 32, 0.95, "floor"
-ROWS, ELITE = 256, 4  # rows that are captured of the instruction, and elite ones of every head
+ROWS, ELITE = 256, 4  # queries that are kept of the instruction, and elite ones of every head
 
 
 # group_attention_sum

@@ -13,7 +13,7 @@ definition, Triton module for GPUs, C++ for CPUs. They are called like their def
 """
 
 from vllm_kvcompress.kernels import native, reference, reference_decode, reference_paged
-from vllm_kvcompress.kernels.operations import Operation, describe, reasons_against
+from vllm_kvcompress.kernels.operations import Operation, describe, missing_on
 from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, as_bytes, as_stored
 from vllm_kvcompress.kernels.reference_decode import HeldPages
 
@@ -73,10 +73,10 @@ __all__ = [
     "head_page_tables",
     "key_attention_sum",
     "last_row_logits",
+    "missing_on",
     "paged_decode",
     "pool_prefix",
     "read_prompt",
-    "reasons_against",
     "select_tokens",
     "stage_tokens",
     "window_scores",

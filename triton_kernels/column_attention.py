@@ -40,8 +40,8 @@ def _row_lse_kernel(
 ):
     """Log-sum-exp of one tile of rows over the keys that they see."""
     i_row = tl.program_id(0).to(tl.int64) // num_q_heads
-    i_group = tl.program_id(0) % num_q_heads
-    i_head = i_group // (num_q_heads // num_kv_heads)
+    i_qhead = tl.program_id(0) % num_q_heads
+    i_head = i_qhead // (num_q_heads // num_kv_heads)
     scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     length = tl.load(lengths_ptr + i_row).to(tl.int32)
     end = tl.load(positions_ptr + i_row).to(tl.int32) + length  # position after the last row
@@ -49,7 +49,7 @@ def _row_lse_kernel(
     m_c = (o_c >= width - length) & (o_c < width)
     row_position = end - width + o_c
     b_q = query_rows.load_rows(
-        q_ptr, i_row, o_c, i_group, m_c, width, num_q_heads, HEAD_SIZE, BLOCK_D
+        q_ptr, i_row, o_c, i_qhead, m_c, width, num_q_heads, HEAD_SIZE, BLOCK_D
     )
     b_max = tl.full((BLOCK_C,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_C,), tl.float32)
@@ -64,7 +64,7 @@ def _row_lse_kernel(
         b_z = tl.where(o_key[None, :] <= row_position[:, None], b_z, float("-inf"))
         b_max, b_sum = query_rows.add_tile(b_max, b_sum, b_z)
     b_lse = b_max + tl.log(tl.where(m_c, b_sum, 1.0))
-    tl.store(lse_ptr + (i_row * num_q_heads + i_group) * width + o_c, b_lse, mask=m_c)
+    tl.store(lse_ptr + (i_row * num_q_heads + i_qhead) * width + o_c, b_lse, mask=m_c)
 
 
 @triton.jit
@@ -108,13 +108,13 @@ def _key_attention_sum_kernel(
     # earlier rows see none of these keys
     first_row = width - tl.minimum(length, end - first_key)
     for g in range(group):
-        i_group = i_head * group + g
-        p_lse = lse_ptr + (i_row * num_q_heads + i_group) * width
+        i_qhead = i_head * group + g
+        p_lse = lse_ptr + (i_row * num_q_heads + i_qhead) * width
         for start in range(first_row, width, BLOCK_C):
             o_c = start + tl.arange(0, BLOCK_C)
             m_c = o_c < width
             b_q = query_rows.load_rows(
-                q_ptr, i_row, o_c, i_group, m_c, width, num_q_heads, HEAD_SIZE, BLOCK_D
+                q_ptr, i_row, o_c, i_qhead, m_c, width, num_q_heads, HEAD_SIZE, BLOCK_D
             )
             b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
             sees = (o_key[None, :] <= (end - width + o_c)[:, None]) & m_c[:, None]

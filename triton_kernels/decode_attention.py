@@ -139,7 +139,7 @@ def _join_splits_kernel(
 ):
     """Mean of one query head's splits, weighted by their sums of exponentials."""
     i_seq = tl.program_id(0).to(tl.int64)
-    i_group = tl.program_id(1)
+    i_g = tl.program_id(1)
     i_row, i_head = i_seq // num_heads, (i_seq % num_heads).to(tl.int32)
     _, _, _, kv_len = page_tables.held_length(
         slots_ptr, seq_lens_ptr, num_full_ptr, count_ptr, i_row, i_head, num_heads, PAGE_TOKENS
@@ -153,7 +153,7 @@ def _join_splits_kernel(
     for first in range(0, used, BLOCK_S):
         o_s = first + tl.arange(0, BLOCK_S)
         m_s = o_s < used
-        row = (i_seq * num_splits + o_s) * GROUP + i_group
+        row = (i_seq * num_splits + o_s) * GROUP + i_g
         b_lse = tl.load(lse_ptr + row, mask=m_s, other=float("-inf"))
         p_partial = partial_ptr + row[:, None] * HEAD_SIZE + o_d[None, :]
         b_partial = tl.load(p_partial, mask=m_s[:, None] & m_d[None, :], other=0.0)
@@ -164,7 +164,7 @@ def _join_splits_kernel(
         b_out = b_out * decay + tl.sum(weight[:, None] * b_partial, 0)
         b_max = new_max
     b_out /= tl.where(used > 0, b_sum, 1.0)  # nothing held: zeros
-    p_out = out_ptr + (i_seq * GROUP + i_group) * HEAD_SIZE + o_d
+    p_out = out_ptr + (i_seq * GROUP + i_g) * HEAD_SIZE + o_d
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
 
 

@@ -40,8 +40,8 @@ def _last_logits_kernel(
 ):
     """Logits of the last row on one tile of the instruction."""
     i_row = tl.program_id(0).to(tl.int64) // num_q_heads
-    i_group = tl.program_id(0) % num_q_heads
-    i_head = i_group // (num_q_heads // num_kv_heads)
+    i_qhead = tl.program_id(0) % num_q_heads
+    i_head = i_qhead // (num_q_heads // num_kv_heads)
     scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     o_i = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     instruction_len = tl.load(instruction_len_ptr + i_row).to(tl.int32)
@@ -54,11 +54,11 @@ def _last_logits_kernel(
     o_r = tl.arange(0, BLOCK_R)
     m_r = o_r == 0  # a matrix product wants more rows than there are
     b_q = query_rows.load_rows(
-        q_ptr, i_row, num_rows - 1 + o_r, i_group, m_r, num_rows, num_q_heads, HEAD_SIZE, BLOCK_D
+        q_ptr, i_row, num_rows - 1 + o_r, i_qhead, m_r, num_rows, num_q_heads, HEAD_SIZE, BLOCK_D
     )
     b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
     b_z = tl.sum(tl.where(m_r[:, None], b_z, 0.0), 0)
-    p_logits = logits_ptr + (i_row * num_q_heads + i_group) * num_rows + o_i
+    p_logits = logits_ptr + (i_row * num_q_heads + i_qhead) * num_rows + o_i
     tl.store(p_logits, tl.where(m_key, b_z, float("-inf")), mask=o_i < num_rows)
 
 
@@ -111,8 +111,8 @@ def _elite_sums_kernel(
     """Maximum and sum of exponentials of each elite row, over some parts of the keys."""
     i_seq = tl.program_id(0).to(tl.int64)
     i_row = i_seq // num_q_heads
-    i_group = tl.program_id(0) % num_q_heads
-    i_head = i_group // (num_q_heads // num_kv_heads)
+    i_qhead = tl.program_id(0) % num_q_heads
+    i_head = i_qhead // (num_q_heads // num_kv_heads)
     scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     prompt_len = tl.load(prompt_lens_ptr + i_row).to(tl.int32)
     first = tl.program_id(1) * parts_each * KEYS_PER_PART
@@ -125,7 +125,7 @@ def _elite_sums_kernel(
         m_r = o_r < count
         o_row = _gather_elite(elite_ptr, i_seq, o_r, num_rows, BLOCK_I)
         b_q = query_rows.load_rows(
-            q_ptr, i_row, o_row, i_group, m_r, num_rows, num_q_heads, HEAD_SIZE, BLOCK_D
+            q_ptr, i_row, o_row, i_qhead, m_r, num_rows, num_q_heads, HEAD_SIZE, BLOCK_D
         )
         b_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
         b_sum = tl.zeros((BLOCK_R,), tl.float32)
@@ -182,8 +182,8 @@ def _elite_attention_kernel(
     """Probabilities of the visual tokens in one tile of keys, mean over the elite rows."""
     i_seq = tl.program_id(0).to(tl.int64)
     i_row = i_seq // num_q_heads
-    i_group = tl.program_id(0) % num_q_heads
-    i_head = i_group // (num_q_heads // num_kv_heads)
+    i_qhead = tl.program_id(0) % num_q_heads
+    i_head = i_qhead // (num_q_heads // num_kv_heads)
     scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
     prompt_len = tl.load(prompt_lens_ptr + i_row).to(tl.int32)
     length = num_blocks * PAGE_TOKENS
@@ -200,7 +200,7 @@ def _elite_attention_kernel(
         m_r = o_r < count
         o_row = _gather_elite(elite_ptr, i_seq, o_r, num_rows, BLOCK_I)
         b_q = query_rows.load_rows(
-            q_ptr, i_row, o_row, i_group, m_r, num_rows, num_q_heads, HEAD_SIZE, BLOCK_D
+            q_ptr, i_row, o_row, i_qhead, m_r, num_rows, num_q_heads, HEAD_SIZE, BLOCK_D
         )
         b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
         sees = o_key[None, :] <= (prompt_len - num_rows + o_row)[:, None]

@@ -240,12 +240,12 @@ def select_tokens(
     scores: torch.Tensor,
     count: torch.Tensor,
     candidate_end: torch.Tensor,
-    pinned_end: torch.Tensor,
+    protected_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
     """See ``reference.select_tokens``."""
     return torch.ops.vllm_kvcompress.select_tokens(
-        scores, count, candidate_end, pinned_end, max_count
+        scores, count, candidate_end, protected_end, max_count
     )
 
 

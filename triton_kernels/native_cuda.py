@@ -25,11 +25,11 @@ def select_tokens(
     scores: torch.Tensor,
     count: torch.Tensor,
     candidate_end: torch.Tensor,
-    pinned_end: torch.Tensor,
+    protected_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
     """See ``reference.select_tokens``. One launch, scores are read once; T up to about 400,000."""
     stream = torch.cuda.current_stream(scores.device).cuda_stream
     return torch.ops.vllm_kvcompress.select_tokens_cuda(
-        scores, count, candidate_end, pinned_end, max_count, stream
+        scores, count, candidate_end, protected_end, max_count, stream
     )

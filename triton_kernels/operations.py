@@ -87,7 +87,7 @@ def describe(device_type: str) -> str:
     return text
 
 
-def reasons_against(device_type: str) -> list[str]:
+def missing_on(device_type: str) -> list[str]:
     """Why a server must not run its operations on this device, and what to change.
 
     A CPU may run plain definitions, the banner says so. On a GPU they would be slower than what

@@ -143,18 +143,18 @@ def select_tokens(
     scores: torch.Tensor,
     count: torch.Tensor,
     candidate_end: torch.Tensor,
-    pinned_end: torch.Tensor,
+    protected_end: torch.Tensor,
     max_count: int,
 ) -> torch.Tensor:
     """Exact top-k of every head, in ascending position.
 
-    Candidates are positions [0, candidate_end); [candidate_end, pinned_end) is always kept and
+    Candidates are positions [0, candidate_end); [candidate_end, protected_end) is always kept and
     counts. Larger scores first, ties by lower position; NaN ranks below -inf.
 
     Args:
         scores: [R, Hkv, T] float32.
         count: [R, Hkv] int64, positions to keep, protected ones included.
-        candidate_end, pinned_end: [R] int64.
+        candidate_end, protected_end: [R] int64.
         max_count: at least ``count.max()``, known to the host.
 
     Returns:
@@ -166,7 +166,7 @@ def select_tokens(
     key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # order-preserving
     key = key.masked_fill(scores.isnan(), -(1 << 31))
     candidate = position < candidate_end[:, None]
-    protected = ~candidate & (position < pinned_end[:, None])
+    protected = ~candidate & (position < protected_end[:, None])
     key = key.masked_fill(protected[:, None], 1 << 31)
     key = key.masked_fill(~(candidate | protected)[:, None], -(1 << 32))
     ranked = key.argsort(dim=2, descending=True, stable=True)[:, :, :max_count]

@@ -20,7 +20,7 @@ from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
 from vllm_kvcompress.scoring import SCORERS, Need, Scorer
 
 CONFIG_KEY = "kv_compression"
-"""Key of the compression settings inside vLLM's ``additional_config``."""
+"""Key of the compression config inside vLLM's ``additional_config``."""
 
 
 METRICS_DIR_VARIABLE = "KVCOMPRESS_METRICS_DIR"
@@ -37,7 +37,7 @@ def set_metrics_dir(path: str) -> None:
 
 
 class KVCompressionError(ValueError):
-    """The compression settings, or what they are combined with, cannot be served."""
+    """The compression config, or what they are combined with, cannot be served."""
 
     @classmethod
     def from_reasons(cls, reasons: list[str]) -> "KVCompressionError":
@@ -115,7 +115,7 @@ class Candidates(enum.Enum):
 
 @dataclass(frozen=True)
 class KVCompressionConfig:
-    """The validated settings; serialises to plain JSON and back without loss.
+    """The validated config; hashable, and travels as plain JSON.
 
     Attributes:
         scorer: name in :data:`vllm_kvcompress.scoring.SCORERS`.
@@ -139,7 +139,7 @@ class KVCompressionConfig:
     candidates: Candidates = Candidates.ALL
     when: When = ALWAYS
     workspace_mib: int = 512
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def method(self) -> str:
@@ -211,6 +211,9 @@ class KVCompressionConfig:
             **({} if self.candidates is Candidates.AFTER_TEXT else candidates),
             **self.options,
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KVCompressionConfig.parse, (self.to_json(),)
 
     @property
     def tokens_per_head(self) -> int | None:

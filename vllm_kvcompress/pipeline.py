@@ -250,7 +250,7 @@ class CompressionPipeline:
         those of all layers.
         """
         match self.allocator.scope:
-            case Scope.EVEN:
+            case Scope.UNIFORM:
                 return batch.num_kept_blocks[:, None, None].expand_as(kept)
             case Scope.LAYER:
                 by_layer = torch.stack(batch).repeat_interleave(kept.shape[1], dim=1)

@@ -13,7 +13,6 @@ one layer among themselves, or those of all layers when the allocator moves budg
 """
 
 import functools
-import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -82,19 +81,15 @@ class BlockPlanner:
     """Makes a :class:`PromptPlan` from the facts of a prompt.
 
     Attributes:
-        settings: the configuration as JSON.
+        config: how prompts are compressed.
         block_size: tokens per block.
         num_layers, num_kv_heads: compressed layers, and KV heads of the model over all ranks.
     """
 
-    settings: str
+    config: KVCompressionConfig
     block_size: int
     num_layers: int
     num_kv_heads: int
-
-    @property
-    def config(self) -> KVCompressionConfig:
-        return _config(self.settings)
 
     @property
     def max_rows(self) -> int:
@@ -107,11 +102,6 @@ class BlockPlanner:
     def head_budgets(self, plan: PromptPlan) -> list[list[int]]:
         """C[l][g] of a static allocator, over all layers and KV heads of the model."""
         return _head_budgets(self, plan.capacity, plan.num_candidates)
-
-
-@functools.lru_cache(maxsize=64)
-def _config(settings: str) -> KVCompressionConfig:
-    return KVCompressionConfig.parse(json.loads(settings))
 
 
 @functools.lru_cache(maxsize=1 << 12)

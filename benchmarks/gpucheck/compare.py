@@ -76,7 +76,7 @@ def assert_same_kept(
             scores = final[layer, head]
             what = f"{where}: kept {extra} instead of {missing}"
             ranked = len(missing) == len(extra) and max(*missing, *extra) < len(scores)
-            assert ranked, f"{what}; {len(found)} tokens and not {len(wanted)}, or pinned ones"
+            assert ranked, f"{what}; {len(found)} tokens and not {len(wanted)}, or protected ones"
             gap = scores[missing].max() / scores[extra].min() - 1
             assert gap <= SCORE_GAP, f"{what}; relative gap {gap:.2g}"
     return total, ties

@@ -16,11 +16,11 @@ namespace {
 
 // Kept positions of one head, ascending; entries beyond `count` become `length`.
 void select_head(const float* scores, int64_t length, int64_t count, int64_t candidate_end,
-                 int64_t pinned_end, int64_t max_count, std::vector<uint32_t>& keys, int64_t* out) {
+                 int64_t protected_end, int64_t max_count, std::vector<uint32_t>& keys, int64_t* out) {
   count = std::min(count, max_count);
-  pinned_end = std::max(pinned_end, candidate_end);
-  const int64_t num_pinned = std::min(pinned_end - candidate_end, count);
-  const int64_t num_best = std::min(count - num_pinned, candidate_end);
+  protected_end = std::max(protected_end, candidate_end);
+  const int64_t num_protected = std::min(protected_end - candidate_end, count);
+  const int64_t num_best = std::min(count - num_protected, candidate_end);
   int64_t kept = 0;
   if (num_best == candidate_end) {
     while (kept < num_best) out[kept] = kept, ++kept;
@@ -35,18 +35,18 @@ void select_head(const float* scores, int64_t length, int64_t count, int64_t can
       kept += tie || keys[t] > threshold.key;
     }
   }
-  for (int64_t t = candidate_end; t < candidate_end + num_pinned; ++t) out[kept++] = t;
-  for (int64_t t = pinned_end; kept < count; ++t) out[kept++] = t;  // more than there are
+  for (int64_t t = candidate_end; t < candidate_end + num_protected; ++t) out[kept++] = t;
+  for (int64_t t = protected_end; kept < count; ++t) out[kept++] = t;  // more than there are
   std::fill(out + kept, out + max_count, length);
 }
 
 at::Tensor select_tokens(const at::Tensor& scores, const at::Tensor& count,
-                         const at::Tensor& candidate_end, const at::Tensor& pinned_end,
+                         const at::Tensor& candidate_end, const at::Tensor& protected_end,
                          int64_t max_count) {
   TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat,
               "scores: expected float32 [N, Hkv, T]");
   const auto x = scores.contiguous(), counts = count.contiguous();
-  const auto candidates = candidate_end.contiguous(), ends = pinned_end.contiguous();
+  const auto candidates = candidate_end.contiguous(), ends = protected_end.contiguous();
   for (const auto& t : {counts, candidates, ends}) {
     TORCH_CHECK(t.scalar_type() == at::kLong, "counts and positions: expected int64");
   }
@@ -55,14 +55,14 @@ at::Tensor select_tokens(const at::Tensor& scores, const at::Tensor& count,
   const float* score = x.const_data_ptr<float>();
   const int64_t* head_count = counts.const_data_ptr<int64_t>();
   const int64_t* num = candidates.const_data_ptr<int64_t>();
-  const int64_t* pinned = ends.const_data_ptr<int64_t>();
+  const int64_t* protected_ends = ends.const_data_ptr<int64_t>();
   int64_t* out = kept.mutable_data_ptr<int64_t>();
   at::parallel_for(0, x.size(0) * num_heads, grain_of(length), [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> keys(length);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / num_heads;
       select_head(score + i * length, length, head_count[i], std::clamp<int64_t>(num[n], 0, length),
-                  std::clamp<int64_t>(pinned[n], 0, length), width, keys, out + i * width);
+                  std::clamp<int64_t>(protected_ends[n], 0, length), width, keys, out + i * width);
     }
   });
   return kept;
@@ -135,7 +135,7 @@ at::Tensor head_counts(const at::Tensor& base, const at::Tensor& capacity, bool 
 }  // namespace kvcompress
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
-  m.def("select_tokens(Tensor scores, Tensor count, Tensor candidate_end, Tensor pinned_end, "
+  m.def("select_tokens(Tensor scores, Tensor count, Tensor candidate_end, Tensor protected_end, "
         "int max_count) -> Tensor", &kvcompress::select_tokens);
   m.def("head_counts(Tensor base, Tensor capacity, bool normalize) -> Tensor",
         &kvcompress::head_counts);

@@ -20,9 +20,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // What to select, and where the result goes. Definition: triton_kernels/reference_scores.py.
 struct Selection {
   const float* scores;            // [rows, length]
-  const int64_t* count;           // [rows], positions to keep, pinned ones included
+  const int64_t* count;           // [rows], positions to keep, protected ones included
   const int64_t* candidate_end;  // [rows / num_heads], positions [0, candidate_end) compete
-  const int64_t* pinned_end;      // [rows / num_heads], [candidate_end, pinned_end) always stay
+  const int64_t* protected_end;      // [rows / num_heads], [candidate_end, protected_end) always stay
   int64_t* kept;                  // [rows, width], ascending; length where there are no more
   int num_heads, length, width;
   int chunk;                      // positions per block
@@ -86,9 +86,9 @@ __global__ void __launch_bounds__(kThreads) select_rows(const Selection s) {
   const int64_t row = blockIdx.x / num_blocks;
   const int count = min(static_cast<int>(s.count[row]), s.width);
   const int candidate_end = s.candidate_end[row / s.num_heads];
-  const int pinned_end = max(static_cast<int>(s.pinned_end[row / s.num_heads]), candidate_end);
-  const int num_best = min(max(count - (pinned_end - candidate_end), 0), candidate_end);
-  const int num_pinned = min(count - num_best, pinned_end - candidate_end);
+  const int protected_end = max(static_cast<int>(s.protected_end[row / s.num_heads]), candidate_end);
+  const int num_best = min(max(count - (protected_end - candidate_end), 0), candidate_end);
+  const int num_protected = min(count - num_best, protected_end - candidate_end);
   const int first = rank * s.chunk;
   const int size = min(max(candidate_end - first, 0), s.chunk);
 
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kThreads) select_rows(const Selection s) {
     tied += __popc(all_tied);
   }
   const int stride = num_blocks * kThreads, offset = rank * kThreads + thread;
-  for (int i = offset; i < num_pinned; i += stride) kept[num_best + i] = candidate_end + i;
-  for (int i = num_best + num_pinned + offset; i < s.width; i += stride) kept[i] = s.length;
+  for (int i = offset; i < num_protected; i += stride) kept[num_best + i] = candidate_end + i;
+  for (int i = num_best + num_protected + offset; i < s.width; i += stride) kept[i] = s.length;
 }
 
 }  // namespace kvcompress

@@ -24,12 +24,12 @@ void check(cudaError_t status) {
 
 // `stream` is the address of the stream to launch on.
 at::Tensor select_tokens(const at::Tensor& scores, const at::Tensor& count,
-                         const at::Tensor& candidate_end, const at::Tensor& pinned_end,
+                         const at::Tensor& candidate_end, const at::Tensor& protected_end,
                          int64_t max_count, int64_t stream) {
   TORCH_CHECK(scores.is_cuda() && scores.dim() == 3 && scores.scalar_type() == at::kFloat,
               "scores: expected float32 [N, Hkv, T] on a GPU");
   const auto x = scores.contiguous(), counts = count.contiguous();
-  const auto candidates = candidate_end.contiguous(), ends = pinned_end.contiguous();
+  const auto candidates = candidate_end.contiguous(), ends = protected_end.contiguous();
   for (const auto& t : {counts, candidates, ends}) {
     TORCH_CHECK(t.device() == x.device() && t.scalar_type() == at::kLong,
                 "counts and positions: expected int64 on the device of the scores");
@@ -73,5 +73,5 @@ at::Tensor select_tokens(const at::Tensor& scores, const at::Tensor& count,
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
   m.def("select_tokens_cuda(Tensor scores, Tensor count, Tensor candidate_end, "
-        "Tensor pinned_end, int max_count, int stream) -> Tensor", &kvcompress::select_tokens);
+        "Tensor protected_end, int max_count, int stream) -> Tensor", &kvcompress::select_tokens);
 }

@@ -159,9 +159,9 @@ def reconfigure(llm, raw: Raw) -> None:
     the compressed blocks. Both are changed here, and the prefix cache is emptied, so that no prompt
     begins with blocks that another method has left.
     """
-    settings = KVCompressionConfig.parse(raw)
+    config = KVCompressionConfig.parse(raw)
     layers = compressed_layers(llm)
-    planner = replace(layers.planner, settings=json.dumps(settings.to_json()))
+    planner = replace(layers.planner, config=config)
     layers.configure(planner)
     compressed_manager(llm).planner = planner
     assert llm.reset_prefix_cache(), "requests are running"

@@ -49,15 +49,15 @@ def held_pages(stepper: Stepper, name: str) -> HeldPages:
     held = HeldPages([], [], [], length)
     for layer_idx, layer in enumerate(layers.facts.modules):
         float8 = FLOAT8_TYPES.get(layer.kv_cache_dtype)
-        # ids of even budgets count from the layer's own pages
-        first = layer_idx * layer_pages if layers.even else 0
+        # ids of uniform budgets count from the layer's own pages
+        first = layer_idx * layer_pages if layers.uniform else 0
         (tables,), (kv_len,) = PageTables(layers.state, width, size).fill(
             torch.tensor([slot], device=device),
             table,
             torch.tensor([length], dtype=torch.int32, device=device),
-            0 if layers.even else layer_idx,
+            0 if layers.uniform else layer_idx,
             1,
-            0 if layers.even else layer_pages,
+            0 if layers.uniform else layer_pages,
         )
         for per_head in (held.keys, held.values, held.page_ids):
             per_head.append([])

@@ -53,23 +53,23 @@ def answers_of_two_ranks(settings: dict[str, dict[str, Any]]) -> dict[str, list]
     ) as llm:
         prompts = [request.prompt for request in mixed_requests()]
         for method, raw in settings.items():
-            text = json.dumps(KVCompressionConfig.parse(raw).to_json())
-            llm.collective_rpc(reconfigure_worker, args=(text,))
-            reconfigure_scheduler(llm, text)
+            config = KVCompressionConfig.parse(raw)
+            llm.collective_rpc(reconfigure_worker, args=(config,))
+            reconfigure_scheduler(llm, config)
             waves = [generate(llm, prompts, greedy(OUTPUT_TOKENS)) for _ in range(2)]
             found[method] = [[[a.token_ids, a.logprobs] for a in wave] for wave in waves]
     return found
 
 
-def reconfigure_worker(worker, text: str) -> None:
+def reconfigure_worker(worker, config: KVCompressionConfig) -> None:
     """Runs on every rank; see ``every_method.reconfigure``, which cannot reach other processes."""
     layers = worker.compressed_layers
-    layers.configure(replace(layers.planner, settings=text))
+    layers.configure(replace(layers.planner, config=config))
 
 
-def reconfigure_scheduler(llm, text: str) -> None:
+def reconfigure_scheduler(llm, config: KVCompressionConfig) -> None:
     manager = compressed_manager(llm)
-    manager.planner = replace(manager.planner, settings=text)
+    manager.planner = replace(manager.planner, config=config)
     assert llm.reset_prefix_cache()
 
 

@@ -8,7 +8,6 @@ the spec and manager are ours. Only the GPU is played, see ``ghost_worker``.
 import collections
 import functools
 import itertools
-import json
 import random
 from dataclasses import dataclass
 
@@ -86,13 +85,12 @@ class Setup:
         return {"workspace_mib": 1, **{name: getattr(self, name) for name in names}}
 
     def spec(self) -> CompressedSpec:
-        plain = FullAttentionSpec(
+        base = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
         )
-        settings = json.dumps(KVCompressionConfig.parse(self.settings).to_json())
         return CompressedSpec.of(
-            plain,
-            settings=settings,
+            base,
+            config=KVCompressionConfig.parse(self.settings),
             model_kv_heads=2,
             num_layers=2,
             entry_bytes=(1 << 19) // self.entries,

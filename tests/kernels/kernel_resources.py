@@ -88,7 +88,7 @@ COPY_TYPES = dict.fromkeys(("pages_ptr", "staged_ptr", "rows_ptr"), "*bf16") | d
 )
 COPY_CONSTANTS = {"ROW": 256, "PAGE_TOKENS": 16, "BLOCK_E": 256, "BLOCK_K": 32}
 SELECT_TYPES = {"scores_ptr": "*fp32"} | dict.fromkeys(
-    ("count_ptr", "candidates_ptr", "pinned_end_ptr", "kept_ptr"), "*i64"
+    ("count_ptr", "candidates_ptr", "protected_end_ptr", "kept_ptr"), "*i64"
 )
 DECODE_TYPES = {"slots_ptr": "*i64"} | (
     dict.fromkeys(("scale", "value_scale", "softcap"), "fp32")

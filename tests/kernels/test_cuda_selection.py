@@ -39,11 +39,11 @@ def emulated(tmp_path_factory):
     )
     library = ctypes.CDLL(str(built))
 
-    def select_tokens(scores, count, candidate_end, pinned_end, max_count, num_blocks):
+    def select_tokens(scores, count, candidate_end, protected_end, max_count, num_blocks):
         num, heads, length = scores.shape
         width = min(max_count, length)
         kept = torch.full((num, heads, width), -1)
-        tensors = (scores, count, candidate_end, pinned_end, kept)
+        tensors = (scores, count, candidate_end, protected_end, kept)
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
         library.select_rows(*pointers, num * heads, heads, length, width, num_blocks)
         return kept
@@ -72,12 +72,12 @@ def test_every_budget(emulated, kind, length, num_blocks):
 @pytest.mark.parametrize("slack", [0, 5])
 def test_ragged_requests(emulated, num_blocks, slack):
     """Requests of unlike lengths with pinned ranges, a count for each head, garbage behind."""
-    candidates, pinned_end = torch.tensor([900, 300, 0, 63]), torch.tensor([932, 700, 32, 64])
+    candidates, protected_end = torch.tensor([900, 300, 0, 63]), torch.tensor([932, 700, 32, 64])
     scores = score_rows("special", 4, 3, 1000)
     for row, end in enumerate(candidates):
         scores[row, :, end:] = torch.nan if row % 2 else torch.inf
     count = torch.tensor([[31, 32, 932], [0, 401, 700], [32, 32, 32], [1, 17, 64]])
-    tensors = (scores, count, candidates, pinned_end)
+    tensors = (scores, count, candidates, protected_end)
     expected = reference.select_tokens(*tensors, 932 + slack)
     assert torch.equal(emulated(*tensors, 932 + slack, num_blocks), expected)
 

@@ -258,12 +258,12 @@ def selection(length: int, generator: torch.Generator) -> torch.Tensor:
 def test_select_tokens(length, share):
     generator = torch.Generator().manual_seed(length)
     scores = selection(length, generator)
-    pinned_end = torch.tensor([length, length - 1, length // 2 + 1, length])
+    protected_end = torch.tensor([length, length - 1, length // 2 + 1, length])
     candidate_end = torch.tensor([length, max(length - 32, 0), length // 2, length // 3])
-    pinned = pinned_end - candidate_end
+    pinned = protected_end - candidate_end
     skew = torch.tensor([1.0, 0.5, 0.9])
     count = pinned[:, None] + (share * skew * candidate_end[:, None]).long()
-    arguments = (scores, count, candidate_end, pinned_end)
+    arguments = (scores, count, candidate_end, protected_end)
     for slack in (0, 5):
         max_count = min(int(count.max()) + slack, length)
         expected = reference.select_tokens(*arguments, max_count)
@@ -274,9 +274,9 @@ def test_select_tokens_when_counts_do_not_fit():
     """Fewer than what is pinned, and more than there are candidates: by position."""
     scores = torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(0))
     count = torch.tensor([[3, 0], [35, 40]])
-    candidate_end, pinned_end = torch.tensor([20, 10]), torch.tensor([30, 16])
-    expected = reference.select_tokens(scores, count, candidate_end, pinned_end, 40)
-    assert native.select_tokens(scores, count, candidate_end, pinned_end, 40).equal(expected)
+    candidate_end, protected_end = torch.tensor([20, 10]), torch.tensor([30, 16])
+    expected = reference.select_tokens(scores, count, candidate_end, protected_end, 40)
+    assert native.select_tokens(scores, count, candidate_end, protected_end, 40).equal(expected)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

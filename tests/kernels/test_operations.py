@@ -74,33 +74,33 @@ def test_description_of_a_cpu(cpp):
 
 
 def test_a_gpu_with_triton_is_accepted(compiles):
-    assert kernels.reasons_against("cuda") == []
+    assert kernels.missing_on("cuda") == []
 
 
 def test_a_cpu_is_accepted_without_anything(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(native, "available", lambda: False)
-    assert kernels.reasons_against("cpu") == []
+    assert kernels.missing_on("cpu") == []
 
 
 def test_a_gpu_without_a_kernel(compiles, table):
     Operation(reference.select_tokens, triton="selection")
     Operation(reference.head_counts)
-    (reason,) = operations.reasons_against("cuda")
+    (reason,) = operations.missing_on("cuda")
     assert "no kernels for cuda: head_counts: " in reason
     assert "without --kv-compression" in reason
-    (reason,) = operations.reasons_against("xpu")
+    (reason,) = operations.missing_on("xpu")
     assert "no kernels for xpu: select_tokens, head_counts: serve on CUDA or on a CPU" in reason
 
 
 def test_a_gpu_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    (reason,) = kernels.reasons_against("cuda")
+    (reason,) = kernels.missing_on("cuda")
     assert "kernels cannot run on cuda: Triton cannot be imported (" in reason
     assert "install the triton that this torch asks for" in reason
 
 
 def test_a_gpu_that_would_interpret(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    (reason,) = kernels.reasons_against("cuda")
+    (reason,) = kernels.missing_on("cuda")
     assert "unset TRITON_INTERPRET" in reason

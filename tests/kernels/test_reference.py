@@ -270,13 +270,13 @@ class TestCalibrate:
         assert evidence[0, 0].tolist() == pytest.approx([0.2, 0, 0, 0])
 
 
-def naive_select(scores, count, candidate_end, pinned_end):
+def naive_select(scores, count, candidate_end, protected_end):
     """Kept positions of one head."""
 
     def rank(t):
         return (0, 0.0) if math.isnan(scores[t]) else (1, scores[t])
 
-    pinned = list(range(candidate_end, pinned_end))
+    pinned = list(range(candidate_end, protected_end))
     free = sorted(range(candidate_end), key=lambda t: (*(-x for x in rank(t)), t))
     return sorted([*pinned, *free[: count - len(pinned)]])
 
@@ -291,44 +291,44 @@ def selections(draw):
     values = st.one_of(special, st.floats(width=32))
     row = st.lists(values, min_size=length, max_size=length)
     scores = [[draw(row) for _ in range(2)] for _ in range(2)]
-    pinned_end = [draw(st.integers(0, length)) for _ in range(2)]
-    candidates = [draw(st.integers(0, end)) for end in pinned_end]
+    protected_end = [draw(st.integers(0, length)) for _ in range(2)]
+    candidates = [draw(st.integers(0, end)) for end in protected_end]
     counts = [
         [draw(st.integers(end - free, end)) for _ in range(2)]
-        for end, free in zip(pinned_end, candidates, strict=True)
+        for end, free in zip(protected_end, candidates, strict=True)
     ]
-    return scores, counts, candidates, pinned_end
+    return scores, counts, candidates, protected_end
 
 
 class TestSelectTokens:
     @given(selections(), st.integers(0, 3))
     def test_against_sorting(self, case, slack):
-        scores, counts, candidates, pinned_end = case
+        scores, counts, candidates, protected_end = case
         length = len(scores[0][0])
         max_count = min(max(map(max, counts)) + slack, length)
         got = select_tokens(
             torch.tensor(scores, dtype=torch.float32),
             torch.tensor(counts),
             torch.tensor(candidates),
-            torch.tensor(pinned_end),
+            torch.tensor(protected_end),
             max_count,
         )
         assert got.shape == (2, 2, max_count)
         for n in range(2):
             for h in range(2):
                 rounded = np.array(scores[n][h], dtype=np.float32).tolist()
-                expected = naive_select(rounded, counts[n][h], candidates[n], pinned_end[n])
+                expected = naive_select(rounded, counts[n][h], candidates[n], protected_end[n])
                 padding = [length] * (max_count - counts[n][h])
                 assert got[n, h].tolist() == expected + padding
 
     @staticmethod
-    def one(scores, count, candidates=None, pinned_end=None):
+    def one(scores, count, candidates=None, protected_end=None):
         length = len(scores)
         return select_tokens(
             torch.tensor([[scores]], dtype=torch.float32),
             torch.tensor([[count]]),
             torch.tensor([length if candidates is None else candidates]),
-            torch.tensor([length if pinned_end is None else pinned_end]),
+            torch.tensor([length if protected_end is None else protected_end]),
             count,
         )[0, 0].tolist()
 
@@ -351,13 +351,10 @@ class TestSelectTokens:
         limit = torch.tensor([2])
         assert select_tokens(scores, torch.tensor([[1]]), limit, limit, 1).tolist() == [[[1]]]
 
-    def test_pinned_positions_win_over_infinity(self):
-        assert self.one([math.inf, 1, math.nan, -math.inf, 9], 3, candidates=2, pinned_end=4) == [
-            0,
-            2,
-            3,
-        ]
+    def test_protected_positions_win_over_infinity(self):
+        scores = [math.inf, 1, math.nan, -math.inf, 9]
+        assert self.one(scores, 3, candidates=2, protected_end=4) == [0, 2, 3]
 
     def test_none_and_all(self):
-        assert self.one([1.0, 2.0, 3.0], 0, pinned_end=3) == []
+        assert self.one([1.0, 2.0, 3.0], 0, protected_end=3) == []
         assert self.one([1.0, 2.0, 3.0], 3) == [0, 1, 2]

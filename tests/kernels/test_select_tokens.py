@@ -15,8 +15,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("programs")
 
 
-def equals_the_reference(scores, count, candidates, pinned_end, max_count) -> None:
-    tensors = (scores, count, candidates, pinned_end)
+def equals_the_reference(scores, count, candidates, protected_end, max_count) -> None:
+    tensors = (scores, count, candidates, protected_end)
     expected = reference.select_tokens(*tensors, max_count)
     found = selection.select_tokens(*(t.to(DEVICE) for t in tensors), max_count)
     assert torch.equal(found.cpu(), expected)
@@ -35,13 +35,13 @@ def test_every_budget(kind, length):
 @pytest.mark.parametrize(("kind", "slack"), [("normal", 5), ("special", 0)])
 def test_ragged_requests(kind, slack):
     """Requests of unlike lengths with pinned ranges, a count for each head, garbage behind."""
-    length, candidates, pinned_end = 4200, [4097, 1000, 0, 63], [4128, 1000, 32, 64]
+    length, candidates, protected_end = 4200, [4097, 1000, 0, 63], [4128, 1000, 32, 64]
     scores = score_rows(kind, 4, 3, length)
     for row, end in enumerate(candidates):
         scores[row, :, end:] = math.nan if row % 2 else math.inf
     counts = torch.tensor([[31, 32, 4128], [0, 999, 1000], [32, 32, 32], [1, 17, 64]])
     equals_the_reference(
-        scores, counts, torch.tensor(candidates), torch.tensor(pinned_end), 4128 + slack
+        scores, counts, torch.tensor(candidates), torch.tensor(protected_end), 4128 + slack
     )
 
 

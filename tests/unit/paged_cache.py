@@ -124,9 +124,9 @@ def compress(
     ``options`` are those of the pipeline.
     """
     config = planner.config
-    even = config.allocation.scope is Scope.EVEN
+    uniform = config.allocation.scope is Scope.UNIFORM
     state = HeadPageState(
-        2 * len(cache.facts), 1 if even else LAYERS, NUM_KV_HEADS, torch.device("cpu")
+        2 * len(cache.facts), 1 if uniform else LAYERS, NUM_KV_HEADS, torch.device("cpu")
     )
     pipeline = CompressionPipeline(
         config.scoring, config.allocation, config.merging, config.window, NUM_KV_HEADS,
@@ -150,7 +150,7 @@ def finished_prefills(
     cache: Cache, planner: BlockPlanner, chosen: dict[int, PromptPlan]
 ) -> FinishedPrefills:
     config, plans = planner.config, chosen.values()
-    owners = {Scope.EVEN: 1, Scope.LAYER: NUM_KV_HEADS}.get(
+    owners = {Scope.UNIFORM: 1, Scope.LAYER: NUM_KV_HEADS}.get(
         config.allocation.scope, NUM_KV_HEADS * LAYERS
     )
     num_blocks = max(-(-plan.facts.length // cache.block_size) for plan in plans)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings that pass the checks at start, prompts for them, and the same in the oracle's words."""
 
-import json
 from typing import Any
 
 import oracle
@@ -16,8 +15,7 @@ LAYERS, NUM_KV_HEADS = 3, 2
 
 
 def planner_of(block_size: int, **settings: Any) -> BlockPlanner:
-    config = KVCompressionConfig.parse(settings)
-    return BlockPlanner(json.dumps(config.to_json()), block_size, LAYERS, NUM_KV_HEADS)
+    return BlockPlanner(KVCompressionConfig.parse(settings), block_size, LAYERS, NUM_KV_HEADS)
 
 
 def oracle_config(planner: BlockPlanner) -> oracle.OracleConfig:

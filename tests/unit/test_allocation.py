@@ -299,7 +299,7 @@ class TestPages:
 
 
 def test_uniform_is_known_from_the_prompt_length():
-    assert Uniform.scope is Scope.EVEN
+    assert Uniform.scope is Scope.UNIFORM
 
 
 def test_table_rows_stand_under_their_own_name():

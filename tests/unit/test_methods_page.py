@@ -2,7 +2,6 @@
 """docs/methods.md and `vllm-kvcompress methods` say what the code does."""
 
 import itertools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ class TestProperties:
         window, instruction, length, block = 32, 90, 1000, 10
         config = KVCompressionConfig.parse({"method": f"{scorer}+{allocator}", "budget": "5%"})
         facts = PromptFacts(length, ((100, length - instruction),))
-        plan = BlockPlanner(json.dumps(config.to_json()), block, 2, 2).plan(facts)
+        plan = BlockPlanner(config, block, 2, 2).plan(facts)
         parts = (SCORERS[scorer], ALLOCATORS[allocator])
         most = {
             "nothing": 0,

@@ -185,7 +185,7 @@ def test_sums_over_the_prompt_bound_hits(settings, stats_from, max_hit):
 
 @given(planners(), prompts())
 def test_equal_planners_agree(planner, facts):
-    twin = BlockPlanner(planner.settings, planner.block_size, LAYERS, NUM_KV_HEADS)
+    twin = BlockPlanner(planner.config, planner.block_size, LAYERS, NUM_KV_HEADS)
     assert hash(twin) == hash(planner)
     assert twin.plan(replace(facts)) == planner.plan(facts)
 

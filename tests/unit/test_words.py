@@ -12,6 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ROOTS = {
     "vllm_kvcompress": (".py",),
     "triton_kernels": (".py",),
+    "benchmarks": (".py",),
+    "csrc": (".cpp", ".h", ".cu", ".cuh"),
     "docs": (".md",),
     "README.md": (".md",),
     "CONTRIBUTING.md": (".md",),
@@ -44,7 +46,7 @@ BANNED = (
     Banned(r"\bDemands?\b|\bdemands\b", "BudgetRequest, PromptBatch", "Demands(slots)"),
     Banned(r"scored[_ ]tokens|num_scored\b", "head_budgets, num_candidates, competing tokens",
            "scored tokens per head"),
-    Banned(r"\bpinned\b|num_pinned", "protected, num_protected", "pinned = ~candidate",
+    Banned(r"\bpinned\b|num_pinned|pinned_end", "protected, num_protected", "pinned = ~candidate",
            allowed=r"pinned memory|pin_memory"),
     Banned(r"\bcaptur(e|es|ed|ing)\b|capture_from", "stored, kept, stats_from; graphs are captured",
            "rows that a layer captures", allowed=r"[Gg]raph"),
@@ -64,6 +66,12 @@ BANNED = (
            "group_attention_sum, key_attention_sum, cover_votes, elite_attention, bacon_calibrate",
            "kernels.group_masses"),
     Banned(r"layer_row\b|layer_rows\b", "layer_idx", "builder.layer_rows"),
+    Banned(r"\bi_group\b", "i_qhead, i_g", "for i_group in range",
+           allowed=r"num_groups|GROUPS_PER_PROGRAM|o_proxy|i_cover|masses_ptr"),
+    Banned(r"is_served|reasons_against|\.plain\(\)", "is_supported, missing_on, base_spec",
+           "kernels.reasons_against"),
+    Banned(r"Scope\.EVEN|layers\.even\b", "Scope.UNIFORM", "layers.even"),
+    Banned(r"settings_of|planner\.settings|settings: str", "config", "settings_of(vllm_config)"),
     # claims that are no longer true
     Banned(r"[Nn]o custom scheduler", "say which of vLLM's slots are used", "No custom scheduler"),
     # phrases

@@ -15,7 +15,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.attention import Attention
 
-from vllm_kvcompress.adapter.settings import settings_of
+from vllm_kvcompress.adapter.compression_config import compression_config
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.scoring import Need
 
@@ -73,14 +73,14 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> None:
     Raises:
         KVCompressionError: a layer is not built from qkv_proj and rotary_emb.
     """
-    settings = settings_of(vllm_config)
-    if settings is None or not settings.needs & CAPTURED:
+    config = compression_config(vllm_config)
+    if config is None or not config.needs & CAPTURED:
         return
     layers = vllm_config.compilation_config.static_forward_context
     decoders = [layer for layer in layers.values() if isinstance(layer, Attention)]
     if all(layer in _inputs for layer in decoders):
         return  # vLLM asks for specs twice when it profiles graphs
-    scheduler, config = vllm_config.scheduler_config, vllm_config.model_config
+    scheduler, model_config = vllm_config.scheduler_config, vllm_config.model_config
     tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     hooked: set[nn.Module] = set()
@@ -89,29 +89,29 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> None:
         parts = dict(parents[layer].named_children()) if layer in parents else {}
         if not {"qkv_proj", "rotary_emb"} <= parts.keys():
             raise KVCompressionError(
-                f"{settings.scorer} looks at attention inputs, and {layer.layer_name} is not built "
+                f"{config.scorer} looks at attention inputs, and {layer.layer_name} is not built "
                 "from qkv_proj and rotary_emb: use a scorer such as bacon, which works on finished "
                 "queries and keys."
             )
-        reach = config.max_model_len + settings.scoring.lookahead
+        reach = model_config.max_model_len + config.scoring.lookahead
         num_positions = len(parts["rotary_emb"].get_buffer("cos_sin_cache"))
         if reach > num_positions:
             raise KVCompressionError(
-                f"{settings.scorer} looks {settings.scoring.lookahead} positions past a prompt, "
+                f"{config.scorer} looks {config.scoring.lookahead} positions past a prompt, "
                 f"and the model rotates to {num_positions} positions only: set --max-model-len "
-                f"{num_positions - settings.scoring.lookahead} or less."
+                f"{num_positions - config.scoring.lookahead} or less."
             )
         if not buffers:
             like = next(parts["qkv_proj"].parameters())
-            dtype = config.dtype
+            dtype = model_config.dtype
             assert isinstance(dtype, torch.dtype), "vLLM has resolved it"
             sizes = {
-                "hidden": config.get_hidden_size(),
+                "hidden": model_config.get_hidden_size(),
                 "queries": layer.num_heads * layer.head_size,
             }
             for name, size in sizes.items():
                 buffers[name] = torch.zeros(tokens, size, dtype=dtype, device=like.device)
-            width = 3 if config.uses_mrope else 1
+            width = 3 if model_config.uses_mrope else 1
             buffers["positions"] = torch.zeros(tokens, width, dtype=torch.int64, device=like.device)
         inputs = AttentionInputs(
             parts["qkv_proj"], parts["rotary_emb"], parts.get("q_norm"), **buffers

@@ -152,8 +152,8 @@ class CompressedImpl:
         assert layers is not None
         group, head_size = self.num_queries_per_kv, self.head_size
         stock_meta = batch.metadata_of(layers.facts.position_of[layer.layer_name])
-        # where budgets are even, ids count from the layer's own pages
-        pages = kv_cache if layers.even else layers.facts.pages.pages
+        # where budgets are uniform, ids count from the layer's own pages
+        pages = kv_cache if layers.uniform else layers.facts.pages.pages
         pages = pages.view(-1, 1, *kv_cache.shape[2:])
         if batch.order is None:
             num_tokens = meta.num_actual_tokens

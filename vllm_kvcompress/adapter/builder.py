@@ -20,10 +20,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_kvcompress import kernels
 from vllm_kvcompress.adapter import refusals
 from vllm_kvcompress.adapter.backend import CompressedImpl
+from vllm_kvcompress.adapter.compression_config import describe_budget
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.layers import CompressedLayers
 from vllm_kvcompress.adapter.metadata import CompressedMetadata, PerHeadBatch, QueryCopy
-from vllm_kvcompress.adapter.settings import describe_budget
 from vllm_kvcompress.batch import StepBatch, gather_queries, head_major_order, plan_stats, ranges
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
@@ -63,7 +63,7 @@ class CompressedBuilder:
         self.replays_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.max_num_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
         self.per_head_builder = self.make_per_head_builder(
-            replace(kv_cache_spec.plain(), num_kv_heads=1), vllm_config
+            replace(kv_cache_spec.base_spec(), num_kv_heads=1), vllm_config
         )
         self.arange = torch.arange(self.max_num_seqs * self.num_kv_heads + 1, dtype=torch.int32)
         self._tables: PageTables | None = None
@@ -282,32 +282,32 @@ class CompressedBuilder:
         Layers that are all alike share one table, made here. Others get theirs where the first of
         as many as fit into memory asks, so that a graph sees them made.
         """
-        even = self.layers.even
+        uniform = self.layers.uniform
         at_once = self.tables.layers_at_once(len(slots))
         prepared: list[Any] = []
 
         def fill(layer_idx: int) -> None:
             num_layers = min(at_once, self.tables.num_layers - layer_idx)
-            layer_pages = 0 if even else self.layers.facts.pages.layer_pages
+            layer_pages = 0 if uniform else self.layers.facts.pages.layer_pages
             rows = slots, block_table, seq_lens
             tables = self.tables.fill(*rows, layer_idx, num_layers, layer_pages)
             prepared[:] = [
                 self.per_head_builder.build(
                     0,
                     replace(cam, block_table_tensor=table, seq_lens=kv_len),
-                    fast_build=not even,
+                    fast_build=not uniform,
                 )
                 for table, kv_len in zip(*tables, strict=True)
             ]
 
         def metadata_of(layer_idx: int) -> Any:
-            if even:
+            if uniform:
                 return prepared[0]
             index = layer_idx % at_once
             if index == 0:  # also where tables were made before: a graph has to see it again
                 fill(layer_idx)
             return prepared[index]
 
-        if even:
+        if uniform:
             fill(0)
         return metadata_of

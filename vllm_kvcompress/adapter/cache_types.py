@@ -12,6 +12,6 @@ FLOAT8_TYPES = {
 """Caches of bytes with one scale each for the keys and the values of a layer."""
 
 
-def is_served(cache_dtype: str) -> bool:
+def is_supported(cache_dtype: str) -> bool:
     """Whether a cached element is a number, up to a scale that all of its layer share."""
     return cache_dtype in FLOAT8_TYPES or not is_quantized_kv_cache(cache_dtype)

@@ -9,8 +9,8 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress.adapter import refusals, telemetry
+from vllm_kvcompress.adapter.compression_config import compression_config
 from vllm_kvcompress.adapter.patching import wrap
-from vllm_kvcompress.adapter.settings import settings_of
 from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.config import (
     CONFIG_KEY,
@@ -99,7 +99,7 @@ def _move_flags(original):
         for flag, key in _FLAGS.items():
             if hasattr(args, flag):
                 raw[key] = getattr(args, flag)
-                delattr(args, flag)  # the settings travel on in additional_config
+                delattr(args, flag)  # the config travels on in additional_config
         if raw:
             args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: raw}
         return original(cls, args)
@@ -117,12 +117,12 @@ def _check_engine(original):
                 f'additional_config["{CONFIG_KEY}"] must be an object such as '
                 f'{{"method": "bacon", "budget": 128}}, got {raw!r}.'
             )
-        settings = KVCompressionConfig.parse(raw)
-        self.additional_config = {**self.additional_config, CONFIG_KEY: settings.to_json()}
+        config = KVCompressionConfig.parse(raw)
+        self.additional_config = {**self.additional_config, CONFIG_KEY: config.to_json()}
         if current_platform.is_cpu() and self.block_size is None:
             self.block_size = CPU_BLOCK_SIZE
         vllm_config = original(self, *args, **kwargs)
-        refusals.check(vllm_config, settings)
+        refusals.check(vllm_config, config)
         # vLLM resolves both by name in the processes that need them, and fails where it cannot
         parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
         parallel.worker_cls = refusals.WORKERS.get(parallel.worker_cls, parallel.worker_cls)
@@ -135,7 +135,7 @@ def _check_engine(original):
 
 def _refuse_growing_prompts(original):
     def process_inputs(self: InputProcessor, *args, **kwargs):
-        if kwargs.get("resumable") and settings_of(self.vllm_config) is not None:
+        if kwargs.get("resumable") and compression_config(self.vllm_config) is not None:
             raise KVCompressionError(
                 "KV compression happens when a prompt ends, so a streaming-input session cannot "
                 "append to it: send the whole prompt in one request, or serve without "

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.orders import CompressionOrder
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.policy import Outcome
@@ -33,14 +34,14 @@ class CompressedSpec(FullAttentionSpec):
     """A full-attention layer whose prompts are compressed.
 
     Attributes:
-        settings: the configuration as JSON.
+        config: how they are compressed.
         model_kv_heads: KV heads of the model, over all ranks.
         entry_bytes: what a worker keeps, per layer, of a prompt that waits for its compression.
         max_entries: most prompts that can wait at the same time.
         num_layers: layers that share the spec; 0 until vLLM has grouped them.
     """
 
-    settings: str
+    config: KVCompressionConfig
     model_kv_heads: int
     entry_bytes: int = 0
     max_entries: int = 1
@@ -51,22 +52,22 @@ class CompressedSpec(FullAttentionSpec):
         """Prompts that a worker has room for; at least one, so that every prompt is served."""
         if not self.entry_bytes:
             return self.max_entries
-        room = (self.planner.config.workspace_mib << 20) // (self.num_layers * self.entry_bytes)
+        room = (self.config.workspace_mib << 20) // (self.num_layers * self.entry_bytes)
         return max(1, min(room, self.max_entries))
 
     @property
     def copy_bytes(self) -> int:
         """Bound on what is copied at a time of what prompts keep."""
-        return (self.planner.config.workspace_mib << 20) // 4
+        return (self.config.workspace_mib << 20) // 4
 
     @property
     def planner(self) -> BlockPlanner:
         assert self.num_layers, "plans are made from the spec of a group"
-        return BlockPlanner(self.settings, self.block_size, self.num_layers, self.model_kv_heads)
+        return BlockPlanner(self.config, self.block_size, self.num_layers, self.model_kv_heads)
 
     @classmethod
     def merge(cls, specs):
-        """Merge equal settings; vLLM's own merge builds the result from its own fields only."""
+        """Merge equal configs; vLLM's own merge builds the result from its own fields only."""
         # vLLM tries to merge any layers and takes an AssertionError for a no
         assert all(isinstance(spec, cls) for spec in specs), "compressed with uncompressed layers"
         extra = {
@@ -75,8 +76,8 @@ class CompressedSpec(FullAttentionSpec):
             if f.name not in {g.name for g in dataclasses.fields(FullAttentionSpec)}
         }
         assert all(getattr(spec, name) == value for spec in specs for name, value in extra.items())
-        plain = FullAttentionSpec.merge([spec.plain() for spec in specs])
-        return cls.of(plain, **{**extra, "num_layers": len(specs)})
+        base = FullAttentionSpec.merge([spec.base_spec() for spec in specs])
+        return cls.of(base, **{**extra, "num_layers": len(specs)})
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, **extra) -> "CompressedSpec":
@@ -86,7 +87,8 @@ class CompressedSpec(FullAttentionSpec):
         }
         return cls(**fields, **extra)
 
-    def plain(self) -> FullAttentionSpec:
+    def base_spec(self) -> FullAttentionSpec:
+        """vLLM's own spec of the layer."""
         fields = dataclasses.fields(FullAttentionSpec)
         return FullAttentionSpec(**{f.name: getattr(self, f.name) for f in fields if f.init})
 

@@ -81,13 +81,16 @@ class CompressedLayers:
         num_layers = self.num_layers
         assert planner.num_layers == num_layers, "plans count the layers of the group"
         allocator = self.config.allocation
-        self.even = allocator.scope is Scope.EVEN
+        self.uniform = allocator.scope is Scope.UNIFORM
         self.slots = RequestSlots(self.max_num_seqs)
         self.plans: dict[str, PromptPlan] = {}
         self.is_compressed = np.zeros(self.max_num_seqs + 1, dtype=bool)  # by slot
         self._num_computed: dict[str, int] | None = None
         self.state = HeadPageState(
-            self.max_num_seqs, 1 if self.even else num_layers, self.num_kv_heads, self.facts.device
+            self.max_num_seqs,
+            1 if self.uniform else num_layers,
+            self.num_kv_heads,
+            self.facts.device,
         )
         self.pipeline = CompressionPipeline(
             self.config.scoring,
@@ -239,7 +242,7 @@ class CompressedLayers:
 
     def _max_pages(self, plan: PromptPlan) -> int:
         """Bound on the pages of one head."""
-        if self.even:
+        if self.uniform:
             return plan.num_kept_blocks
         owners = self.num_kv_heads * (self.num_layers if self.config.spans_layers else 1)
         return min(plan.num_kept_blocks * owners, plan.num_full_blocks)

@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.attention import Attention
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES, is_served
+from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES, is_supported
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 SUMMARY = (
@@ -35,23 +35,23 @@ SCHEDULERS = {
 """Ours, by whether scheduling is asynchronous."""
 
 
-def check(vllm_config: VllmConfig, settings: KVCompressionConfig) -> None:
+def check(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     """Raise one error with every reason why this engine cannot compress.
 
     Raises:
         KVCompressionError: at least one reason was found.
     """
-    reasons = engine_reasons(vllm_config, settings)
+    reasons = engine_reasons(vllm_config, config)
     if reasons:
         raise KVCompressionError.from_reasons(reasons)
 
 
-def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> list[str]:
+def engine_reasons(vllm_config: VllmConfig, config: KVCompressionConfig) -> list[str]:
     """Reasons that the engine's configuration shows; layers add theirs when they are built."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     block_size = cache.block_size
-    kept = settings.tokens_per_head
+    kept = config.tokens_per_head
     checks = (
         (model.use_mla, "the model uses MLA, whose latent cache has no KV heads: serve it without "
          "--kv-compression"),
@@ -70,13 +70,13 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set "
          "--pipeline-parallel-size 1"),
         (parallel.use_ubatching, "micro-batching: remove --enable-dbo and --ubatch-size"),
-        (not is_served(cache.cache_dtype), f"--kv-cache-dtype {cache.cache_dtype} packs several "
+        (not is_supported(cache.cache_dtype), f"--kv-cache-dtype {cache.cache_dtype} packs several "
          "elements or scales into a token: use --kv-cache-dtype fp8 or auto"),
         (cache.cache_dtype in FLOAT8_TYPES and bool(cache.kv_cache_dtype_skip_layers), "layers "
          "with caches of unlike types: remove --kv-cache-dtype-skip-layers"),
         (kept is not None and kept < block_size, f"--kv-budget {kept} is smaller than one block: "
          f"set --kv-budget {block_size} or more, or a smaller --block-size than {block_size}"),
-        (settings.window > model.max_model_len, f"--kv-window {settings.window} is longer than "
+        (config.window > model.max_model_len, f"--kv-window {config.window} is longer than "
          f"--max-model-len {model.max_model_len}: lower the window"),
         (vllm_config.attention_config.use_non_causal, "non-causal attention: serve the model "
          "without --kv-compression"),
@@ -94,7 +94,7 @@ def engine_reasons(vllm_config: VllmConfig, settings: KVCompressionConfig) -> li
         (cache.kv_sharing_fast_prefill, "layers that share KV: remove --kv-sharing-fast-prefill"),
     )  # fmt: skip
     reasons = [reason for refused, reason in checks if refused]
-    reasons += kernels.reasons_against(vllm_config.device_config.device_type)
+    reasons += kernels.missing_on(vllm_config.device_config.device_type)
     return [reason + "." for reason in reasons]
 
 
@@ -104,7 +104,7 @@ def layer_reasons(*, sinks: bool, alibi: bool, kv_sharing: bool, kv_cache_dtype:
         (sinks, "attention sinks are per query head"),
         (alibi, "ALiBi slopes depend on the position inside the cache"),
         (kv_sharing, "a layer reads the KV cache of another layer"),
-        (not is_served(kv_cache_dtype), f"the checkpoint asks for a {kv_cache_dtype} cache"),
+        (not is_supported(kv_cache_dtype), f"the checkpoint asks for a {kv_cache_dtype} cache"),
     )
     return [f"{reason}: {_ADVICE}." for refused, reason in checks if refused]
 

@@ -7,7 +7,6 @@ every layer of an engine that does not compress.
 
 import functools
 import importlib
-import json
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import attention as attention_layer
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
+from vllm_kvcompress.adapter.compression_config import current_compression_config
 from vllm_kvcompress.adapter.patching import wrap
-from vllm_kvcompress.adapter.settings import current_settings
 from vllm_kvcompress.adapter.waiting import bytes_per_layer
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
@@ -33,13 +32,13 @@ def install() -> None:
 def _choose(original):
     def get_attn_backend(*args, **kwargs):
         backend = original(*args, **kwargs)
-        settings = current_settings()
-        if settings is None:
+        config = current_compression_config()
+        if config is None:
             return backend
         attn_type = kwargs.get("attn_type") or AttentionType.DECODER
         if attn_type != AttentionType.DECODER or kwargs.get("has_sliding_window"):
             return backend
-        return compressed(backend, spec_fields(get_current_vllm_config(), settings))
+        return compressed(backend, spec_fields(get_current_vllm_config(), config))
 
     return get_attn_backend
 
@@ -47,7 +46,7 @@ def _choose(original):
 class SpecFields(NamedTuple):
     """Fields of ``CompressedSpec`` that depend on the engine; see there."""
 
-    settings: str
+    config: KVCompressionConfig
     model_kv_heads: int
     entry_bytes: int
     max_entries: int
@@ -67,7 +66,7 @@ def spec_fields(vllm_config: VllmConfig, config: KVCompressionConfig) -> SpecFie
         element_size=dtype.itemsize,
     )
     return SpecFields(
-        json.dumps(config.to_json()),
+        config,
         model.get_total_num_kv_heads(),
         entry_bytes,
         vllm_config.scheduler_config.max_num_seqs,

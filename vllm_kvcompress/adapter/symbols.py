@@ -72,10 +72,10 @@ _COMMAND_LINE = (
     *_symbols(
         "vllm.engine.arg_utils",
         ("EngineArgs", Use.HELD, "additional_config block_size",
-         "carries our settings to every process, chooses CPU blocks"),
+         "carries our config to every process, chooses CPU blocks"),
         ("EngineArgs.add_cli_args", Use.REPLACED, "parser", "adds our flags"),
         ("EngineArgs.from_cli_args", Use.REPLACED, "cls args", "moves them to additional_config"),
-        ("EngineArgs.create_engine_config", Use.WRAPPED, "self", "checks settings against engine",
+        ("EngineArgs.create_engine_config", Use.WRAPPED, "self", "checks our config against engine",
          "VllmConfig"),
     ),
     *_symbols("vllm.platforms", ("current_platform", Use.HELD, "", "is this the CPU build?")),
@@ -94,7 +94,7 @@ _CONFIGURATION = _symbols(
      "additional_config attention_config cache_config compilation_config device_config "
      "kv_transfer_config model_config parallel_config scheduler_config speculative_config "
      "use_v2_model_runner",
-     "where the settings travel; refusals"),
+     "where our config travels; refusals"),
     ("get_current_vllm_config", Use.CALLED, "", "the engine whose layers are being built"),
     ("get_current_vllm_config_or_none", Use.CALLED, "", "the same, where there may be none"),
     ("ModelConfig", Use.HELD,

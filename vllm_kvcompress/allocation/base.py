@@ -15,7 +15,7 @@ from vllm_kvcompress.workspace import RowShape
 class Scope(enum.Enum):
     """What a budget may depend on, and among whom it may differ."""
 
-    EVEN = "every head of every layer alike, known from the prompt length"
+    UNIFORM = "every head of every layer alike, known from the prompt length"
     STATIC = "per layer and head, known from the prompt length"
     LAYER = "per head, from the scores of its layer"
     MODEL = "per layer, from the scores of all layers"

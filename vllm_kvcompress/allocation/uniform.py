@@ -16,7 +16,7 @@ class Uniform(Allocator):
     name: ClassVar[str] = "uniform"
     source: ClassVar[str] = "SnapKV, arXiv 2404.14469"
     cost: ClassVar[str] = "none"
-    scope: ClassVar[Scope] = Scope.EVEN
+    scope: ClassVar[Scope] = Scope.UNIFORM
 
     def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
         return (request.capacity + request.num_protected)[:, None, None]

@@ -36,14 +36,14 @@ _NEEDS = {
 }
 
 _TOTALS = {
-    Scope.EVEN: "B for every head",
+    Scope.UNIFORM: "B for every head",
     Scope.LAYER: "Hkv*B per layer",
     Scope.STATIC: "L*Hkv*B per prompt",
     Scope.MODEL: "L*Hkv*B per prompt",
 }
 
 _DECIDES = {
-    Scope.EVEN: "static",
+    Scope.UNIFORM: "static",
     Scope.STATIC: "static",
     Scope.LAYER: "layer by layer",
     Scope.MODEL: "deferred",

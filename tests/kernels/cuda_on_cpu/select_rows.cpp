@@ -8,10 +8,10 @@
 constexpr int kThreads = 64;
 
 extern "C" void select_rows(const float* scores, const int64_t* count,
-                            const int64_t* candidate_end, const int64_t* pinned_end, int64_t* kept,
+                            const int64_t* candidate_end, const int64_t* protected_end, int64_t* kept,
                             int rows, int num_heads, int length, int width, int num_blocks) {
   const int chunk = (length + num_blocks - 1) / num_blocks;
-  const kvcompress::Selection selection{scores, count, candidate_end, pinned_end, kept,
+  const kvcompress::Selection selection{scores, count, candidate_end, protected_end, kept,
                                         num_heads, length, width, chunk};
   for (int row = 0; row < rows; ++row) {
     Cluster cluster(num_blocks * kThreads);
