@@ -14,7 +14,6 @@ which launch as much each. Code that asks a tensor for a value fails: it would w
 import argparse
 import collections
 import contextlib
-import json
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter, jit
 
 from vllm_kvcompress import kernels
@@ -37,13 +37,13 @@ from vllm_kvcompress.pipeline import (
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import Need
-from vllm_kvcompress.workspace import DEFAULT_BYTES
 
 METHODS = ("bacon", "bacon+adakv", "aircache", "vl-cache")
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_SIZE = 28, 28, 4, 128  # Qwen2-VL-7B
 BLOCK_SIZE, PROMPT_LEN, BUDGET = 16, 8192, 1024
 INSTRUCTION_LEN = 64
 NUM_SLOTS = 16
+WORKSPACE = KVCompressionConfig("bacon").workspace_mib << 20
 SOURCES = ("vllm_kvcompress", "triton_kernels")
 META = torch.device("meta")
 
@@ -60,13 +60,13 @@ class Launches(TorchDispatchMode):
         self.found: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_view = any(
-            result.alias_info is not None and not result.alias_info.is_write
-            for result in func._schema.returns
-        )
-        if not is_view and "empty" not in func._schema.name:
+        found = func(*args, **(kwargs or {}))
+        given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = {_storage(x) for x in tree_leaves(found) if isinstance(x, torch.Tensor)}
+        # operators such as `to` and `contiguous` are views or copies, as it happens
+        if (func._schema.is_mutable or made - given) and "empty" not in func._schema.name:
             self.note(func._schema.name.removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
+        return found
 
     def note(self, what: str) -> None:
         self.found[what, _caller()] += 1
@@ -78,6 +78,10 @@ class Launches(TorchDispatchMode):
     @property
     def in_triton(self) -> int:
         return sum(count for (what, _), count in self.found.items() if what.endswith("_kernel"))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _caller() -> str:
@@ -122,7 +126,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 def plan(config: KVCompressionConfig) -> PromptPlan:
     """Of a prompt that is an image, all but some text before it and the instruction."""
     facts = PromptFacts(PROMPT_LEN, ((16, PROMPT_LEN - INSTRUCTION_LEN),))
-    return BlockPlanner(json.dumps(config.to_json()), BLOCK_SIZE, LAYERS, NUM_KV_HEADS).plan(facts)
+    return BlockPlanner(config, BLOCK_SIZE, LAYERS, NUM_KV_HEADS).plan(facts)
 
 
 def finished(config: KVCompressionConfig, num: int) -> FinishedPrefills:
@@ -133,7 +137,8 @@ def finished(config: KVCompressionConfig, num: int) -> FinishedPrefills:
         segment = meta(num, PROMPT_LEN)
     if config.candidates is not Candidates.ALL:
         visual = meta(num, PROMPT_LEN, dtype=torch.bool)
-    owners = NUM_KV_HEADS * (LAYERS if config.spans_layers else 1)
+    scope = config.allocation.scope
+    owners = NUM_KV_HEADS * (LAYERS if scope.spans_layers else 1) if scope.needs_scores else 1
     return FinishedPrefills(
         batch=PromptBatch(*(meta(num) for _ in PromptBatch._fields)),
         block_table=meta(num, num_blocks),
@@ -185,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--method", help="one method, and where its launches come from")
     parser.add_argument("--prompts", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--workspace", type=int, default=DEFAULT_BYTES, metavar="BYTES")
+    parser.add_argument("--workspace", type=int, default=WORKSPACE, metavar="BYTES")
     args = parser.parse_args()
     for method in (args.method,) if args.method else METHODS:
         for num in args.prompts:

@@ -33,6 +33,10 @@ last_row_logits = Operation(
 elite_attention = Operation(
     reference_paged.elite_attention, triton="elite_rows", cpp=native.elite_attention
 )
+strong_key_counts = Operation(
+    reference_paged.strong_key_counts, triton="strong_keys", cpp=native.strong_key_counts
+)
+strength_and_skewness = Operation(reference.strength_and_skewness, triton="skewness")
 gaussian_logits = Operation(
     reference_paged.gaussian_logits, cpp=native.gaussian_logits, torch_on_gpu=True
 )
@@ -79,6 +83,8 @@ __all__ = [
     "read_prompt",
     "select_tokens",
     "stage_tokens",
+    "strength_and_skewness",
+    "strong_key_counts",
     "window_scores",
     "write_pages",
 ]

@@ -8,7 +8,7 @@ import torch
 
 from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, index_tables
 from vllm_kvcompress.kernels.reference_decode import HeldPages
-from vllm_kvcompress.kernels.reference_rows import share_of
+from vllm_kvcompress.kernels.reference_rows import log_share, share_of
 
 
 def available() -> bool:
@@ -175,6 +175,27 @@ def elite_attention(
         prompt_lens,
         _logit_scale(prompts, scale),
         softcap,
+    )
+
+
+def strong_key_counts(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    instruction_len: torch.Tensor,
+    scale: torch.Tensor,
+    softcap: float = 0.0,
+    threshold: float = 0.01,
+) -> torch.Tensor:
+    """See ``reference.strong_key_counts``, on paged keys."""
+    return torch.ops.vllm_kvcompress.strong_key_counts(
+        queries,
+        *_keys(prompts),
+        prompt_lens,
+        instruction_len,
+        _logit_scale(prompts, scale),
+        softcap,
+        log_share(threshold),
     )
 
 

@@ -16,6 +16,8 @@ from vllm_kvcompress.kernels.reference_rows import (
     group_attention_sum,
     last_row_logits,
     row_logits,
+    strength_and_skewness,
+    strong_key_counts,
 )
 from vllm_kvcompress.kernels.reference_scores import (
     bacon_calibrate,
@@ -326,6 +328,8 @@ __all__ = [
     "row_logits",
     "select_tokens",
     "stage_tokens",
+    "strength_and_skewness",
+    "strong_key_counts",
     "window_scores",
     "write_pages",
 ]

@@ -84,6 +84,22 @@ def elite_attention(
     return reference.elite_attention(queries, elite, segment, keys, prompt_lens, scale, softcap)
 
 
+def strong_key_counts(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    instruction_len: torch.Tensor,
+    scale: torch.Tensor,
+    softcap: float = 0.0,
+    threshold: float = 0.01,
+) -> torch.Tensor:
+    """See ``reference.strong_key_counts``."""
+    keys = read_prompt(prompts, "key")
+    return reference.strong_key_counts(
+        queries, keys, prompt_lens, instruction_len, scale, softcap, threshold
+    )
+
+
 def gaussian_logits(
     mean: torch.Tensor, covariance: torch.Tensor, prompts: PromptPages, scale: torch.Tensor
 ) -> torch.Tensor:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain definitions of attention of single rows on a whole prompt, a part of ``reference.py``."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +13,9 @@ UNIT_BITS = 39
 """Masses are counted in units: the largest of a group has this many bits."""
 SHARE_BITS = 30
 """Shares of a group's mass are multiples of 2**-30."""
+
+EQUAL_UP_TO = 1e-6
+"""Deviation, relative to the mean, that rounding alone can cause."""
 
 
 def row_logits(
@@ -193,3 +198,75 @@ def elite_attention(
         counts = elite[:, :, start : start + _ROWS_AT_ONCE, None]
         total += probs.masked_fill_(~counts, 0.0).sum(2)
     return (total / elite.sum(2, keepdim=True)).masked_fill(~visual, 0.0)
+
+
+def strong_key_counts(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    instruction_len: torch.Tensor,
+    scale: torch.Tensor,
+    softcap: float = 0.0,
+    threshold: float = 0.01,
+) -> torch.Tensor:
+    """How many keys each row of the instruction looks at with ``threshold`` of its top attention.
+
+    The softmax of a row divides all of it alike, so that logits are compared instead.
+
+    Args:
+        queries: [N, Q, Hq, D] of positions P-Q .. P-1; anything before the instruction.
+        keys: [N, Hkv, T, D]; anything at t >= P.
+        prompt_lens: [N] int64, P.
+        instruction_len: [N] int64, I; at most Q and P.
+        threshold: share of the row's largest attention, 0 for all keys that the row sees.
+
+    Returns:
+        [N, Hq, Q] int32, 0 before the instruction.
+    """
+    num_rows = queries.shape[1]
+    least = log_share(threshold)
+    position = torch.arange(keys.shape[2], device=keys.device)
+    counts = []
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        rows = torch.arange(start, min(start + _ROWS_AT_ONCE, num_rows), device=keys.device)
+        last_seen = prompt_lens[:, None] - num_rows + rows  # [N, M]
+        tile = queries[:, start : start + _ROWS_AT_ONCE]
+        logits = row_logits(tile, keys, last_seen, scale, softcap).flatten(1, 2)
+        strong = logits >= logits.amax(3, keepdim=True) + least
+        counts_here = rows >= num_rows - instruction_len[:, None]
+        strong &= ((position <= last_seen[..., None]) & counts_here[..., None])[:, None]
+        counts.append(strong.sum(3))
+    return torch.cat(counts, dim=2).int()
+
+
+def log_share(share: float) -> float:
+    """What a share of the largest attention is below the largest logit."""
+    return math.log(share) if share else -math.inf
+
+
+def strength_and_skewness(
+    importance: torch.Tensor, segment: torch.Tensor, prompt_lens: torch.Tensor
+) -> torch.Tensor:
+    """Sum and bias-corrected skewness, not below 0, of the attention on visual tokens.
+
+    Args:
+        importance: [N, T] float32, 0 off the visual tokens.
+        segment: [N, T] int64, not negative for visual tokens; anything at t >= P.
+        prompt_lens: [N] int64, P.
+
+    Returns:
+        [N, 2] float64; 1 and 0 where a prompt has fewer than 3 visual tokens, so that all of its
+        layers look alike. Values that are equal but for rounding have no skewness.
+    """
+    position = torch.arange(importance.shape[1], device=importance.device)
+    visual = (segment >= 0) & (position < prompt_lens[:, None])
+    importance, count = importance.double(), visual.sum(1).double()
+    strength = importance.masked_fill(~visual, 0.0).sum(1)
+    mean = strength / count
+    spread = (importance - mean[:, None]).masked_fill(~visual, 0.0)
+    deviation = (spread.square().sum(1) / (count - 1)).sqrt()
+    cubes = (spread / deviation[:, None]).pow(3).sum(1)
+    skewness = count / ((count - 1) * (count - 2)) * cubes
+    skewness = torch.where(deviation > EQUAL_UP_TO * mean, skewness.clamp_min(0), 0.0)
+    few = count < 3
+    return torch.stack([strength.masked_fill(few, 1.0), skewness.masked_fill(few, 0.0)], dim=1)

@@ -110,22 +110,28 @@ class CompressionPipeline:
             hidden_size=0 if stack.hidden is None else stack.hidden.total.shape[1],
         )
         num_slots = self.num_kv_heads * prompts.max_pages * block_size
-        staged = prompts.pages_per_layer * block_size * 2 * head_size * stack.pages.itemsize
+        page = block_size * 2 * head_size * stack.pages.itemsize
         # scores with what does not compete masked out, and those masks
         scoring = max(self.scorer.workspace(row), self.allocator.workspace(row) + 2 * row.scores)
         scoring = 4 * (scoring + 3 * row.scores)
-        selecting = 4 * 2 * row.scores + 8 * num_slots
+        selecting = 8 * num_slots
+        if self.scorer.recent_fraction:  # scores in which the recent ones are marked, and marks
+            selecting += (4 + 1) * row.scores
         if self.merge is not None:
             merging = self.merge.workspace(row, num_slots) + 3 * row.keys
             selecting += 4 * merging + 8 * num_slots * head_size
-        # of every layer: scores, segments, block table, what was observed, sums in their order
-        held = 4 * row.scores + 8 * row.length + 8 * prompts.block_table.shape[1]
+        # of every layer: scores, block table, plan, numbers of each head, segments, what was
+        # observed, sums in their order
+        held = 4 * row.scores + 8 * prompts.block_table.shape[1]
+        held += 8 * (len(PromptBatch._fields) + 8 * self.num_kv_heads)
+        if prompts.segment is not None:
+            held += 8 * row.length
         held += 4 * self.allocator.decision_workspace(row)
         if stack.key_attention_sum is not None:
             held += 4 * row.scores
-        return Workspace(
-            per_row=max(scoring, selecting), per_prompt=len(stack.layers) * (held + staged)
-        )
+        num_layers = len(stack.layers)
+        staged = (num_layers * prompts.pages_per_layer + 1) * page
+        return Workspace(scoring, selecting, num_layers * held + 8 * row.length, staged)
 
     def _compress(
         self, prompts: FinishedPrefills, stack: LayerStack, layers_together: int
@@ -136,6 +142,7 @@ class CompressionPipeline:
             groups.append(group)
             if self.allocator.scope.needs_scores:
                 observed.append(self.allocator.observe(group.ctx, scores))
+            del scores
             group.ctx.release()
         kept = self._kept_tokens(prompts, observed, num_layers)
         count = self._page_count(batch, kept)

@@ -37,24 +37,29 @@ class RowShape(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Bytes that are alive at the peak of a call.
+    """Bytes that are alive in a call, which scores first and then selects and copies.
 
     Attributes:
-        per_row: of every row that is worked on at the same time.
-        per_prompt: of every prompt, however many of its layers are worked on at the same time.
+        scoring, selecting: of every row that is worked on at the same time.
+        held: of every prompt from its scores to the end.
+        staged: of every prompt while it is copied, however many of its layers are.
     """
 
-    per_row: int
-    per_prompt: int
+    scoring: int
+    selecting: int
+    held: int
+    staged: int
 
     def bytes(self, num_layers: int, num_prompts: int) -> int:
-        """What so many layers of so many prompts take together."""
-        return num_prompts * (self.per_prompt + num_layers * self.per_row)
+        """What so many layers of so many prompts take at their peak."""
+        rows = max(num_layers * self.scoring, self.staged + num_layers * self.selecting)
+        return num_prompts * (self.held + rows)
 
     def split(self, limit: int, num_layers: int, num_prompts: int) -> tuple[int, int]:
         """How many layers and prompts go together; at least one, whatever the limit."""
         prompts = limit // self.bytes(num_layers, 1)
         if prompts:
             return num_layers, min(prompts, num_prompts)
-        layers = (limit - self.per_prompt) // self.per_row
+        room = limit - self.held
+        layers = min(room // self.scoring, (room - self.staged) // self.selecting)
         return min(max(layers, 1), num_layers), 1

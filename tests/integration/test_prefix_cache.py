@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compression and vLLM's prefix cache at once: hits stay, and nobody reads a compacted block."""
 
-import json
-
 import pytest
 from engine import (
     BLOCK_SIZE,
@@ -49,7 +47,7 @@ def _measure_noise_first():
 
 def plan(method: Method, prompt: list[int]):
     config = KVCompressionConfig.parse(method.additional_config[CONFIG_KEY])
-    planner = BlockPlanner(json.dumps(config.to_json()), BLOCK_SIZE, num_layers=2, num_kv_heads=2)
+    planner = BlockPlanner(config, BLOCK_SIZE, num_layers=2, num_kv_heads=2)
     return planner.plan(PromptFacts(len(prompt)))
 
 

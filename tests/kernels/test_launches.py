@@ -10,8 +10,7 @@ import torch
 from vllm_kvcompress.kernels.operations import OPERATIONS
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "launches.py"
-MOST = {"bacon": 35, "bacon+adakv": 65, "aircache": 110}
-ROOM = 1 << 33  # for all layers of eight prompts
+MOST = {"bacon": 40, "bacon+adakv": 70, "aircache": 80, "vl-cache": 80}
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +23,18 @@ def launches():
 
 @pytest.mark.parametrize(("method", "most"), MOST.items())
 def test_few_launches(launches, method, most):
-    counted = launches.count(method, 1, ROOM)
+    counted = launches.count(method, 1, launches.WORKSPACE)
     assert 0 < counted.in_triton < counted.total <= most
-    assert launches.count(method, 8, ROOM).found == counted.found
+    together = launches.count(method, 8, launches.WORKSPACE)
+    assert together.in_triton == counted.in_triton
+    assert together.total <= counted.total + 5  # what is contiguous of one prompt is copied of many
 
 
 def test_groups_of_layers_launch_as_much_each(launches):
     """The benchmark sees what a small workspace costs."""
-    whole, split = (launches.count("bacon", 1, size).total for size in (ROOM, 1 << 26))
+    whole, split = (
+        launches.count("bacon", 1, size).total for size in (launches.WORKSPACE, 1 << 25)
+    )
     assert split > 1.5 * whole
 
 

@@ -14,7 +14,7 @@ from images import WINDOW, Prompt, batch_of
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import ALLOCATORS, BudgetRequest, Scope
-from vllm_kvcompress.allocation.aircache import AirCacheLayers, strength_and_skewness
+from vllm_kvcompress.allocation.aircache import AirCacheLayers
 from vllm_kvcompress.allocation.prefixkv import PrefixKV, shortest_starts
 from vllm_kvcompress.allocation.vlcache import VLCache
 from vllm_kvcompress.scoring import LayerTrace, Scores
@@ -95,8 +95,8 @@ class TestAirCache:
 
     def test_published_skewness(self):
         values = torch.tensor([[1.0, 2, 3, 4, 10, 99], [-1, -2, -3, -4, -10, 99]])
-        visual = torch.tensor([[True] * 5 + [False]] * 2)
-        result = strength_and_skewness(values.double(), visual)
+        segment = torch.tensor([[0] * 5 + [-1]] * 2)
+        result = kernels.strength_and_skewness(values, segment, torch.tensor([6, 6]))
         assert result[0].tolist() == pytest.approx([20, 1.697056], abs=6e-7)
         assert result[1].tolist() == [-20, 0]
 
@@ -153,8 +153,9 @@ class TestAirCache:
 
     def test_constant_attention_has_no_skewness(self):
         for count in (3, 7, 10, 49):
-            values = torch.full((1, count), 1 / 7, dtype=torch.float64)
-            [[strength, skewness]] = strength_and_skewness(values, values > 0).tolist()
+            values, segment = torch.full((1, count), 1 / 7), torch.zeros(1, count).long()
+            moments = kernels.strength_and_skewness(values, segment, torch.tensor([count]))
+            [[strength, skewness]] = moments.tolist()
             assert strength == pytest.approx(count / 7)
             assert skewness == 0
 

@@ -25,10 +25,11 @@ METHODS = [
 
 
 class TestWorkspace:
-    SPACE = Workspace(per_row=10, per_prompt=100)
+    SPACE = Workspace(scoring=30, selecting=10, held=20, staged=80)
 
-    def test_bytes(self):
-        assert self.SPACE.bytes(num_layers=4, num_prompts=3) == 3 * (100 + 4 * 10)
+    def test_scores_are_gone_when_tokens_are_copied(self):
+        assert self.SPACE.bytes(num_layers=4, num_prompts=3) == 3 * (20 + max(4 * 30, 80 + 4 * 10))
+        assert self.SPACE.bytes(num_layers=2, num_prompts=3) == 3 * (20 + max(2 * 30, 80 + 2 * 10))
 
     @pytest.mark.parametrize(
         ("limit", "split"),

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation.base import Allocator, BudgetRequest, Scope
 from vllm_kvcompress.allocation.rounding import apportion
 from vllm_kvcompress.options import require_choice, require_range
@@ -51,8 +52,8 @@ class AirCacheLayers(Allocator):
         """Strength and skewness, [R, 2] float64."""
         assert ctx.segment is not None
         heads = visual_attention(ctx, self.elite, self.elite_scope)
-        visual = (ctx.segment >= 0) & ctx.is_prompt
-        return strength_and_skewness(ctx.mean_over_heads(heads).double(), visual)
+        mean = ctx.mean_over_heads(heads)
+        return kernels.strength_and_skewness(mean, ctx.segment, ctx.prompt_lens)
 
     def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
         assert observed is not None
@@ -77,26 +78,3 @@ class AirCacheLayers(Allocator):
 
     def workspace(self, row: RowShape) -> int:
         return 3 * row.num_queries * row.num_q_heads + row.logits + 12 * row.length
-
-
-def strength_and_skewness(importance: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """Sum and bias-corrected skewness, not below 0, of each row's visual tokens.
-
-    Args:
-        importance: [N, T] float64.
-        visual: [N, T] bool; rows with fewer than 3 get the sum 1, so that all layers look alike.
-
-    Returns:
-        [N, 2] float64.
-    """
-    count = visual.sum(1).double()
-    strength = importance.masked_fill(~visual, 0.0).sum(1)
-    mean = strength / count
-    spread = (importance - mean[:, None]).masked_fill(~visual, 0.0)
-    deviation = (spread.square().sum(1) / (count - 1)).sqrt()
-    cubes = (spread / deviation[:, None]).pow(3).sum(1)
-    skewness = count / ((count - 1) * (count - 2)) * cubes
-    # equal values differ by rounding, which has a skewness of its own
-    skewness = torch.where(deviation > 1e-6 * mean, skewness.clamp_min(0), 0.0)
-    few = count < 3
-    return torch.stack([strength.masked_fill(few, 1.0), skewness.masked_fill(few, 0.0)], dim=1)

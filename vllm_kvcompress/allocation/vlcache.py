@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """More tokens for layers whose instruction looks at many tokens."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation.base import Allocator, BudgetRequest, Scope
 from vllm_kvcompress.allocation.rounding import apportion
 from vllm_kvcompress.options import require_range
 from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
-from vllm_kvcompress.scoring.instruction import instruction_elements, instruction_rows
 from vllm_kvcompress.workspace import RowShape
 
 
@@ -44,16 +43,13 @@ class VLCache(Allocator):
 
     def observe(self, ctx: ScoringContext, scores: Scores) -> torch.Tensor:
         """Density of the layer's attention, [R] float64."""
-        seen = torch.zeros_like(ctx.prompt_lens)
-        dense = torch.zeros_like(ctx.prompt_lens)[:, None]
-        least = math.log(self.threshold) if self.threshold else -math.inf
-        for rows in instruction_rows(ctx):
-            # the softmax of a row divides all of it alike: logits can be compared instead
-            strong = rows.logits >= rows.logits.amax(3, keepdim=True) + least
-            strong &= (ctx.positions <= rows.positions[..., None])[:, None]
-            dense = dense + (strong.sum(3) * rows.counts[:, None]).sum(2)  # [R, Hq]
-            seen = seen + ((rows.positions + 1) * rows.counts).sum(1)
-        return ctx.mean_over_heads(dense / seen[:, None].double())
+        assert ctx.instruction_len is not None
+        last, num = ctx.prompt_lens, ctx.instruction_len
+        strong = kernels.strong_key_counts(
+            ctx.queries, ctx.prompts, last, num, ctx.scale, ctx.softcap, self.threshold
+        )
+        seen = num * (2 * last - num + 1) // 2  # keys that all rows of the instruction see
+        return ctx.mean_over_heads(strong.sum(2) / seen[:, None].double())
 
     def kept_tokens(self, observed: torch.Tensor | None, request: BudgetRequest) -> torch.Tensor:
         assert observed is not None
@@ -65,4 +61,4 @@ class VLCache(Allocator):
         return tokens[:, :, None]
 
     def workspace(self, row: RowShape) -> int:
-        return 3 * row.keys + 3 * instruction_elements(row)
+        return row.num_queries * row.num_q_heads

@@ -49,7 +49,7 @@ class AirCache(Scorer):
         return 1
 
     def workspace(self, row: RowShape) -> int:
-        return 3 * row.num_queries * row.num_q_heads + row.logits + 2 * row.scores
+        return 3 * row.num_queries * row.num_q_heads + row.logits + 3 * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         heads = visual_attention(ctx, self.elite, self.elite_scope)  # [R, Hq, T]
@@ -63,11 +63,15 @@ def visual_attention(ctx: ScoringContext, elite: float, elite_scope: str) -> tor
     Returns:
         [R, Hq, T] float32, 0 off the visual tokens.
     """
-    assert ctx.segment is not None
-    chosen = _elite(ctx, elite, elite_scope)
-    return kernels.elite_attention(
-        ctx.queries, chosen, ctx.segment, ctx.prompts, ctx.prompt_lens, ctx.scale, ctx.softcap
-    )
+
+    def attend() -> torch.Tensor:
+        assert ctx.segment is not None
+        chosen = _elite(ctx, elite, elite_scope)
+        return kernels.elite_attention(
+            ctx.queries, chosen, ctx.segment, ctx.prompts, ctx.prompt_lens, ctx.scale, ctx.softcap
+        )
+
+    return ctx.shared((visual_attention, elite, elite_scope), attend)
 
 
 def _elite(ctx: ScoringContext, elite: float, elite_scope: str) -> torch.Tensor:

@@ -4,7 +4,7 @@
 import abc
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -166,6 +166,7 @@ class ScoringContext:
     moments: QueryMoments | None = None
     projector: QueryProjector | None = None
     mean_over_heads: Callable[[torch.Tensor], torch.Tensor] = local_mean
+    _shared: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
     def of_layers(self, start: int, stop: int) -> "ScoringContext":
         """The rows of the layers [start, stop) of this context."""
@@ -174,9 +175,8 @@ class ScoringContext:
         rows = slice(start * self.num_prompts, stop * self.num_prompts)
         names = [f.name for f in dataclasses.fields(self)]
         own = {name: rows_of(getattr(self, name), rows) for name in names if name in ROWS}
-        return dataclasses.replace(
-            self, layers=self.layers[start:stop], stack=self.stack[start:stop], **own
-        )
+        own |= {"layers": self.layers[start:stop], "stack": self.stack[start:stop], "_shared": {}}
+        return dataclasses.replace(self, **own)
 
     @property
     def num_prompts(self) -> int:
@@ -214,8 +214,15 @@ class ScoringContext:
         """[R, Hkv, T, D] float32, 0 at t >= P."""
         return self._read("value")
 
+    def shared(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``make`` returns, made once for all methods that name the same ``key``."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def release(self) -> None:
-        """Free keys and values; they are read anew if they are asked for again."""
+        """Free what was read or shared; it is made anew if it is asked for again."""
+        self._shared.clear()
         for name in ("keys", "values"):
             self.__dict__.pop(name, None)
 

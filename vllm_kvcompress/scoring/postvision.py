@@ -4,10 +4,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from vllm_kvcompress import kernels
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
-from vllm_kvcompress.scoring.instruction import instruction_elements, instruction_rows
 from vllm_kvcompress.workspace import RowShape
 
 
@@ -33,14 +31,16 @@ class PostVision(Scorer):
         return 1  # of every head; the others follow from what the head keeps
 
     def workspace(self, row: RowShape) -> int:
-        kept = 2 * -(-row.num_queries // 32) * row.logits
-        return 2 * row.keys + 3 * instruction_elements(row) + kept
+        return row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
-        collected = [
-            rows.logits.softmax(3).masked_fill_(~rows.counts[:, None, :, None], 0.0).sum(2)
-            for rows in instruction_rows(ctx)
-        ]
-        heads = torch.stack(collected).sum(0)  # [R, Hq, T]
-        score = heads.unflatten(1, (ctx.prompts.num_kv_heads, -1)).mean(2)
+        assert ctx.instruction_len is not None
+        score = kernels.key_attention_sum(
+            ctx.queries,
+            ctx.instruction_len,
+            ctx.prompt_lens - ctx.instruction_len,
+            ctx.prompts,
+            ctx.scale,
+            ctx.softcap,
+        )
         return Scores(base=score, final=score)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys that rows of an instruction look at almost as much as at their favourite: QK^T twice.
+
+Nothing of size I x T is stored. A program takes some rows of all query heads of a KV head.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvcompress.kernels import paged_keys, query_rows
+from vllm_kvcompress.kernels.reference import PromptPages
+from vllm_kvcompress.kernels.reference_rows import log_share
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _strong_keys_kernel(
+    q_ptr,  # [R, Q, Hq, D]
+    pages_ptr,  # [num_pages, block_size * 2 * D]
+    table_ptr,  # [R, B] int64
+    prompt_lens_ptr,  # [R] int64
+    instruction_len_ptr,  # [R] int64
+    scale_ptr,  # [R] float32
+    key_scale_ptr,  # [R] float32, or None
+    counts_ptr,  # [R, Hq, Q] int32
+    softcap,
+    least,  # log of the threshold
+    num_rows,  # Q
+    num_q_heads,
+    num_kv_heads,
+    num_blocks,
+    HEAD_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64) // num_kv_heads
+    i_head = tl.program_id(0) % num_kv_heads
+    group = num_q_heads // num_kv_heads
+    scale = paged_keys.row_scale(scale_ptr, key_scale_ptr, i_row)
+    prompt_len = tl.load(prompt_lens_ptr + i_row).to(tl.int32)
+    instruction_len = tl.load(instruction_len_ptr + i_row).to(tl.int32)
+    o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_row, o_qhead = o_r // group, i_head * group + o_r % group
+    inside = o_row < num_rows
+    m_r = inside & (o_row >= num_rows - instruction_len)
+    last_seen = prompt_len - num_rows + o_row
+    end = tl.max(tl.where(m_r, last_seen + 1, 0), 0)
+    b_q = query_rows.load_rows(
+        q_ptr, i_row, o_row, o_qhead, m_r, num_rows, num_q_heads, HEAD_SIZE, BLOCK_D
+    )
+    b_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    for start in range(0, end, BLOCK_T):
+        o_key = start + tl.arange(0, BLOCK_T)
+        b_k = paged_keys.load_keys(
+            pages_ptr, table_ptr, i_row, i_head, o_key, o_key < end, num_kv_heads, num_blocks,
+            HEAD_SIZE, PAGE_TOKENS, BLOCK_D,
+        )  # fmt: skip
+        b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
+        b_z = tl.where(o_key[None, :] <= last_seen[:, None], b_z, float("-inf"))
+        b_max = tl.maximum(b_max, tl.max(b_z, 1))
+    b_least = b_max + least
+    b_count = tl.zeros((BLOCK_R,), tl.int32)
+    for start in range(0, end, BLOCK_T):
+        o_key = start + tl.arange(0, BLOCK_T)
+        b_k = paged_keys.load_keys(
+            pages_ptr, table_ptr, i_row, i_head, o_key, o_key < end, num_kv_heads, num_blocks,
+            HEAD_SIZE, PAGE_TOKENS, BLOCK_D,
+        )  # fmt: skip
+        b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
+        strong = (o_key[None, :] <= last_seen[:, None]) & (b_z >= b_least[:, None])
+        b_count += tl.sum(strong.to(tl.int32), 1)
+    p_counts = counts_ptr + (i_row * num_q_heads + o_qhead) * num_rows + o_row
+    tl.store(p_counts, tl.where(m_r, b_count, 0), mask=inside)
+
+
+def strong_key_counts(
+    queries: torch.Tensor,
+    prompts: PromptPages,
+    prompt_lens: torch.Tensor,
+    instruction_len: torch.Tensor,
+    scale: torch.Tensor,
+    softcap: float = 0.0,
+    threshold: float = 0.01,
+) -> torch.Tensor:
+    """See ``reference.strong_key_counts``; keys are read through the block table.
+
+    Args:
+        queries: [R, Q, Hq, D].
+        prompts: with token-row pages.
+
+    Returns:
+        [R, Hq, Q] int32.
+    """
+    pages, block_table, num_kv_heads, layout = prompts[:4]
+    num, num_rows, num_q_heads, head_size = queries.shape
+    counts = queries.new_empty((num, num_q_heads, num_rows), dtype=torch.int32)
+    exact = queries.dtype == torch.float32  # small tiles, whose products do not spill registers
+    tile = 32 if exact else 64
+    rows = num_rows * (num_q_heads // num_kv_heads)
+    _strong_keys_kernel[(num * num_kv_heads, triton.cdiv(rows, tile))](
+        queries.contiguous(),
+        pages,
+        block_table.contiguous(),
+        prompt_lens.contiguous(),
+        instruction_len.contiguous(),
+        scale,
+        prompts.key_scale,
+        counts,
+        softcap,
+        log_share(threshold),
+        num_rows,
+        num_q_heads,
+        num_kv_heads,
+        block_table.shape[1],
+        HEAD_SIZE=head_size,
+        PAGE_TOKENS=layout.block_size,
+        BLOCK_D=max(16, triton.next_power_of_2(head_size)),
+        BLOCK_R=tile,
+        BLOCK_T=tile,
+        HAS_SOFTCAP=softcap != 0,
+        EXACT=exact,
+        num_warps=8 if exact else 4,
+    )
+    return counts
