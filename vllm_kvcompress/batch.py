@@ -8,7 +8,7 @@ which a request is compressed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,18 +37,34 @@ class StepBatch:
     query_lens: np.ndarray
     query_starts: np.ndarray
 
-    @cached_property
-    def prompt_tokens(self) -> np.ndarray:
-        """[R] int64, tokens of prompts that are going to be compressed."""
-        lens = [0 if plan is None else plan.facts.length for plan in self.plans]
-        return np.clip(np.array(lens, dtype=np.int64) - self.num_computed, 0, self.query_lens)
+    def chunks(self) -> "list[PromptChunk]":
+        """Parts of prompts that are going to be compressed, as far as a method looks at them."""
+        found = []
+        starts, lens = self.num_computed.tolist(), self.query_lens.tolist()
+        for i, plan in enumerate(self.plans):
+            if plan is None:
+                continue
+            end = min(starts[i] + lens[i], plan.facts.length)
+            if end > max(starts[i], plan.first_row):
+                found.append(PromptChunk(i, int(self.query_starts[i]), starts[i], end, plan))
+        return found
 
-    @cached_property
-    def bring_rows(self) -> np.ndarray:
-        """[R] bool, whether a method looks at some of the request's tokens."""
-        end = self.num_computed + self.prompt_tokens
-        first = [0 if plan is None else plan.first_row for plan in self.plans]
-        return (self.prompt_tokens > 0) & (end > np.array(first, dtype=np.int64))
+
+class PromptChunk(NamedTuple):
+    """Tokens of one prompt in a step.
+
+    Attributes:
+        owner: index of the request in the batch.
+        token: index of the first one in the batch.
+        start, end: their positions.
+        plan: of the prompt.
+    """
+
+    owner: int
+    token: int
+    start: int
+    end: int
+    plan: PromptPlan
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -70,65 +86,59 @@ def head_major_order(starts: np.ndarray, lengths: np.ndarray, num_heads: int) ->
     return np.repeat(first, tokens) + steps * num_heads
 
 
-@dataclass(frozen=True)
-class QueryGather:
-    """Queries of this step that scorers will look at; arrays are int64, of equal length.
+class QueryRun(NamedTuple):
+    """Consecutive queries of one prompt that scorers will look at.
 
     Attributes:
         owner: index of the request in the batch.
-        distance: of the position from the prompt's last one.
-        token: index in the batch.
+        token: index of the first one in the batch.
+        length: of the run, at least 1.
+        distance: of the last one's position from the prompt's last one.
     """
 
-    owner: np.ndarray
-    distance: np.ndarray
-    token: np.ndarray
+    owner: int
+    token: int
+    length: int
+    distance: int
 
 
-def gather_queries(batch: StepBatch) -> QueryGather:
+def query_runs(chunks: Sequence[PromptChunk]) -> list[QueryRun]:
     """Which queries have to be kept until their prompt is compressed."""
-    chosen = np.flatnonzero(batch.bring_rows)
-    plans = [batch.plans[i] for i in chosen]
-    lens = np.array([plan.facts.length for plan in plans if plan], dtype=np.int64)
-    wanted = np.array([plan.num_rows for plan in plans if plan], dtype=np.int64)
-    start = batch.num_computed[chosen]
-    low = np.maximum(start, lens - wanted)
-    count = np.maximum(start + batch.prompt_tokens[chosen] - low, 0)
-    position = ranges(low, count)
-    return QueryGather(
-        owner=np.repeat(chosen, count),
-        distance=np.repeat(lens, count) - 1 - position,
-        token=np.repeat(batch.query_starts[chosen] - start, count) + position,
-    )
+    found = []
+    for owner, token, start, end, plan in chunks:
+        length = plan.facts.length
+        low = max(start, length - plan.num_rows)
+        if low < end:
+            found.append(QueryRun(owner, token + low - start, end - low, length - end))
+    return found
 
 
-@dataclass(frozen=True)
-class ChunkStats:
-    """Prompt tokens of this step that statistics over prompts take in; arrays are int64.
+class ChunkStats(NamedTuple):
+    """Prompt tokens of this step that statistics over prompts take in; [M] int64 arrays.
 
     Attributes:
-        owner: [M] index of the request in the batch.
-        starts, lengths: [M] first batch token, and number of tokens.
-        positions: [M] position of the first token.
-        skip: [M] first tokens of each that do not count in moments.
+        owner: index of the request in the batch.
+        starts, lengths: first batch token, and number of tokens.
+        positions: position of the first token.
+        counted: how many of the last tokens count in moments.
     """
 
     owner: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     positions: np.ndarray
-    skip: np.ndarray
+    counted: np.ndarray
 
 
-def plan_stats(batch: StepBatch) -> ChunkStats:
-    """The chunks of prompts that are going to be compressed, and whose tokens count."""
-    chosen = np.flatnonzero(batch.bring_rows)
-    first = np.array([plan.moments_from for i in chosen if (plan := batch.plans[i])], np.int64)
-    lengths, positions = batch.prompt_tokens[chosen], batch.num_computed[chosen]
-    return ChunkStats(
-        owner=chosen,
-        starts=batch.query_starts[chosen],
-        lengths=lengths,
-        positions=positions,
-        skip=np.clip(first - positions, 0, lengths),
-    )
+def plan_stats(chunks: Sequence[PromptChunk]) -> list[ChunkStats]:
+    """The tokens of the chunks, in groups.
+
+    Chunks of a group are less than twice as long as each other, so that padding them to the longest
+    takes less than twice as much memory as their tokens.
+    """
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for owner, token, start, end, plan in chunks:
+        counted = end - min(max(plan.moments_from, start), end)
+        row = (owner, token, end - start, start, counted)
+        groups.setdefault((end - start).bit_length(), []).append(row)
+    return [ChunkStats(*np.array(rows, dtype=np.int64).T) for rows in groups.values()]

@@ -25,18 +25,17 @@ class HeadPageState:
         self, num_slots: int, num_layers: int, num_kv_heads: int, device: torch.device
     ) -> None:
         self.num_slots = num_slots
-        self.num_full_blocks = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
-        self.num_kept_blocks = torch.ones(num_slots + 1, dtype=torch.int32, device=device)
-        shape = (num_layers, num_slots + 1, num_kv_heads)
-        self.page_count = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.page_start = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._unchanged = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
+        self._blocks = self._unchanged.repeat(1, num_slots + 1)
+        self.num_full_blocks, self.num_kept_blocks = self._blocks
+        shape = (2, num_layers, num_slots + 1, num_kv_heads)
+        self._pages = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.page_count, self.page_start = self._pages
 
     def reset(self, slots: torch.Tensor) -> None:
         """Set N requests to uncompressed: new ones, whose slots others had before."""
-        self.num_full_blocks[slots] = 0
-        self.num_kept_blocks[slots] = 1
-        self.page_count[:, slots] = 0
-        self.page_start[:, slots] = 0
+        self._blocks[:, slots] = self._unchanged
+        self._pages.index_fill_(2, slots, 0)
 
     def store(
         self,
@@ -51,11 +50,9 @@ class HeadPageState:
         Pages are numbered over all layers, see ``kernels.write_pages``; where all layers are alike
         the first one's pages serve them all.
         """
-        num_layers = len(self.page_count)
-        self.num_full_blocks[slots] = num_full_blocks.int()
-        self.num_kept_blocks[slots] = num_kept_blocks.int()
-        self.page_count[:, slots] = page_count[:, :num_layers].transpose(0, 1).int()
-        self.page_start[:, slots] = page_start[:, :num_layers].transpose(0, 1).int()
+        self._blocks[:, slots] = torch.stack([num_full_blocks, num_kept_blocks]).int()
+        pages = torch.stack([page_count, page_start])[:, :, : len(self.page_count)]
+        self._pages[:, :, slots] = pages.transpose(1, 2).int()
 
 
 class PageTables:

@@ -31,6 +31,20 @@ class StatsRows:
     block_table: torch.Tensor
 
 
+def bytes_per_token(
+    needs: Need, *, num_heads: int, head_size: int, hidden_size: int, element_size: int
+) -> int:
+    """What one layer takes for a moment for each token that its statistics take in, in bytes."""
+    queries, taken = num_heads * head_size, [0]
+    if Need.KEY_ATTENTION_SUMS in needs:  # queries, and the log-sum-exp of each
+        taken.append(queries * element_size + num_heads * 4)
+    if Need.HIDDEN_MOMENTS in needs:  # as stored, as float32, what counts of them, squares
+        taken.append(hidden_size * (element_size + 3 * 4) + 8)
+    if Need.QUERY_MOMENTS in needs:  # what counts of them, and both factors of the product
+        taken.append(queries * 3 * 4 + 8)
+    return max(taken)
+
+
 class PrefillStats:
     """Statistics of prompts that are being computed, or wait for their compression.
 

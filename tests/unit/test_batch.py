@@ -8,9 +8,9 @@ from planners import planner_of, prompts
 
 from vllm_kvcompress.batch import (
     StepBatch,
-    gather_queries,
     head_major_order,
     plan_stats,
+    query_runs,
     ranges,
 )
 from vllm_kvcompress.prompt import PromptFacts
@@ -46,15 +46,18 @@ request_facts = st.tuples(st.integers(1, 40), st.integers(0, 60), st.integers(1,
 
 
 @given(st.lists(request_facts, min_size=1, max_size=6), st.sampled_from(PLANNERS))
-def test_tokens_that_matter(facts, planner):
-    """Prompt tokens of requests with a plan, and whether a method looks at one of them."""
+def test_chunks_that_matter(facts, planner):
+    """Prompt tokens of requests with a plan, where a method looks at one of them."""
     batch = step_batch([(str(i), *fact) for i, fact in enumerate(facts)], planner)
+    expected = []
     for i, (prompt_len, computed, query_len) in enumerate(facts):
         plan = planner.plan(PromptFacts(prompt_len))
         positions = range(computed, computed + query_len)
         in_prompt = [p for p in positions if p < prompt_len and plan.compresses]
-        assert batch.prompt_tokens[i] == len(in_prompt)
-        assert batch.bring_rows[i] == any(p >= plan.first_row for p in in_prompt)
+        if any(p >= plan.first_row for p in in_prompt):
+            token = sum(fact[2] for fact in facts[:i])
+            expected.append((i, token, computed, in_prompt[-1] + 1, plan))
+    assert batch.chunks() == expected
 
 
 pairs = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), max_size=6)
@@ -110,12 +113,14 @@ def test_every_row_that_is_looked_at_is_kept_once(case):
     for step in steps:
         batch = step_batch(step, planner)
         positions = [p for _, _, c, q in step for p in range(c, c + q)]
-        gather = gather_queries(batch)
-        for owner, distance, token in zip(*vars(gather).values(), strict=True):
+        for owner, token, count, distance in query_runs(batch.chunks()):
             of_owner = kept[batch.req_ids[owner]]
-            assert 0 <= distance < planner.max_rows
-            assert distance not in of_owner
-            of_owner[int(distance)] = positions[token]
+            assert count > 0
+            for i in range(count):
+                away = distance + count - 1 - i
+                assert 0 <= away < planner.max_rows
+                assert away not in of_owner
+                of_owner[away] = positions[token + i]
     for i, fact in enumerate(facts):
         plan = planner.plan(fact)
         num_rows = plan.num_rows if plan.compresses else 0
@@ -131,14 +136,16 @@ def test_stats_take_in_every_prompt_token_once(case):
     for step in steps:
         batch = step_batch(step, planner)
         positions = [p for _, _, c, q in step for p in range(c, c + q)]
-        chunks = plan_stats(batch)
-        for owner, start, length, position, skip in zip(*vars(chunks).values(), strict=True):
+        groups = plan_stats(batch.chunks())
+        assert all(chunks.lengths.max() < 2 * chunks.lengths.min() for chunks in groups)
+        rows = [row for chunks in groups for row in zip(*chunks, strict=True)]
+        for owner, start, length, position, count in rows:
             req_id = batch.req_ids[owner]
             taken = positions[start : start + length]
             assert taken[0] == position
-            assert 0 <= skip <= length
+            assert 0 <= count <= length
             seen[req_id] += taken
-            counted[req_id] += taken[skip:]
+            counted[req_id] += taken[length - count :]
         for req_id, fact, computed, query_len in step:
             if computed + query_len > planner.plan(fact).first_row:
                 first.setdefault(req_id, computed)
@@ -156,20 +163,15 @@ def test_stats_take_in_every_prompt_token_once(case):
 def test_replayed_outputs_share_a_chunk_with_the_end_of_the_prompt():
     """A preempted request that had not been compressed comes back with prompt and outputs."""
     batch = step_batch([("a", 20, 16, 9), ("b", 30, 30, 1)])
-    assert batch.prompt_tokens.tolist() == [4, 0]
-    assert batch.bring_rows.tolist() == [True, False]
-    gather = gather_queries(batch)
-    assert [part.tolist() for part in vars(gather).values()] == [[0] * 4, [3, 2, 1, 0], [*range(4)]]
-    chunks = plan_stats(batch)
-    assert (chunks.owner.tolist(), chunks.starts.tolist()) == ([0], [0])
-    assert (chunks.lengths.tolist(), chunks.positions.tolist()) == ([4], [16])
+    [chunk] = chunks = batch.chunks()
+    assert chunk[:4] == (0, 0, 16, 20)
+    assert query_runs(chunks) == [(0, 0, 4, 0)]
+    [stats] = plan_stats(chunks)
+    assert [part.tolist() for part in stats] == [[0], [0], [4], [16], [0]]
 
 
 def test_prompts_of_one_step_look_at_different_rows():
     planner = PLANNERS[1]
     image = [PromptFacts(40, ((0, end),)) for end in (38, 35)]
     batch = step_batch([("a", image[0], 30, 10), ("b", image[1], 36, 4)], planner)
-    gather = gather_queries(batch)
-    assert gather.owner.tolist() == [0, 0, 1, 1, 1, 1]
-    assert gather.distance.tolist() == [1, 0, 3, 2, 1, 0]
-    assert gather.token.tolist() == [8, 9, 10, 11, 12, 13]
+    assert query_runs(batch.chunks()) == [(0, 8, 2, 0), (1, 10, 4, 0)]

@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from paged_cache import LAYERS, SCALE, Cache
 from planners import planner_of, prompts
 from scorer_inputs import hidden_moments, key_attention_sum, query_moments
+from torch.utils._pytree import tree_leaves
 
-from vllm_kvcompress.batch import StepBatch, plan_stats
-from vllm_kvcompress.kernels import PromptPages
-from vllm_kvcompress.prefill_stats import PrefillStats, StatsRows
+from vllm_kvcompress.batch import ChunkStats, StepBatch, plan_stats
+from vllm_kvcompress.kernels import PageLayout, PromptPages
+from vllm_kvcompress.prefill_stats import PrefillStats, StatsRows, bytes_per_token
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.request_slots import RequestSlots
 from vllm_kvcompress.scoring import Need
@@ -55,24 +57,17 @@ class Replay:
         spans = [(i, slice(self.done[i], self.done[i] + chunks[i])) for i in requests]
         for i in requests:
             self.done[i] += chunks[i]
-        plan = plan_stats(batch)
-        if not plan.owner.size:
-            return
-        rows = self.stats_rows(batch, plan)
+        looked_at = batch.chunks()
+        groups = [self.stats_rows(batch, group) for group in plan_stats(looked_at)]
         for layer in range(LAYERS):
-            self.add(layer, rows, spans)
-        ended = [requests[i] for i in plan.owner if self.done[requests[i]] == self.length(i, batch)]
+            for rows in groups:
+                self.add(layer, rows, spans)
+        ended = [requests[c.owner] for c in looked_at if c.end == c.plan.facts.length]
         for request in ended:  # alone, and its entry goes to whoever comes next
             self.check(request)
             self.entries.release([f"r{request}"])
 
-    @staticmethod
-    def length(owner: int, batch: StepBatch) -> int:
-        plan = batch.plans[owner]
-        assert plan is not None
-        return plan.facts.length
-
-    def stats_rows(self, batch: StepBatch, plan) -> StatsRows:
+    def stats_rows(self, batch: StepBatch, plan: ChunkStats) -> StatsRows:
         width = int(plan.lengths.max())
         index = np.arange(width) - width + plan.lengths[:, None]
         blocks = -(-int((plan.positions + plan.lengths).max()) // BLOCK_SIZE)
@@ -81,7 +76,7 @@ class Replay:
         req_ids = [batch.req_ids[i] for i in plan.owner]
         self.stats.clear(torch.from_numpy(self.entries.assign(req_ids)))
         entries = self.entries.of(req_ids)
-        arrays = entries, tokens, plan.lengths, plan.positions, plan.lengths - plan.skip
+        arrays = entries, tokens, plan.lengths, plan.positions, plan.counted
         return StatsRows(*map(torch.from_numpy, arrays), table)
 
     def add(self, layer: int, rows: StatsRows, spans: list[tuple[int, slice]]) -> None:
@@ -169,6 +164,46 @@ def test_prompts_of_several_entries_are_read_layer_by_layer():
     assert found.num_tokens.tolist() == [1] * 2 * LAYERS
     stats.set_positions(rows, torch.tensor([[5], [6], [9]]))
     assert stats.last_positions(torch.tensor([1, 3])).tolist() == [9, 6]
+
+
+@pytest.mark.parametrize("need", PLANNERS, ids=lambda need: need.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_step_takes_is_counted(monkeypatch, need, dtype):
+    """An upper bound for each padded token, beside the sums, and not a wild one."""
+    heads, size, hidden, blocks = 4, 16, 48, 64
+    num, width = 3, blocks * BLOCK_SIZE
+    stats = PrefillStats(1, num, width, need)
+    lens = torch.full((num,), width)
+    rows = StatsRows(
+        entries=torch.arange(num),
+        tokens=torch.arange(num * width).view(num, width),
+        lengths=lens,
+        positions=torch.zeros_like(lens),
+        counted=lens,
+        block_table=torch.arange(num * blocks).view(num, blocks),
+    )
+    queries = torch.zeros(num * width, heads, size, dtype=dtype)
+    cache = torch.zeros(num * blocks * heads, 2 * BLOCK_SIZE * size)
+    pages = PromptPages(cache, rows.block_table, heads, PageLayout(BLOCK_SIZE, size))
+
+    def add() -> None:
+        if need is Need.KEY_ATTENTION_SUMS:
+            stats.add_keys(rows, 0, queries, pages, torch.ones(num), 0.0)
+        elif need is Need.HIDDEN_MOMENTS:
+            stats.add_hidden(rows, 0, torch.zeros(num * width, hidden, dtype=dtype))
+        else:
+            stats.add_queries(rows, 0, queries)
+
+    add()  # makes room for the sums
+    with LiveBytes(monkeypatch) as live:
+        add()
+    each = bytes_per_token(
+        need, num_heads=heads, head_size=size, hidden_size=hidden, element_size=dtype.itemsize
+    )
+    sums = stats.totals(rows.entries[:1])
+    (of_one,) = [sum(t.nbytes for t in tree_leaves(part)) for part in sums.values()]
+    bound = num * (width * each + 2 * of_one)
+    assert live.peak <= bound <= 3 * live.peak
 
 
 def test_only_what_is_needed_is_gathered():

@@ -54,7 +54,7 @@ BANNED = (
            "Need.TEXT_QUERIES"),
     Banned(r"QueryMaker|LayerQueries|\bquery maker\b", "QueryProjector", "a QueryMaker"),
     Banned(r"\bhold\(", "static_buffer(", "self.hold(starts)"),
-    Banned(r"\bRowPlan\b|\bSumPlan\b|\bPagePlan\b", "QueryGather, ChunkStats, PromptPlan",
+    Banned(r"\bRowPlan\b|\bSumPlan\b|\bPagePlan\b", "QueryRun, ChunkStats, PromptPlan",
            "RowPlan(owner)"),
     Banned(r"EndingPrompts|ending_prompts", "FinishedPrefills", "EndingPrompts(batch)"),
     Banned(r"\bLayerInputs\b|\blayer_inputs\b", "LayerStack", "LayerInputs(queries)"),

@@ -115,7 +115,7 @@ class CompressedImpl:
             result[meta.prefill_tokens] = part
         if meta.per_head is not None:
             self._attend_per_head(layer, queries, kv_cache, meta, result)
-        if meta.queries is not None or meta.stats is not None:
+        if meta.queries is not None or meta.stats:
             self._keep(layer, queries, meta, output.dtype)
         return output
 
@@ -132,8 +132,10 @@ class CompressedImpl:
         layer_idx = layers.facts.position_of[layer.layer_name]
         if meta.queries is not None:
             layers.waiting.keep_queries(layer_idx, queries, *meta.queries)
-        if meta.stats is not None:
-            layers.waiting.keep_stats(layer_idx, meta.stats, _as_numbers(queries, layer, dtype))
+        if meta.stats:
+            numbers = _as_numbers(queries, layer, dtype)
+            for rows in meta.stats:
+                layers.waiting.keep_stats(layer_idx, rows, numbers)
 
     def _attend_per_head(
         self,

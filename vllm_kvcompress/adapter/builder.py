@@ -7,7 +7,7 @@ sequences through the platform's own attention kernel. A request that has not be
 take part: its head pages are those of its own blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,7 +24,14 @@ from vllm_kvcompress.adapter.compression_config import describe_budget
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.layers import CompressedLayers
 from vllm_kvcompress.adapter.metadata import CompressedMetadata, PerHeadBatch, QueryCopy
-from vllm_kvcompress.batch import StepBatch, gather_queries, head_major_order, plan_stats, ranges
+from vllm_kvcompress.batch import (
+    ChunkStats,
+    StepBatch,
+    head_major_order,
+    plan_stats,
+    query_runs,
+    ranges,
+)
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
 from vllm_kvcompress.page_state import PageTables
@@ -188,25 +195,37 @@ class CompressedBuilder:
         self, meta: CompressedMetadata, cam: CommonAttentionMetadata, batch: StepBatch
     ) -> None:
         """What this step leaves behind for prompts that will be compressed."""
-        layers = self.layers
-        gather = gather_queries(batch)
-        if gather.token.size:
-            owners = [batch.req_ids[i] for i in gather.owner]
-            places = layers.waiting.places(owners, gather.distance)
-            source, target = layers.facts.upload(np.stack([gather.token, places]))
-            meta.queries = QueryCopy(source, target)
+        layers, chunks = self.layers, batch.chunks()
+        runs = query_runs(chunks)
+        if runs:
+            owners, tokens, lengths, distances = zip(*runs, strict=True)
+            req_ids = [batch.req_ids[i] for i in owners]
+            places = layers.waiting.places(req_ids, np.array(distances), np.array(lengths))
+            meta.queries = self._query_copy(tokens, places.tolist(), lengths)
         if layers.waiting.stats:
-            meta.stats = self._stats_rows(cam, batch)
+            meta.stats = [self._stats_rows(cam, batch, group) for group in plan_stats(chunks)]
 
-    def _stats_rows(self, cam: CommonAttentionMetadata, batch: StepBatch) -> StatsRows:
-        chunks, layers = plan_stats(batch), self.layers
+    def _query_copy(
+        self, tokens: Sequence[int], places: Sequence[int], lengths: Sequence[int]
+    ) -> QueryCopy:
+        """Runs of queries, from their first tokens and places and their lengths."""
+        if len(lengths) == 1:
+            return QueryCopy(*(slice(first, first + lengths[0]) for (first,) in (tokens, places)))
+        both = [ranges(np.array(first), np.array(lengths)) for first in (tokens, places)]
+        return QueryCopy(*self.layers.facts.upload(np.stack(both)))
+
+    def _stats_rows(
+        self, cam: CommonAttentionMetadata, batch: StepBatch, chunks: ChunkStats
+    ) -> StatsRows:
+        layers = self.layers
         entries = layers.waiting.entries_of([batch.req_ids[i] for i in chunks.owner])
         width = int(chunks.lengths.max())
         index = np.arange(width) - width + chunks.lengths[:, None]  # [M, C], < 0: not a token
         tokens = np.where(index >= 0, chunks.starts[:, None] + index, 0)
-        counted = chunks.lengths - chunks.skip
-        packed = np.stack([entries, chunks.lengths, chunks.positions, counted, chunks.owner])
-        entries, lengths, positions, counted, chosen = layers.facts.upload(packed)
+        rows = (chunks.lengths, chunks.positions, chunks.counted, chunks.owner)
+        entries, lengths, positions, counted, chosen = layers.facts.upload(
+            np.stack([entries, *rows])
+        )
         num_blocks = -(-int((chunks.positions + chunks.lengths).max()) // self.block_size)
         return StatsRows(
             entries=entries,

@@ -170,6 +170,9 @@ class CompressedLayers:
 
     def forget(self, req_ids: Sequence[str]) -> None:
         """These requests have left, or come back as new ones."""
+        req_ids = [req_id for req_id in req_ids if req_id in self.slots]
+        if not req_ids:
+            return
         for req_id in req_ids:
             self.plans.pop(req_id, None)
         freed = self.slots.release(req_ids)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a compressing builder hands to the attention layers of one step: data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,15 +11,17 @@ from vllm_kvcompress.prefill_stats import StatsRows
 
 
 class QueryCopy(NamedTuple):
-    """Queries that go to the store of those that wait for compression; [K] int64 device tensors.
+    """Queries that go to the store of those that wait for compression.
+
+    Either slices, where all of them belong to one prompt, or [K] int64 device tensors.
 
     Attributes:
-        source: batch token.
-        target: place in the store of a layer.
+        source: batch tokens.
+        target: places in the store of a layer.
     """
 
-    source: torch.Tensor
-    target: torch.Tensor
+    source: slice | torch.Tensor
+    target: slice | torch.Tensor
 
 
 @dataclass
@@ -47,7 +49,7 @@ class CompressedMetadata:
         prefill_tokens: [T] int64 device, their tokens; None when they are the whole batch.
         per_head: requests that attend to head pages; None when there are none.
         queries: queries to keep; None when there are none.
-        stats: prompt tokens that statistics take in; None when there are none.
+        stats: groups of prompt tokens that statistics take in.
     """
 
     num_actual_tokens: int
@@ -55,4 +57,4 @@ class CompressedMetadata:
     prefill_tokens: torch.Tensor | None = None
     per_head: PerHeadBatch | None = None
     queries: QueryCopy | None = None
-    stats: StatsRows | None = None
+    stats: Sequence[StatsRows] = ()

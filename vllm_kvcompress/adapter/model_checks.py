@@ -3,12 +3,14 @@
 
 from collections.abc import Mapping
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.page_state import table_ids
+from vllm_kvcompress.prefill_stats import bytes_per_token
 
 
 def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
@@ -58,7 +60,8 @@ def check_files(vllm_config: VllmConfig, spec: CompressedSpec) -> None:
 def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) -> int:
     """Device memory that compression may take beside weights, activations and cache.
 
-    What prompts keep until they are compressed, temporaries of one compression, and page tables.
+    What prompts keep until they are compressed, temporaries of a step's statistics or of one
+    compression, what a method keeps for good, and page tables.
     """
     found = [spec for spec in specs.values() if isinstance(spec, CompressedSpec)]
     if not found:
@@ -67,5 +70,21 @@ def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) ->
     kept = spec.num_entries * spec.entry_bytes * spec.num_layers
     max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
     num_seqs = vllm_config.scheduler_config.max_num_seqs * spec.num_kv_heads
-    workspace = spec.planner.config.workspace_mib << 20
-    return kept + spec.copy_bytes + workspace + 4 * table_ids(num_seqs, max_blocks, spec.num_layers)
+    config, model = spec.config, vllm_config.model_config
+    num_heads = model.get_num_attention_heads(vllm_config.parallel_config)
+    hidden_size = model.get_hidden_size()
+    assert isinstance(model.dtype, torch.dtype), "vLLM has resolved it"
+    per_token = bytes_per_token(
+        config.needs,
+        num_heads=num_heads,
+        head_size=spec.head_size,
+        hidden_size=hidden_size,
+        element_size=model.dtype.itemsize,
+    )
+    # padding takes less than as much again, and sums are added up beside what they are added to
+    of_step = 2 * vllm_config.scheduler_config.max_num_batched_tokens * per_token
+    of_step += spec.num_entries * spec.entry_bytes
+    workspace = max(config.workspace_mib << 20, of_step)
+    for_good = 4 * spec.num_layers * config.scoring.kept_for_good(hidden_size)
+    tables = 4 * table_ids(num_seqs, max_blocks, spec.num_layers)
+    return kept + spec.copy_bytes + workspace + for_good + tables

@@ -74,19 +74,29 @@ class WaitingPrompts:
         """Nothing of these requests is needed any more."""
         self.entries.release(req_ids)
 
-    def places(self, req_ids: Sequence[str], distance: np.ndarray) -> np.ndarray:
-        """Where a layer keeps queries, by their distance from the prompt's last token."""
-        return self.entries_of(req_ids) * self.config.max_rows + distance
+    def places(
+        self, req_ids: Sequence[str], distance: np.ndarray, length: np.ndarray
+    ) -> np.ndarray:
+        """Where a layer keeps the first query of a run, whose others follow.
+
+        Args:
+            distance: of each run's last query from the prompt's last token.
+            length: queries of each run.
+        """
+        return (self.entries_of(req_ids) + 1) * self.config.max_rows - distance - length
 
     def keep_queries(
-        self, layer_idx: int, queries: torch.Tensor, source: torch.Tensor, target: torch.Tensor
+        self,
+        layer_idx: int,
+        queries: torch.Tensor,
+        source: slice | torch.Tensor,
+        target: slice | torch.Tensor,
     ) -> None:
         """Copy queries [tokens, Hq, D] of the batch tokens ``source`` to the places ``target``."""
         if self._queries is None:
             num_places = self.num_entries * self.config.max_rows
             self._queries = queries.new_zeros((len(self.facts), num_places, *queries.shape[1:]))
-        rows = as_bytes(queries).index_select(0, source)
-        as_bytes(self._queries)[layer_idx].index_copy_(0, target, rows)
+        as_bytes(self._queries)[layer_idx][target] = as_bytes(queries)[source]
 
     def keep_stats(self, layer_idx: int, rows: StatsRows, queries: torch.Tensor) -> None:
         """Take a layer's tokens of this step into the statistics of their prompts.
@@ -162,8 +172,7 @@ class WaitingPrompts:
         store = self._queries
         assert store is not None, "queries were kept while the prompts were computed"
         by_entry = as_bytes(store).unflatten(1, (self.num_entries, self.config.max_rows))
-        distance = torch.arange(num_rows - 1, -1, -1, device=entries.device)
-        kept = by_entry[:, entries[:, None], distance].view(store.dtype)
+        kept = by_entry[:, :, -num_rows:][:, entries].view(store.dtype)
         if kept.dtype.itemsize > 1:
             return kept
         # the attention kernel takes float8 queries
@@ -176,7 +185,7 @@ class WaitingPrompts:
         shape = (1, facts.num_heads, facts.layout.head_size)
         queries = torch.zeros(shape, dtype=facts.dtype, device=facts.device)
         if self.config.needs & _QUERIES:
-            self.keep_queries(0, queries, zero, facts.upload(self.places([req_id], np.array([0]))))
+            self.keep_queries(0, queries, slice(0, 1), slice(0, 1))
         if self.stats:
             entries = facts.upload(self.entries_of([req_id]))
             rows = StatsRows(entries, zero[:, None], zero + 1, zero, zero + 1, zero[:, None])

@@ -314,6 +314,10 @@ class Scorer(abc.ABC):
         """Float32 elements that scoring one row holds at its peak, the scores included."""
         return 4 * row.scores
 
+    def kept_for_good(self, hidden_size: int) -> int:
+        """Float32 elements of each layer that stay on the device from its first prompt on."""
+        return 0
+
     @abc.abstractmethod
     def score(self, ctx: ScoringContext) -> Scores:
         """Score every row of the context."""

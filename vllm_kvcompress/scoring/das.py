@@ -81,6 +81,9 @@ class DAS(Scorer):
     def stats_from(self, prompt_len: int) -> int:
         return self.scorer.stats_from(prompt_len)
 
+    def kept_for_good(self, hidden_size: int) -> int:
+        return self.scorer.kept_for_good(hidden_size)
+
     def workspace(self, row: RowShape) -> int:
         return self.scorer.workspace(row) + 14 * row.scores
 

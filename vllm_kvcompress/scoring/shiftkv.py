@@ -96,6 +96,9 @@ class ShiftKV(Scorer):
         queries = 5 * self.proxies * row.num_q_heads * row.head_size
         return hidden + queries + (self.groups + 6) * row.scores
 
+    def kept_for_good(self, hidden_size: int) -> int:
+        return self.proxies * hidden_size  # noise
+
     def score(self, ctx: ScoringContext) -> Scores:
         num_first = sum(layer < 2 for layer in ctx.layers) if self.llava_compat else 0
         if 0 < num_first < len(ctx.layers):  # they have fewer proxies
