@@ -81,6 +81,10 @@ def held_pages(stepper: Stepper, name: str) -> HeldPages:
     return held
 
 
+SAME_KEY = 1e-3
+"""Distance, relative to the largest key, that noise is far below and other keys are far above."""
+
+
 def positions_of(held: HeldPages, reference: np.ndarray) -> list[list[np.ndarray]]:
     """Prompt positions that each head holds, in page order, found by matching keys.
 
@@ -100,7 +104,7 @@ def positions_of(held: HeldPages, reference: np.ndarray) -> list[list[np.ndarray
             distance = np.abs(rows[:, None] - reference[layer, head][None]).max(axis=2)
             nearest = distance.argmin(axis=1)
             worst = distance.min(axis=1).max() / np.abs(reference[layer, head]).max()
-            assert worst < 1e-4, f"layer {layer} head {head}: a page holds no key of this prompt"
+            assert worst < SAME_KEY, f"layer {layer} head {head}: a page holds no prompt key"
             result[-1].append(nearest)
     return result
 

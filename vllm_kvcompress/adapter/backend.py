@@ -104,11 +104,13 @@ class CompressedImpl:
                 output_block_scale,
             )  # fmt: skip
         meta = attn_metadata
-        queries = query.view(-1, self.num_heads, self.head_size)
-        result = output.view(-1, self.num_heads, self.head_size)
         if meta.prefill is not None and meta.prefill_tokens is None:
             stock(layer, query, key, value, kv_cache, meta.prefill, output)
-        elif meta.prefill_tokens is not None:
+            if meta.queries is None and not meta.stats:
+                return output
+        queries = query.view(-1, self.num_heads, self.head_size)
+        result = output.view(-1, self.num_heads, self.head_size)
+        if meta.prefill_tokens is not None:
             part = torch.empty_like(result[: meta.prefill.num_actual_tokens])
             chosen = _take(queries, meta.prefill_tokens)
             stock(layer, chosen, None, None, kv_cache, meta.prefill, part)

@@ -142,17 +142,20 @@ class CompressedBuilder:
     def build(self, common_prefix_len: int, cam: CommonAttentionMetadata, fast_build: bool = False):
         if not self.layers.in_step:  # dummy runs have no requests
             return super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
-        batch = self.layers.batch(cam)
-        compressed = batch.compressed
         brings_rows = self.layers.step_brings_rows
         one_token = cam.max_query_len == 1 and not brings_rows
-        if one_token and (self.replays_graphs or compressed.all()):
+        replays = one_token and self.replays_graphs
+        meta = CompressedMetadata(cam.num_actual_tokens)
+        if not (brings_rows or replays or self.layers.is_compressed.any()):
+            meta.prefill = super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
+            return meta
+        batch = self.layers.batch(cam)
+        compressed = batch.compressed
+        if replays or (one_token and compressed.all()):
             slots = np.full(cam.num_reqs, self.layers.state.num_slots, dtype=np.int64)
             slots[: len(batch.slots)] = batch.slots
-            return CompressedMetadata(
-                cam.num_actual_tokens, per_head=self._decode_batch(cam, slots)
-            )
-        meta = CompressedMetadata(cam.num_actual_tokens)
+            meta.per_head = self._decode_batch(cam, slots)
+            return meta
         if not compressed.any():
             meta.prefill = super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
         else:

@@ -56,14 +56,22 @@ class CompressionPolicy:
                     self._waiting[req_id] = tracked
                 else:
                     compressed.count_whole()
-        for req_id, tracked in list(self._waiting.items()):
-            if compressed.tracked.get(req_id) is not tracked:
-                del self._waiting[req_id]
-            elif self._is_due(tracked):
-                self._compress(tracked, Outcome.AT_ONCE)
+        if self.when.always or self.boundaries:  # else nobody is due
+            for req_id, tracked in list(self._waiting.items()):
+                if compressed.tracked.get(req_id) is not tracked:
+                    del self._waiting[req_id]
+                elif self._is_due(tracked):
+                    self._compress(tracked, Outcome.AT_ONCE)
         while self.when.mark is not None and self.manager.usage > self.when.mark:
             if not self._compress_largest(Outcome.PRESSURE):
                 break
+
+    @property
+    def may_clip(self) -> bool:
+        """Whether :meth:`clip` may shorten some request's part of the next step."""
+        returning = any(req_id in self.boundaries for req_id in self._waiting)
+        _, num_waiting = self.scheduler.get_request_counts()
+        return bool(num_waiting or self._prefilling or returning)
 
     def relieve(self, request: Request) -> bool:
         """Compress the prompt that frees most, because ``request`` gets no blocks."""
@@ -108,6 +116,7 @@ class CompressionPolicy:
             self._prefilling[req_id] = tracked[req_id]
         for req_id in output.finished_req_ids:
             self.boundaries.pop(req_id, None)
+            self._waiting.pop(req_id, None)
         orders = []
         for req_id, order in self.orders.items():
             if req_id in tracked and tracked[req_id].compressed:
@@ -180,11 +189,11 @@ class _CompressedScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.compression = CompressionPolicy(self)
-        # vLLM offers the one hook that ends a step at a chosen position to Mamba layers only
-        self.need_mamba_block_aligned_split = True
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.compression.begin_step()
+        # vLLM offers the one hook that ends a step at a chosen position to Mamba layers only
+        self.need_mamba_block_aligned_split = self.has_mamba_layers or self.compression.may_clip
         output = super().schedule(*args, **kwargs)
         vars(output)[ATTRIBUTE] = self.compression.end_step(output)
         return output

@@ -140,6 +140,8 @@ _SCHEDULER = (
          "has_mamba_layers kv_cache_manager max_model_len need_mamba_block_aligned_split running",
          "base of ours; turns on the one hook that ends a step at a chosen position"),
         ("Scheduler.schedule", Use.WRAPPED, "self", "decides who is compressed"),
+        ("Scheduler.get_request_counts", Use.CALLED, "self",
+         "that hook is off while it has nothing to do", "tuple[int, int]"),
         ("Scheduler._mamba_block_aligned_split", Use.REPLACED,
          "self request num_new_tokens num_new_local_computed_tokens num_external_computed_tokens",
          "that hook", "int"),
