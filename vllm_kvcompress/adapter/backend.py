@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from vllm_kvcompress.adapter import refusals
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
-from vllm_kvcompress.adapter.metadata import CompressedMetadata
+from vllm_kvcompress.adapter.metadata import CompressedMetadata, TokenIndex
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.kernels import as_bytes
 
@@ -111,10 +111,11 @@ class CompressedImpl:
         queries = query.view(-1, self.num_heads, self.head_size)
         result = output.view(-1, self.num_heads, self.head_size)
         if meta.prefill_tokens is not None:
-            part = torch.empty_like(result[: meta.prefill.num_actual_tokens])
             chosen = _take(queries, meta.prefill_tokens)
+            part = result[meta.prefill_tokens]  # written, or copied and written back
             stock(layer, chosen, None, None, kv_cache, meta.prefill, part)
-            result[meta.prefill_tokens] = part
+            if not isinstance(meta.prefill_tokens, slice):
+                result[meta.prefill_tokens] = part
         if meta.per_head is not None:
             self._attend_per_head(layer, queries, kv_cache, meta, result)
         if meta.queries is not None or meta.stats:
@@ -159,19 +160,21 @@ class CompressedImpl:
         # where budgets are uniform, ids count from the layer's own pages
         pages = kv_cache if layers.uniform else layers.facts.pages.pages
         pages = pages.view(-1, 1, *kv_cache.shape[2:])
+        rows = _take(queries, batch.tokens).reshape(-1, group, head_size)
+        part = result[batch.tokens]
+        out = part.view(-1, group, head_size)
         if batch.order is None:
-            num_tokens = meta.num_actual_tokens
-            rows = queries[:num_tokens].reshape(-1, group, head_size)
-            out = result[:num_tokens].view(-1, group, head_size)
             self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
-            return
-        rows = _take(queries.reshape(-1, group, head_size), batch.order)
-        out = torch.empty_like(rows, dtype=result.dtype)
-        self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
-        result.view(-1, group, head_size)[batch.order] = out
+        else:
+            ordered = torch.empty_like(out)
+            rows = _take(rows, batch.order)
+            self._per_head.forward(layer, rows, None, None, pages, stock_meta, ordered)
+            out[batch.order] = ordered
+        if not isinstance(batch.tokens, slice):
+            result[batch.tokens] = part
 
 
-def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _take(rows: torch.Tensor, index: TokenIndex) -> torch.Tensor:
     return as_bytes(rows)[index].view(rows.dtype)
 
 

@@ -23,7 +23,12 @@ from vllm_kvcompress.adapter.backend import CompressedImpl
 from vllm_kvcompress.adapter.compression_config import describe_budget
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.layers import CompressedLayers
-from vllm_kvcompress.adapter.metadata import CompressedMetadata, PerHeadBatch, QueryCopy
+from vllm_kvcompress.adapter.metadata import (
+    CompressedMetadata,
+    PerHeadBatch,
+    QueryCopy,
+    TokenIndex,
+)
 from vllm_kvcompress.batch import (
     ChunkStats,
     StepBatch,
@@ -137,7 +142,8 @@ class CompressedBuilder:
 
     def build_for_cudagraph_capture(self, cam: CommonAttentionMetadata):
         nobody = np.full(cam.num_reqs, self.layers.state.num_slots, dtype=np.int64)
-        return CompressedMetadata(cam.num_actual_tokens, per_head=self._decode_batch(cam, nobody))
+        batch = self._decode_batch(cam, nobody, cam.max_seq_len)
+        return CompressedMetadata(cam.num_actual_tokens, per_head=batch)
 
     def build(self, common_prefix_len: int, cam: CommonAttentionMetadata, fast_build: bool = False):
         if not self.layers.in_step:  # dummy runs have no requests
@@ -154,7 +160,8 @@ class CompressedBuilder:
         if replays or (one_token and compressed.all()):
             slots = np.full(cam.num_reqs, self.layers.state.num_slots, dtype=np.int64)
             slots[: len(batch.slots)] = batch.slots
-            meta.per_head = self._decode_batch(cam, slots)
+            max_seq_len = int(self.layers.most_held(batch).max())
+            meta.per_head = self._decode_batch(cam, slots, max_seq_len)
             return meta
         if not compressed.any():
             meta.prefill = super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
@@ -177,7 +184,7 @@ class CompressedBuilder:
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         seq_lens = (batch.num_computed[chosen] + lens).astype(np.int32)
         index = upload(chosen)
-        meta.prefill_tokens = upload(ranges(batch.query_starts[chosen], lens))
+        meta.prefill_tokens = self._tokens(batch.query_starts[chosen], lens)
         sub = replace(
             cam,
             query_start_loc=upload(starts),
@@ -239,7 +246,9 @@ class CompressedBuilder:
             block_table=cam.block_table_tensor[chosen, :num_blocks].long(),
         )
 
-    def _decode_batch(self, cam: CommonAttentionMetadata, slots: np.ndarray) -> PerHeadBatch:
+    def _decode_batch(
+        self, cam: CommonAttentionMetadata, slots: np.ndarray, max_seq_len: int
+    ) -> PerHeadBatch:
         """All requests decode one token: query memory already is in the order of the sequences.
 
         Padding rows of a full graph have no query token, like vLLM's own.
@@ -247,11 +256,14 @@ class CompressedBuilder:
         num_reqs, num_heads = cam.num_reqs, self.num_kv_heads
         num_queries = int(cam.query_start_loc_cpu[num_reqs]) * num_heads
         starts = self.arange[: num_reqs * num_heads + 1].clamp(max=num_queries)
-        per_head_cam = self._per_head_cam(cam, starts, num_reqs, cam.num_actual_tokens, 1)
+        per_head_cam = self._per_head_cam(
+            cam, starts, num_reqs, cam.num_actual_tokens, 1, max_seq_len
+        )
         per_head_cam.query_start_loc = self.static_buffer("starts", per_head_cam.query_start_loc)
         slot_tensor = self.static_buffer("slots", self.layers.facts.upload(slots))
         rows = slot_tensor, cam.block_table_tensor[:num_reqs], cam.seq_lens[:num_reqs]
-        return PerHeadBatch(None, self._metadata_maker(per_head_cam, *rows))
+        tokens = slice(0, cam.num_actual_tokens)
+        return PerHeadBatch(tokens, None, self._metadata_maker(per_head_cam, *rows))
 
     def _mixed_batch(self, cam: CommonAttentionMetadata, batch: StepBatch) -> PerHeadBatch:
         """The compressed requests of a step that has others, or brings several tokens of one."""
@@ -266,10 +278,25 @@ class CompressedBuilder:
             len(chosen),
             int(lens.sum()),
             int(lens.max()),
+            int(self.layers.most_held(batch)[chosen].max()),
         )
-        order = head_major_order(batch.query_starts[chosen], lens, self.num_kv_heads)
+        order = None
+        if lens.max() > 1:
+            first = np.cumsum(lens) - lens
+            order = upload(head_major_order(first, lens, self.num_kv_heads))
         rows = upload(batch.slots[chosen]), cam.block_table_tensor[index], cam.seq_lens[index]
-        return PerHeadBatch(upload(order), self._metadata_maker(per_head_cam, *rows))
+        return PerHeadBatch(
+            self._tokens(batch.query_starts[chosen], lens),
+            order,
+            self._metadata_maker(per_head_cam, *rows),
+        )
+
+    def _tokens(self, starts: np.ndarray, lengths: np.ndarray) -> TokenIndex:
+        """The tokens of some requests, in batch order."""
+        first, end = int(starts[0]), int(starts[-1] + lengths[-1])
+        if end - first == lengths.sum():
+            return slice(first, end)
+        return self.layers.facts.upload(ranges(starts, lengths))
 
     def _per_head_cam(
         self,
@@ -278,8 +305,13 @@ class CompressedBuilder:
         num_reqs: int,
         num_tokens: int,
         max_query_len: int,
+        max_seq_len: int,
     ) -> CommonAttentionMetadata:
-        """Common metadata of the sequences, complete but for tables and lengths."""
+        """Common metadata of the sequences, complete but for tables and lengths.
+
+        Args:
+            max_seq_len: bound on the physical length of any sequence.
+        """
         return replace(
             cam,
             query_start_loc=self.layers.facts.upload(starts.numpy()),
@@ -287,6 +319,7 @@ class CompressedBuilder:
             num_reqs=num_reqs * self.num_kv_heads,
             num_actual_tokens=num_tokens * self.num_kv_heads,
             max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
             seq_lens_cpu_upper_bound=None,
             is_prefilling=None,
             req_idx=None,

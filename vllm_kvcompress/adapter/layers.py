@@ -85,6 +85,7 @@ class CompressedLayers:
         self.slots = RequestSlots(self.max_num_seqs)
         self.plans: dict[str, PromptPlan] = {}
         self.is_compressed = np.zeros(self.max_num_seqs + 1, dtype=bool)  # by slot
+        self._tokens_freed = np.zeros(self.max_num_seqs + 1, dtype=np.int64)  # of every head
         self._num_computed: dict[str, int] | None = None
         self.state = HeadPageState(
             self.max_num_seqs,
@@ -157,6 +158,10 @@ class CompressedLayers:
             query_starts=starts[:-1],
         )
 
+    def most_held(self, batch: StepBatch) -> np.ndarray:
+        """Bound [R] on the tokens that a head of each request attends to."""
+        return batch.num_computed + batch.query_lens - self._tokens_freed[batch.slots]
+
     def _brings_rows(self, num_scheduled_tokens: dict[str, int]) -> bool:
         assert self._num_computed is not None, "a step is running"
         for req_id, plan in self.plans.items():
@@ -179,6 +184,7 @@ class CompressedLayers:
         dirty = freed[self.is_compressed[freed]]
         if dirty.size:
             self.is_compressed[dirty] = False
+            self._tokens_freed[dirty] = 0
             self.state.reset(self.facts.upload(dirty))
         self.waiting.release(req_ids)
 
@@ -204,6 +210,8 @@ class CompressedLayers:
                 prompt_tokens=sum(order.plan.facts.length for order in orders),
             )
         self.is_compressed[slots] = True
+        freed = [plan.num_full_blocks - self._max_pages(plan) for _, plan, _ in orders]
+        self._tokens_freed[slots] = self.block_size * np.array(freed)
         self.waiting.release(req_ids)
         for req_id in req_ids:
             del self.plans[req_id]

@@ -112,10 +112,9 @@ class ShiftKV(Scorer):
         proxies = ctx.projector.project(ctx.stack, hidden, offsets).to(ctx.queries.dtype)
         masses = kernels.group_attention_sum(proxies, *where, groups, *numbers)
         own = kernels.group_attention_sum(ctx.queries[:, -1:], *where, 1, *numbers)
-        end = ctx.prompt_lens
+        end = ctx.prompt_lens - int(self._rule("mix_last"))
         if self._rule("mix_last"):
             masses += own
-            end = end - 1
         votes = kernels.cover_votes(masses, end, self.tau, self._rule("cover"))
         return Scores(base=SnapKV().importance(ctx), final=votes + self.vote_lambda * own[:, :, 0])
 
