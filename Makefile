@@ -30,6 +30,10 @@ READY := $(VENV)/.ready
 NEXT_VLLM := 0.33.0
 NEXT_SOURCE := .cache/vllm-$(NEXT_VLLM)
 
+# what GPUs may have instead of our Triton, and what kernels are compiled with as well
+OLD_TRITON_VERSION := 3.6.0
+OLD_TRITON := .cache/triton-$(OLD_TRITON_VERSION)
+
 # released code that scores and kept sets are compared with
 KVPRESS_VERSION := 0.5.5
 KVPRESS := .cache/kvpress-$(KVPRESS_VERSION)
@@ -41,7 +45,7 @@ export DO_NOT_TRACK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit kernels integration kvpress bench costs gpu-check gpu-rehearsal wheel clean
+.PHONY: help demo test lint unit kernels integration kvpress bench costs gpu-check gpu-rehearsal triton-resources wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,7 +54,8 @@ demo: $(READY) ## serve a small multimodal model with compression and ask it abo
 	$(PY) examples/demo.py
 
 test: export VLLM_KVCOMPRESS_EXTRA_VLLM_SOURCE = $(CURDIR)/$(NEXT_SOURCE)
-test: lint $(NEXT_SOURCE) unit kernels integration kvpress ## everything that must pass
+test: export VLLM_KVCOMPRESS_EXTRA_TRITON = $(CURDIR)/$(OLD_TRITON)
+test: lint $(NEXT_SOURCE) $(OLD_TRITON) unit kernels integration kvpress ## everything that must pass
 
 lint: $(READY) ## style and types
 	$(PY) -m ruff check .
@@ -81,6 +86,10 @@ gpu-check: ## without a network: right on this GPU, and how fast? GPU_PACKAGES=D
 
 gpu-rehearsal: $(READY) ## what of gpu-check runs without a GPU
 	$(PY) benchmarks/gpu_check.py --rehearse
+
+triton-resources: $(READY) $(OLD_TRITON) ## what kernels take from GPUs, by both versions of Triton
+	$(PY) -P tests/kernels/kernel_resources.py
+	$(PY) -P tests/kernels/kernel_resources.py $(OLD_TRITON)
 
 wheel: $(READY) ## wheel and source distribution, in dist/
 	rm -rf build dist
@@ -127,4 +136,9 @@ $(NEXT_SOURCE): | $(READY)
 	$(PY) -c 'import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[2]); wheel.extractall(sys.argv[1], \
 	  [name for name in wheel.namelist() if name.endswith(".py")])' $@.part .cache/download/*.whl
 	rm -rf .cache/download
+	mv $@.part $@
+
+$(OLD_TRITON): | $(READY)
+	rm -rf $@.part
+	$(PY) -m pip install $(PIP_FLAGS) --quiet --no-deps --target $@.part triton==$(OLD_TRITON_VERSION)
 	mv $@.part $@

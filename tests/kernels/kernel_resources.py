@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every Triton kernel takes from a GPU, compiled ahead of time for GPUs that are not here.
 
-``python -P tests/kernels/kernel_resources.py`` writes ``resources.csv`` anew.
+``make triton-resources`` writes ``resources.csv`` anew, the columns of one Triton after the other.
 """
 
 import csv
+import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -16,6 +18,8 @@ from typing import NamedTuple
 
 CAPABILITIES = (80, 90, 100)
 TABLE = Path(__file__).with_name("resources.csv")
+VERSIONS = ("3.6", "3.9")
+"""Of Triton: the oldest that vLLM's supported releases run with, and that of our environment."""
 
 
 class Kernel(NamedTuple):
@@ -321,9 +325,15 @@ Measured = dict[int, Resources] | str
 """Resources by capability, or why there are none."""
 
 
-def measure(names: Sequence[str]) -> dict[str, Measured]:
-    """Compile kernels, in processes that do not interpret, for all their GPUs."""
+def measure(names: Sequence[str], triton: str | None = None) -> dict[str, Measured]:
+    """Compile kernels, in processes that do not interpret, for all their GPUs.
+
+    Args:
+        triton: folder to import Triton from; None: the one of this environment.
+    """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if triton is not None:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [triton, env.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-c", COMPILE]
 
     def compile_some(some: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -345,25 +355,43 @@ def measure(names: Sequence[str]) -> dict[str, Measured]:
     return measured
 
 
-def recorded() -> dict[tuple[str, int], Resources]:
-    """The committed table."""
+def version(triton: str | None = None) -> str:
+    """Of the Triton in that folder, or in this environment: as in ``VERSIONS``."""
+    where = {} if triton is None else {"path": [triton]}
+    (found,) = importlib.metadata.distributions(name="triton", **where)
+    return ".".join(found.version.split(".")[:2])
+
+
+def recorded() -> dict[tuple[str, int, str], Resources]:
+    """The committed table, by kernel, capability and version of Triton."""
     with TABLE.open(newline="") as file:
         return {
-            (row["kernel"], int(row["capability"])): Resources(
-                *(int(row[field]) for field in Resources._fields)
+            (row["kernel"], int(row["capability"]), version): Resources(
+                *(int(row[f"{field}, {version}"]) for field in Resources._fields)
             )
             for row in csv.DictReader(file)
+            for version in VERSIONS
+            if row[f"registers, {version}"]
         }
 
 
 def main() -> None:
+    """Replace the columns of one Triton; argument: its folder, if it is not this environment's."""
+    (triton,) = sys.argv[1:] or (None,)
+    mine = version(triton)
+    assert mine in VERSIONS, f"no column for Triton {mine}"
+    known = {key: value for key, value in recorded().items() if key[2] != mine}
+    for name, found in measure(list(KERNELS), triton).items():
+        assert isinstance(found, dict), f"{name}: {found}"
+        known |= {(name, capability, mine): numbers for capability, numbers in found.items()}
     with TABLE.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(("kernel", "capability", *Resources._fields))
-        for name, found in sorted(measure(list(KERNELS)).items()):
-            assert isinstance(found, dict), f"{name}: {found}"
-            for capability, resources in found.items():
-                table.writerow((name, capability, *resources))
+        fields = [f"{field}, {version}" for version in VERSIONS for field in Resources._fields]
+        table.writerow(("kernel", "capability", *fields))
+        for name, kernel in sorted(KERNELS.items()):
+            for capability in kernel.capabilities:
+                columns = (known.get((name, capability, each), ("",) * 3) for each in VERSIONS)
+                table.writerow((name, capability, *itertools.chain(*columns)))
 
 
 if __name__ == "__main__":
