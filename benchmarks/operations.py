@@ -2,7 +2,8 @@
 """Single operations that ``kernel_bench.py`` times: inputs, implementations, bytes and FLOPs.
 
 Ours are called by the names of ``vllm_kvcompress.kernels``, which pick the device's best. All of
-them in a row are in ``whole_layer.py``, decode attention is in ``decode_operations.py``.
+them in a row, for all layers, are in ``whole_call.py``, decode attention is in
+``decode_operations.py``.
 """
 
 import functools
@@ -32,7 +33,7 @@ BACON = {"trace_r": TRACE_LAYERS, "mode": "elt", "local_k": 5, "lambda_c": 0.5, 
 
 
 class Shape(NamedTuple):
-    """One layer of N prompts of the same length T."""
+    """N prompts of the same length T, in one layer of a model or in all of them."""
 
     model: str
     num_q_heads: int
@@ -40,6 +41,7 @@ class Shape(NamedTuple):
     head_size: int
     length: int
     num: int
+    num_layers: int = 2
 
     @property
     def page_bytes(self) -> int:
@@ -147,6 +149,8 @@ class Operation:
         implementations: calls by name; "ours" and "torch" always.
         check: raises AssertionError where ours differs from the plain definition.
         kernel: name in ``vllm_kvcompress.kernels`` of what is timed, or of its last step.
+        launches: how many a call makes, where that is known.
+        baseline: implementation that the others' times are divided by.
         replayed: as engines replay it from a CUDA graph: without the time to launch its kernels.
         candidates: implementations of ours that the table of operations chooses from.
     """
@@ -158,6 +162,8 @@ class Operation:
     kernel: str
     replayed: bool = False
     candidates: tuple[str, ...] = ()
+    launches: Callable[[Shape], int] | None = None
+    baseline: str = ""
 
 
 def entries(shape: Shape) -> int:

@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="CSV file")
     args = parser.parse_args()
-    counted = launches.count("bacon", 1, 1 << 33)
+    counted = launches.count("bacon", launches.sizes_of(1), 1 << 33)
     rows = [predict(step) for step in steps()]
     assert counted.in_triton == len(rows), "the steps are not those of the pipeline"
     others = counted.total - counted.in_triton

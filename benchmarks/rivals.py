@@ -12,8 +12,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from triton import TritonError
 
-FAILURES = (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError)
+FAILURES = (
+    ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, TritonError,
+)  # fmt: skip
 """What code of other versions than expected raises."""
 
 MOST_SPLITS = 32
@@ -69,20 +72,22 @@ def as_heads(pages: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.T
 
 
 class FlashAttention:
-    """vLLM's own FlashAttention over the per-head batch, as the adapter calls it.
+    """vLLM's own FlashAttention, one token of each sequence, as the adapter calls it.
 
     Args:
-        queries: [R * Hkv, G, D].
-        pages: [num_pages, block_size * 2 * D].
+        queries: [S, G * H, D].
+        keys, values: [pages, block_size, H, D], views of the cache.
         max_len: bound of the lengths that the host knows.
     """
 
-    def __init__(self, queries: torch.Tensor, pages: torch.Tensor, max_len: int) -> None:
+    def __init__(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, max_len: int
+    ) -> None:
         require_gpu(queries)
         self.library = importlib.import_module("vllm.v1.attention.backends.fa_utils")
         self.version = self.library.get_flash_attn_version(head_size=queries.shape[2])
         self.queries, self.max_len = queries, max_len
-        self.keys, self.values = as_heads(pages, queries.shape[2])
+        self.keys, self.values = keys, values
         self.starts = torch.arange(len(queries) + 1, dtype=torch.int32, device=queries.device)
         # not what other code has left in this memory, perhaps the right result
         self.out = torch.full_like(queries, float("nan"))
@@ -96,7 +101,7 @@ class FlashAttention:
             max_seqlen_q=1,
             max_seqlen_k=self.max_len,
             num_heads_q=self.queries.shape[1],
-            num_heads_kv=1,
+            num_heads_kv=self.keys.shape[2],
             headdim=self.queries.shape[2],
             cache_seqlens=lengths,
             qkv_dtype=self.queries.dtype,
@@ -109,7 +114,7 @@ class FlashAttention:
     def __call__(
         self, table: torch.Tensor, lengths: torch.Tensor, schedule: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attention [R * Hkv, G, D] over page tables [R * Hkv, width] int32."""
+        """Attention like the queries over page tables [S, width] int32."""
         self.library.flash_attn_varlen_func(
             q=self.queries,
             k=self.keys,
@@ -136,10 +141,11 @@ def flash_infer(
     lengths: torch.Tensor,
     jit: bool,
 ) -> Callable[[], torch.Tensor]:
-    """FlashInfer's batched decode over the per-head batch, planned beforehand.
+    """FlashInfer's batched decode over a per-head batch, planned beforehand.
 
     Args:
-        queries, pages: as in :class:`FlashAttention`.
+        queries: [R * Hkv, G, D].
+        pages: [num_pages, block_size * 2 * D].
         table, lengths: page tables [R * Hkv, width] and kv_len [R * Hkv], int32.
         jit: whether it may compile its kernels, which takes minutes.
     """
@@ -167,6 +173,36 @@ def flash_infer(
     )
     keys, values = (part.transpose(1, 2) for part in as_heads(pages, queries.shape[2]))
     return lambda: wrapper.run(queries, (keys, values))
+
+
+def x_formers(
+    queries: torch.Tensor, pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """xformers' split-K decode over a per-head batch, its tiles as large as a page.
+
+    Args:
+        queries, pages, table, lengths: as in :func:`flash_infer`.
+    """
+    require_gpu(queries)
+    library = importlib.import_module("xformers.ops.fmha")
+    num, group, head_size = queries.shape
+    size = pages.shape[1] // (2 * head_size)
+    masks, split_k = library.attn_bias, library.triton_splitk.FwOp
+    mask = masks.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
+        [1] * num, lengths.tolist(), table, size, device=queries.device
+    )
+    operator = type("PageByPage", (split_k,), {"BLOCK_N": size})
+    # a head's keys for all of its queries: strides of 0
+    keys, values = (
+        part.flatten(0, 1)[None].expand(-1, -1, group, -1) for part in as_heads(pages, head_size)
+    )
+
+    def call() -> torch.Tensor:
+        return library.memory_efficient_attention_forward(
+            queries[None], keys, values, mask, op=operator
+        )[0]
+
+    return call
 
 
 def kv_press(

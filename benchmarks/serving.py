@@ -4,8 +4,9 @@
     python benchmarks/serving.py                                          # toy model on the CPU
     python benchmarks/serving.py --device cuda --dummy llama-3.1-8b       # random weights on a GPU
 
-The engines of a workload live side by side, one per process, and take turns (stock, compressed,
-compressed, stock, ...), so that whatever else the machine does meets all of them. Workloads:
+Two engines live side by side, one per process, stock and compressing, and take turns (stock,
+compressed, compressed, stock, ...), so that whatever else the machine does meets both. Policy,
+budget and size of the block pool are changed while they are idle. Workloads:
 
     tight           a pool that holds few uncompressed prompts; stock and ``always``
     roomy           a pool that is never short; stock, ``always`` and ``pressure``, whose answers
@@ -15,10 +16,11 @@ compressed, stock, ...), so that whatever else the machine does meets all of the
     single          one prompt at a time, by stock and ``always``: time to its first token,
                     compression, blocks held, pages held against pages needed
 
-On a GPU all engines of a workload must fit into its memory side by side; vLLM runs as it does by
-default there: compiled, with CUDA graphs and asynchronous scheduling.
+On a GPU both engines must fit into its memory; vLLM runs as it does by default there: compiled,
+with CUDA graphs and asynchronous scheduling.
 
-Results: a table, and one CSV row per quantity with hardware, versions and percentiles.
+Results: a table, and one CSV row per quantity with hardware, versions and percentiles, written as
+soon as it is measured.
 """
 
 import argparse
@@ -27,23 +29,34 @@ import functools
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpucheck.machine import facts
 from serving_engine import Burst, Engine, EngineProcess, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-ARMS = {
-    "tight": ("stock", "always"),
-    "roomy": ("stock", "always", "pressure"),
-    "oversubscribed": ("stock", "pressure"),
+POLICIES_OF = {
+    "tight": ("always", "pressure"),
+    "roomy": ("always", "pressure"),
+    "oversubscribed": ("pressure",),
 }
-"""Engines of a workload: one without compression, and one for each policy of compression."""
+"""Policies of compression that a workload is served by, beside stock."""
 POLICIES = ("always", "pressure")
 MUST_EQUAL = ("roomy", "pressure")
 """Workload and arm in which nobody is compressed."""
+
+
+class Arm(NamedTuple):
+    """A way to serve: without compression, or by a policy and to a budget; "" are stock's."""
+
+    name: str
+    policy: str
+    budget: str
+
+
+STOCK = Arm("stock", "", "")
 
 
 class Row(NamedTuple):
@@ -61,41 +74,51 @@ Measured = dict[str, dict[str, list[float]]]
 
 
 class Engines:
-    """Engines of equal settings but for compression, alive at the same time."""
+    """Two engines of equal settings, one of which compresses."""
 
-    def __init__(self, settings: Settings, arms: tuple[str, ...]) -> None:
-        self.by_arm = {
-            arm: EngineProcess(functools.partial(Engine, settings, arm), settings.threads)
-            for arm in arms
-        }
+    def __init__(self, settings: Settings) -> None:
+        self.stock, self.ours = (
+            EngineProcess(functools.partial(Engine, settings, arm), settings.threads)
+            for arm in ("stock", "always")
+        )
 
     def __enter__(self) -> "Engines":
-        for engine in self.by_arm.values():
-            engine.__enter__()
+        self.stock.__enter__()
+        self.ours.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for engine in self.by_arm.values():
-            engine.__exit__()
+        self.stock.__exit__()
+        self.ours.__exit__()
 
-    def repeat(self, kind: str, rounds: int, arms: tuple[str, ...], **burst: int) -> Measured:
+    def limit_pool(self, blocks: int) -> None:
+        for engine in (self.stock, self.ours):
+            engine.run("limit_pool", blocks)
+
+    def run(self, arm: Arm, kind: str, burst: Burst) -> dict[str, Any]:
+        if arm == STOCK:
+            return self.stock.run(kind, burst)
+        self.ours.run("configure", {"when": arm.policy, "budget": arm.budget})
+        return self.ours.run(kind, burst)
+
+    def repeat(self, kind: str, rounds: int, arms: tuple[Arm, ...], **burst: int) -> Measured:
         """The arms in turns, every round with its own prompts."""
-        values: Measured = {arm: {} for arm in arms}
+        values: Measured = {arm.name: {} for arm in arms}
         for number in range(-1, rounds):  # the first one warms up
             found = {
-                arm: self.by_arm[arm].run(kind, Burst(seed=number, **burst))
+                arm.name: self.run(arm, kind, Burst(seed=number, **burst))
                 for arm in (arms if number % 2 == 0 else reversed(arms))
             }
             if number < 0:
                 continue
-            answers = {arm: result.pop("outputs", []) for arm, result in found.items()}
-            for arm in arms:
-                if answers[arm] and arm != "stock":
-                    pairs = zip(answers[arm], answers["stock"], strict=True)
+            answers = {name: result.pop("outputs", []) for name, result in found.items()}
+            for name in values:
+                if answers[name] and name != STOCK.name:
+                    pairs = zip(answers[name], answers[STOCK.name], strict=True)
                     equal = [ours == stock for ours, stock in pairs]
-                    found[arm]["equal_answers"] = sum(equal) / len(equal)
-                for quantity, value in found[arm].items():
-                    values[arm].setdefault(quantity, []).append(value)
+                    found[name]["equal_answers"] = sum(equal) / len(equal)
+                for quantity, value in found[name].items():
+                    values[name].setdefault(quantity, []).append(value)
         return values
 
 
@@ -168,51 +191,68 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return plan._replace(**{name: value for name, value in asked.items() if value is not None})
 
 
+def arms_of(workload: str, policies: tuple[str, ...], budgets: list[str]) -> tuple[Arm, ...]:
+    """Stock, and every policy of the workload; budgets besides the first in "tight" only."""
+    return STOCK, *(
+        Arm(policy if budget == budgets[0] else f"{policy} {budget}", policy, budget)
+        for budget in (budgets if workload == "tight" else budgets[:1])
+        for policy in POLICIES_OF[workload]
+        if policy in policies
+    )
+
+
 def measure(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Settings, list[Row]]]:
     def blocks(tokens: int) -> int:
         return -(-tokens // args.block_size)
 
     most = plan.prompt_tokens + plan.output_tokens
     most_long = plan.long_prompt_tokens + plan.long_output_tokens
-    longest = max(most, most_long, *plan.single) + 64
+    longest = max(most, most_long if "oversubscribed" in args.workloads else 0, *plan.single) + 64
     per_request = blocks(most)
     pools = {
         "tight": 3 * per_request + per_request // 2,
         "roomy": max(plan.roomy_for * per_request, blocks(longest) + 1),
         "oversubscribed": -(-plan.requests * blocks(most_long) // 3),
     }
-    arms = {w: tuple(a for a in ARMS[w] if a in ("stock", *args.policies)) for w in args.workloads}
-    single_by = [workload for workload in args.workloads if "always" in arms[workload]][-1:]
-    for workload in args.workloads:
-        pool = pools[workload]
-        settings = Settings(
-            model=args.model,
-            method=args.method,
-            budget=args.budget,
-            block_size=args.block_size,
-            pool_blocks=pool,
-            threads=args.threads,
-            load_format="dummy" if args.dummy else "auto",
-            max_model_len=min(longest, (pool - 1) * args.block_size),  # vLLM sets a block apart
-            device=args.device,
-        )
-        print(f"starting engines with a pool of {pool} blocks: {', '.join(arms[workload])}",
-              flush=True)  # fmt: skip
-        if workload == "oversubscribed":
-            lengths, rounds = (plan.long_prompt_tokens, plan.long_output_tokens), plan.rounds // 2
-        else:
-            lengths, rounds = (plan.prompt_tokens, plan.output_tokens), plan.rounds
-        load = dict(zip(("prompt_tokens", "output_tokens"), lengths, strict=True))
-        load["requests"] = plan.requests
-        with Engines(settings, arms[workload]) as engines:
+    pools = {workload: pools[workload] for workload in args.workloads}
+    arms = {workload: arms_of(workload, args.policies, args.budgets) for workload in pools}
+    always = [workload for workload in pools if "always" in [arm.policy for arm in arms[workload]]]
+    largest = max(pools.values())
+    settings = Settings(
+        model=args.model,
+        method=args.method,
+        budget=args.budgets[0],
+        block_size=args.block_size,
+        pool_blocks=largest,
+        threads=args.threads,
+        load_format="dummy" if args.dummy else "auto",
+        max_model_len=min(longest, (largest - 1) * args.block_size),  # vLLM sets a block apart
+        device=args.device,
+        start="fast" if args.fast_start else "default",
+    )
+    print(f"starting two engines with a pool of {largest} blocks", flush=True)
+    with Engines(settings) as engines:
+        for workload, pool in pools.items():
+            engines.limit_pool(pool)
+            here = replace(settings, pool_blocks=pool)
+            print(f"{workload}: {pool} blocks, {', '.join(arm.name for arm in arms[workload])}",
+                  flush=True)  # fmt: skip
+            if workload == "oversubscribed":
+                lengths = (plan.long_prompt_tokens, plan.long_output_tokens)
+                rounds = plan.rounds // 2
+            else:
+                lengths, rounds = (plan.prompt_tokens, plan.output_tokens), plan.rounds
+            load = dict(zip(("prompt_tokens", "output_tokens"), lengths, strict=True))
+            load["requests"] = plan.requests
             found = engines.repeat("burst", max(1, rounds), arms[workload], **load)
-            yield settings, as_rows(workload, found)
-            for length in plan.single if workload in single_by else ():
-                if length + 64 > settings.max_model_len:
+            yield here, as_rows(workload, found)
+            for length in plan.single if workload in always[-1:] else ():
+                if blocks(length + 64) >= pool:
                     continue
                 one = {"requests": 1, "prompt_tokens": length, "output_tokens": 6}
-                found = engines.repeat("single", plan.pairs(length), ("stock", "always"), **one)
-                yield settings, as_rows(f"single {length}", found)
+                two = (STOCK, next(arm for arm in arms[workload] if arm.policy == "always"))
+                found = engines.repeat("single", plan.pairs(length), two, **one)
+                yield here, as_rows(f"single {length}", found)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -228,11 +268,12 @@ def parse() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="folder of a checkpoint; default: the one of examples/")
     model.add_argument("--dummy", metavar="NAME", help="a model of dummy_models.py instead")
-    parser.add_argument("--workloads", nargs="+", choices=ARMS, default=list(ARMS),
+    parser.add_argument("--workloads", nargs="+", choices=POLICIES_OF, default=list(POLICIES_OF),
                         help="the last one with a policy `always` does single, too")  # fmt: skip
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--method", default="bacon")
-    parser.add_argument("--budget", help="default: 64 tokens on a CPU, 25%% on a GPU")
+    parser.add_argument("--budgets", nargs="+", metavar="BUDGET",
+                        help="default: 64 tokens on a CPU, 25%% on a GPU")  # fmt: skip
     parser.add_argument("--block-size", type=int, help="default: 32 on a CPU, 16 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of each engine; 1 disturbs least")
     parser.add_argument("--rounds", type=int, help="repetitions per arm; even")
@@ -240,11 +281,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, help="of tight and roomy")
     parser.add_argument("--output-tokens", type=int, help="of tight and roomy")
     parser.add_argument("--single", type=int, nargs="*", help="prompt lengths of single")
+    parser.add_argument("--fast-start", action="store_true",
+                        help="on a GPU compile nothing: graphs of decode steps only")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny bursts: does it run at all?")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
-    args.budget = args.budget or ("25%" if on_gpu else "64")
+    args.budgets = args.budgets or ["25%" if on_gpu else "64"]
     args.block_size = args.block_size or (16 if on_gpu else 32)
     if args.dummy:
         from dummy_models import make
@@ -269,24 +312,23 @@ def summary(rows: list[Row], pools: dict[str, int]) -> Iterator[str]:
     found = medians(rows)
     yield "| pool | policy | | without | with | |"
     yield "|---|---|---|---|---|---|"
-    for workload, arms in ARMS.items():
-        for arm in arms[1:]:
-            if (workload, arm, "tokens_per_s") not in found:
-                continue
-            place = f"| {workload}, {pools[workload]} blocks | `{arm}`"
-            for quantity, name in (
-                ("tokens_per_s", "output tokens/s"),
-                ("peak_running", "requests running at once"),
-                ("preemptions", "preemptions"),
-            ):
-                stock, ours = (found[workload, a, quantity] for a in ("stock", arm))
-                ratio = found.get((workload, f"{arm} / stock", quantity))
-                factor = f"x {ratio:.2f}" if ratio is not None else ""
-                yield f"{place} | {name} | {stock:,.0f} | {ours:,.0f} | {factor} |"
-                place = "| |"
-            if (workload, arm) == MUST_EQUAL:
-                equal = found[workload, arm, "equal_answers"]
-                yield f"| | | answers equal to those without | | {equal:.0%} | |"
+    for workload, arm in dict.fromkeys(row[:2] for row in rows):
+        if arm == STOCK.name or "/" in arm or (workload, arm, "tokens_per_s") not in found:
+            continue
+        place = f"| {workload}, {pools[workload]} blocks | `{arm}`"
+        for quantity, name in (
+            ("tokens_per_s", "output tokens/s"),
+            ("peak_running", "requests running at once"),
+            ("preemptions", "preemptions"),
+        ):
+            stock, ours = (found[workload, a, quantity] for a in (STOCK.name, arm))
+            ratio = found.get((workload, f"{arm} / stock", quantity))
+            factor = f"x {ratio:.2f}" if ratio is not None else ""
+            yield f"{place} | {name} | {stock:,.0f} | {ours:,.0f} | {factor} |"
+            place = "| |"
+        if (workload, arm) == MUST_EQUAL:
+            equal = found[workload, arm, "equal_answers"]
+            yield f"| | | answers equal to those without | | {equal:.0%} | |"
     yield ""
     columns = ("prompt tokens", "blocks held, without", "with", "first token, without",
                "with / without", "compression", "of prefill")  # fmt: skip
@@ -303,6 +345,21 @@ def summary(rows: list[Row], pools: dict[str, int]) -> Iterator[str]:
             f"| {found[workload, 'always / stock', 'first_token_ms']:.3f} "
             f"| {found[workload, 'always', 'compression_ms']:.1f} ms | {share:.1%} |"
         )
+
+
+def headlines(rows: list[Row]) -> Iterator[str]:
+    """A line for every arm of a workload: how it compares with stock."""
+    found = medians(rows)
+    for workload, pair, quantity in found:
+        if quantity not in ("tokens_per_s", "first_token_ms") or " / stock" not in pair:
+            continue
+        arm = pair.removesuffix(" / stock")
+        each = " and ".join(f"{found[workload, a, quantity]:.4g}" for a in (STOCK.name, arm))
+        line = f"{workload}, {arm}: {quantity} x {found[workload, pair, quantity]:.3f} ({each})"
+        for name in ("equal_answers", "preemptions", "compression_ms"):
+            if (workload, arm, name) in found:
+                line += f", {name} {found[workload, arm, name]:.3g}"
+        yield line
 
 
 def different_answers(rows: list[Row]) -> list[str]:
@@ -322,7 +379,7 @@ def main() -> None:
     every: list[Row] = []
     pools: dict[str, int] = {}
     writer = None
-    with file.open("w", newline="") as sink:
+    with file.open("w", newline="", buffering=1) as sink:  # every row is on disk at once
         for settings, rows in measure(args, plan_of(args)):
             folder = Path(settings.model)
             model = folder.parent.name if folder.name == "model" else folder.name
@@ -343,6 +400,8 @@ def main() -> None:
                     f"[{entry['p20']:.4g}, {entry['p80']:.4g}]",
                     flush=True,
                 )
+            for line in headlines(rows):
+                print(f"== {line}", flush=True)
     print("", *summary(every, pools), "", sep="\n")
     print(f"{file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}")
     if problems := different_answers(every):

@@ -2,6 +2,7 @@
 """One engine of ``serving.py``, in a process of its own."""
 
 import itertools
+import json
 import logging
 import math
 import multiprocessing
@@ -9,15 +10,21 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MAX_SEQS = 32
+GRAPH_SIZES = [1, 2, 4, 8, 16, 24, MAX_SEQS]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What engines that are compared have in common, and the compression of some of them."""
+    """What engines that are compared have in common, and the compression of some of them.
+
+    Attributes:
+        start: on a GPU, "default", "fast" (graphs of decode steps, but nothing is compiled, which
+            takes a minute) or "eager".
+    """
 
     model: str
     method: str
@@ -28,6 +35,8 @@ class Settings:
     load_format: str
     max_model_len: int
     device: str
+    start: str = "default"
+    prefix_caching: bool = False
 
     def engine_args(self) -> dict[str, Any]:
         """What differs between devices."""
@@ -37,30 +46,46 @@ class Settings:
                 "max_num_batched_tokens": 4096,
                 "enforce_eager": True,
             }
-        return {
+        started: dict[str, Any] = {
+            "default": {"cudagraph_capture_sizes": GRAPH_SIZES},
+            "fast": {
+                "cudagraph_capture_sizes": GRAPH_SIZES,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "mode": 0,
+            },
+            "eager": None,
+        }[self.start]
+        how = {"enforce_eager": True} if started is None else {"compilation_config": started}
+        return how | {
             # memory is not profiled: two engines that start at once would see each other's
             # (pool_blocks says how much it really is)
             "kv_cache_memory_bytes": 32 << 30,
             "gpu_memory_utilization": 0.3,
             "max_num_batched_tokens": 8192,
-            "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, MAX_SEQS]},
         }
 
 
 @dataclass(frozen=True)
 class Burst:
-    """Requests that arrive at once."""
+    """Requests that arrive at once; ``shared_tokens`` at the beginning of all prompts are equal."""
 
     requests: int
     prompt_tokens: int
     output_tokens: int
     seed: int
+    shared_tokens: int = 0
 
 
 def random_prompts(burst: Burst) -> list[list[int]]:
-    """Token ids of printable characters; no two prompts share a prefix."""
+    """Token ids of printable characters; no two prompts share more than they are meant to."""
     rng = random.Random(burst.seed)
-    return [[rng.randrange(94) for _ in range(burst.prompt_tokens)] for _ in range(burst.requests)]
+
+    def draw(count: int) -> list[int]:
+        return [rng.randrange(94) for _ in range(count)]
+
+    prefix = draw(burst.shared_tokens)
+    own = burst.prompt_tokens - burst.shared_tokens
+    return [prefix + draw(own) for _ in range(burst.requests)]
 
 
 def time_calls(owner: type, name: str) -> Callable[[], float]:
@@ -102,7 +127,7 @@ class Engine:
             max_model_len=settings.max_model_len,
             num_gpu_blocks_override=settings.pool_blocks,
             max_num_seqs=MAX_SEQS,
-            enable_prefix_caching=False,
+            enable_prefix_caching=settings.prefix_caching,
             load_format=settings.load_format,
             limit_mm_per_prompt={"image": self.max_images, "video": 0},
             disable_log_stats=True,
@@ -113,6 +138,33 @@ class Engine:
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.names = (f"{number:09}" for number in itertools.count())
+        self.withheld: list[Any] = []
+
+    def limit_pool(self, blocks: int) -> None:
+        """From now on the pool has so many blocks: the others are taken out of it."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        pool.free_blocks(self.withheld)
+        pool.num_gpu_blocks += len(self.withheld)
+        self.withheld = pool.get_new_blocks(pool.num_gpu_blocks - blocks)
+        pool.num_gpu_blocks = blocks
+
+    def configure(self, changes: dict[str, str]) -> None:
+        """Compress by another policy, or to another budget, from now on; nothing may be running.
+
+        The scheduler decides both. A change of method would have to reach the worker's graphs.
+        """
+        from vllm_kvcompress.config import KVCompressionConfig
+
+        if not self.compresses:
+            return
+        assert changes.keys() <= {"when", "budget"}
+        assert not self.engine.has_unfinished_requests()
+        manager = self.scheduler.compression.manager.compressed
+        raw = json.loads(manager.planner.settings) | changes
+        settings = json.dumps(KVCompressionConfig.parse(raw).to_json())
+        worker = self.core.model_executor.driver_worker.worker.compressed_layers
+        manager.planner = worker.planner = replace(manager.planner, settings=settings)
+        worker.config = worker.planner.config
 
     def prompts(self, burst: Burst) -> list[dict[str, Any]]:
         """Prompts of a burst, as vLLM takes them."""
@@ -230,8 +282,8 @@ def serve(pipe: Any, make: Callable[[], Engine], threads: int) -> None:
     engine = make()
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
-        kind, burst = order
-        pipe.send(getattr(engine, kind)(burst))
+        kind, argument = order
+        pipe.send(getattr(engine, kind)(argument))
 
 
 class EngineProcess:
@@ -254,6 +306,7 @@ class EngineProcess:
         self.process.join(30)
         self.process.kill()
 
-    def run(self, kind: str, burst: Burst) -> dict[str, Any]:
-        self.pipe.send((kind, burst))
+    def run(self, kind: str, argument: Any) -> Any:
+        """Call a method of the engine."""
+        self.pipe.send((kind, argument))
         return self.pipe.recv()

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +66,8 @@ NEEDED = ("torch", "triton", "vllm", "transformers", "safetensors", "pytest", "h
 
 
 def main() -> None:
-    """Print the facts as JSON, or say what is missing."""
-    device = sys.argv[1]
+    """Write the facts into a JSON file, or say what is missing."""
+    device, file = sys.argv[1], Path(sys.argv[2])
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"not importable here: {', '.join(missing)}; hand them over with --packages")
@@ -74,7 +75,21 @@ def main() -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no GPU; --rehearse runs what can run without one")
-    print(json.dumps(facts(device)))
+    found = facts(device)
+    programs = ("make", "nvcc", "compute-sanitizer", "ncu")
+    found["programs"] = " ".join(name for name in programs if shutil.which(name))
+    found["clocks"] = gpu_query("clocks.sm,clocks.max.sm,clocks.mem") if device == "cuda" else ""
+    file.write_text(json.dumps(found, indent=2) + "\n")
+    print("==", ", ".join(f"{key} {value}" for key, value in found.items() if value), flush=True)
+    if device == "cuda":
+        from vllm import _custom_ops
+        from vllm.vllm_flash_attn import is_fa_version_supported
+
+        ones = torch.ones(4, 256, dtype=torch.bfloat16, device=device)
+        result = torch.zeros_like(ones)
+        _custom_ops.rms_norm(result, ones, ones[0], 1e-6)
+        assert torch.equal(result, ones), "vLLM's own kernels are wrong here"
+        print(f"== vLLM's kernels run; FlashAttention 3: {is_fa_version_supported(3)}", flush=True)
 
 
 if __name__ == "__main__":

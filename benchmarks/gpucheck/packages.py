@@ -2,6 +2,8 @@
 """Import paths for a machine without a network: nothing is installed, nothing is downloaded."""
 
 import shutil
+import subprocess
+import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -31,20 +33,26 @@ def unpack_wheel(wheel: Path, site: Path) -> None:
                 shutil.copyfileobj(source, sink)
 
 
-def import_path(packages: Path, site: Path) -> Path:
-    """Folder to import ``packages`` from: itself, or ``site`` with the wheels it holds unpacked.
+def unpack(packages: Path, site: Path) -> None:
+    """Make ``packages`` importable from ``site``: wheels that it holds, or what its ``unbundle.sh``
+    puts there, or else itself.
 
     Raises:
         ValueError: ``packages`` is no folder.
+        subprocess.CalledProcessError: ``unbundle.sh PACKAGES SITE`` fails.
     """
     if not packages.is_dir():
         raise ValueError(f"--packages: expected a folder, got {packages}")
-    wheels = sorted(packages.glob("*.whl"))
-    if not wheels:
-        return packages.resolve()
+    wheels, script = sorted(packages.glob("*.whl")), packages / "unbundle.sh"
+    if not wheels and not script.exists():
+        site.unlink(missing_ok=True)
+        site.parent.mkdir(parents=True, exist_ok=True)
+        site.symlink_to(packages.resolve())
+        return
+    if script.exists():
+        subprocess.run(["sh", script, packages, site], check=True)
     for wheel in wheels:
         unpack_wheel(wheel, site)
-    return site.resolve()
 
 
 def stage_plugin(root: Path, site: Path) -> Path:
@@ -69,3 +77,7 @@ def stage_plugin(root: Path, site: Path) -> Path:
         lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return site.resolve()
+
+
+if __name__ == "__main__":
+    unpack(*map(Path, sys.argv[1:]))

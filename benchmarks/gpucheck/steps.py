@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes with a time limit and a log each, and a table of how they went."""
+"""Steps with a limit each under one deadline, and an archive of all that they have written so far.
+
+Knows nothing of what the steps do, and needs nothing but Python. A step is a process: it can fail
+or hang without any harm to the others. Whenever this process is stopped, the archive on disk has
+everything but the last seconds.
+"""
 
 import csv
+import io
 import os
 import re
 import signal
 import subprocess
+import tarfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,127 +26,231 @@ from typing import NamedTuple
 NOT_RUN = 77
 """Exit status of a step that cannot run here; the last line of its output says why."""
 
+HEADLINE = "== "
+"""Begins the lines of a step's output that belong into the summary."""
+
+SUMMARY_LINES, LINE_LENGTH = 40, 150
+SHORTEST = 5.0
+"""Seconds: with less left until the deadline no step begins."""
+
 
 class Step(NamedTuple):
     """One process.
 
     Attributes:
         name: of its log.
-        seconds: its time limit.
-        fatal: outcomes that end the run.
-        needs: name of a step that comes before; unless it passes, this one does not run.
+        seconds: its limit.
+        needs: name of an earlier step; unless it passes, this one does not run.
     """
 
     name: str
     command: list[str]
     seconds: float
     env: Mapping[str, str] = MappingProxyType({})
-    fatal: tuple[str, ...] = ("failed", "out of time")
     needs: str = ""
 
 
 class Outcome(NamedTuple):
-    """How a step went: "passed", "failed", "out of time", "left out" or "not run", and why."""
+    """How a step went: "passed", "failed", "out of time", "not run" or "left out", and why."""
 
-    stage: str
     step: str
     outcome: str
+    began: float
     seconds: float
-    is_fatal: bool
     note: str = ""
 
     def __str__(self) -> str:
         why = f": {self.note}" if self.note else ""
-        return f"{self.seconds:6.1f} s  {self.outcome:11}  {self.stage}: {self.step}{why}"
+        return f"{self.seconds:4.0f} s  {self.outcome:11}  {self.step}{why}"[:LINE_LENGTH]
 
 
 @dataclass
 class Run:
-    """All steps of one run.
+    """The steps of one run.
 
     Attributes:
-        folder: receives ``steps.csv`` and ``logs/``.
-        end: on the monotonic clock; no step lasts longer.
-        stopped: since a fatal step.
+        folder: receives ``steps.csv``, ``summary.txt`` and ``logs/``, and what the steps write.
+        start, end: on the monotonic clock; no step goes on after the end.
+        outcomes: of the steps that are over.
     """
 
     folder: Path
-    env: dict[str, str]
+    env: Mapping[str, str]
+    start: float
     end: float
     outcomes: list[Outcome] = field(default_factory=list)
-    stopped: bool = False
     _started: dict[str, Future[Outcome]] = field(default_factory=dict)
+    _processes: set[subprocess.Popen] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def stage(self, name: str, steps: Sequence[Step], jobs: int = 1) -> bool:
-        """Run steps, ``jobs`` at a time; after a fatal one no further step starts.
-
-        Returns:
-            Whether no step was fatal so far.
-        """
+    def together(self, steps: Sequence[Step], jobs: int = 1) -> None:
+        """Run steps, ``jobs`` at a time; whatever becomes of one, the next begins."""
         with ThreadPoolExecutor(jobs) as pool:
             for step in steps:
-                self._started[step.name] = pool.submit(self._run, name, step)
-            self.outcomes += [self._started[step.name].result() for step in steps]
-        self._write()
-        return not any(outcome.is_fatal for outcome in self.outcomes)
+                self._started[step.name] = pool.submit(self._run, step)
+        for step in steps:
+            self._started[step.name].result()  # raises what is wrong with the runner itself
 
-    def result(self, step: str) -> str:
-        """Outcome of a step of a finished stage; empty if there was none of that name."""
-        return self._started[step].result().outcome if step in self._started else ""
-
-    def _run(self, stage: str, step: Step) -> Outcome:
-        if self.stopped:
-            return Outcome(stage, step.name, "left out", 0.0, False)
-        # steps start in order: what is waited for has a worker of its own, or is done
+    def _run(self, step: Step) -> Outcome:
+        # steps begin in order: what is waited for has a worker of its own, or is over
         needed = self._started[step.needs].result() if step.needs else None
+        began = time.monotonic()
+        limit = min(step.seconds, self.end - began)
         if needed is not None and needed.outcome != "passed":
             note = f"{needed.step} {needed.outcome}: {needed.note}".removesuffix(": ")
-            outcome = Outcome(stage, step.name, "not run", 0.0, False, note)
+            result = ("not run", note)
+        elif limit < min(SHORTEST, step.seconds):
+            result = ("left out", "no time was left")
         else:
-            outcome = self._execute(stage, step)
-        print(outcome, flush=True)
-        if outcome.is_fatal:
-            self.stopped = True
-            log = self._log(step)
-            if log.exists():
-                print(f"the end of {log}:\n{tail(log)}", flush=True)
+            self._say(f"{step.name} begins, {limit:.0f} s at most")
+            result = self._execute(step, limit)
+        seconds = time.monotonic() - began
+        outcome = Outcome(step.name, result[0], began - self.start, seconds, result[1])
+        with self._lock:
+            self.outcomes.append(outcome)
+            self._write()
+        self._say(str(outcome))
         return outcome
 
-    def _execute(self, stage: str, step: Step) -> Outcome:
-        limit = min(step.seconds, self.end - time.monotonic())
-        log = self._log(step)
+    def _execute(self, step: Step, limit: float) -> tuple[str, str]:
+        log = self.log(step.name)
         log.parent.mkdir(parents=True, exist_ok=True)
-        start = time.monotonic()
-        result = "out of time"
-        if limit > 0:
-            result = run_logged(step.command, self.env | dict(step.env), limit, log)
-        seconds = time.monotonic() - start
-        note = why(log) if result in ("failed", "not run") else ""
-        return Outcome(stage, step.name, result, seconds, result in step.fatal, note)
+        try:
+            result = self._run_logged(step, limit, log)
+        except OSError as error:  # there is no such program
+            return "failed", str(error)
+        note = why(log) if result != "passed" else ""
+        return result, note
 
-    def _log(self, step: Step) -> Path:
-        return self.folder / "logs" / f"{step.name}.txt"
+    def _run_logged(self, step: Step, seconds: float, log: Path) -> str:
+        """Run the process with its children as a group; nothing of it outlives the limit.
+
+        Raises:
+            OSError: the program cannot be started.
+        """
+        with log.open("w") as sink:
+            print("$", *step.command, file=sink, flush=True)
+            process = subprocess.Popen(
+                step.command,
+                env={**self.env, **step.env},
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._processes.add(process)
+            try:
+                return {0: "passed", NOT_RUN: "not run"}.get(process.wait(seconds), "failed")
+            except subprocess.TimeoutExpired:
+                return "out of time"
+            finally:
+                self._processes.discard(process)
+                end_group(process)
+
+    def stop(self) -> None:
+        """End what runs; no further step begins."""
+        self.end = 0.0
+        for process in list(self._processes):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def log(self, step: str) -> Path:
+        return self.folder / "logs" / f"{step}.txt"
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)
 
     def _write(self) -> None:
         with (self.folder / "steps.csv").open("w", newline="") as sink:
             writer = csv.writer(sink, lineterminator="\n")
             writer.writerow(Outcome._fields)
-            writer.writerows(o._replace(seconds=round(o.seconds, 1)) for o in self.outcomes)
+            for o in self.outcomes:
+                writer.writerow(o._replace(began=round(o.began, 1), seconds=round(o.seconds, 1)))
+        (self.folder / "summary.txt").write_text("\n".join(self.summary()) + "\n")
+
+    def summary(self) -> Iterator[str]:
+        """At most ``SUMMARY_LINES`` lines: every step, and as many of its headlines as there is
+        room for, the first ones of all steps before the second ones.
+        """
+        headlines = {o.step: self._headlines(o.step) for o in self.outcomes}
+        shown = dict.fromkeys(headlines, 0)
+        room = SUMMARY_LINES - len(self.outcomes) - 1
+        for rank in range(max(map(len, headlines.values()), default=0)):
+            for step, lines in headlines.items():
+                if rank < len(lines) and room > 0:
+                    shown[step] += 1
+                    room -= 1
+        words = [o.outcome for o in self.outcomes]
+        counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+        yield f"{len(words)} steps in {time.monotonic() - self.start:.0f} s: {counts}"
+        for outcome in self.outcomes:
+            yield str(outcome)
+            for line in headlines[outcome.step][: shown[outcome.step]]:
+                yield f"            {line}"[:LINE_LENGTH]
+
+    def _headlines(self, step: str) -> list[str]:
+        log = self.log(step)
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        return [line.removeprefix(HEADLINE) for line in lines if line.startswith(HEADLINE)]
 
 
-def run_logged(command: list[str], env: dict[str, str], seconds: float, log: Path) -> str:
-    """Run a process with its children as a group of their own; nothing of it outlives the limit."""
-    with log.open("w") as sink:
-        print("$", *command, file=sink, flush=True)
-        process = subprocess.Popen(
-            command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+class Archive:
+    """Packs a folder again and again while the block runs, and once more at its end.
+
+    A reader never sees half an archive. Where everything would be too large, the smallest files go
+    in first and ``left_out.txt`` names the rest.
+
+    Args:
+        folder: what is packed, under its own name.
+        file: the archive, ``.tar.gz``.
+        most_bytes: of the archive.
+        every: seconds.
+    """
+
+    def __init__(self, folder: Path, file: Path, most_bytes: int, every: float = 15.0) -> None:
+        self.folder, self.file = folder, file
+        self.most_bytes, self.every = most_bytes, every
+        self._over = threading.Event()
+        self._saver = threading.Thread(target=self._save_regularly, daemon=True)
+
+    def __enter__(self) -> "Archive":
+        self.save()
+        self._saver.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._saver.join()
+        self.save()
+
+    def _save_regularly(self) -> None:
+        while not self._over.wait(self.every):
+            self.save()
+
+    def save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(f".{self.file.name}.part")
+        files = sorted(
+            (path for path in self.folder.rglob("*") if path.is_file()),
+            key=lambda path: path.stat().st_size,
         )
-        try:
-            return {0: "passed", NOT_RUN: "not run"}.get(process.wait(seconds), "failed")
-        except subprocess.TimeoutExpired:
-            return "out of time"
-        finally:
-            end_group(process)
+        left_out: list[str] = []
+
+        def add(name: str, content: bytes) -> None:
+            entry = tarfile.TarInfo(f"{self.folder.name}/{name}")
+            entry.size, entry.mtime = len(content), int(time.time())
+            archive.addfile(entry, io.BytesIO(content))
+
+        with part.open("wb") as sink, tarfile.open(fileobj=sink, mode="w:gz") as archive:
+            for path in files:
+                name = str(path.relative_to(self.folder))
+                content = path.read_bytes()  # at once: steps go on writing
+                if sink.tell() + len(content) > self.most_bytes:
+                    left_out.append(name)
+                else:
+                    add(name, content)
+            if left_out:
+                add("left_out.txt", "\n".join(left_out).encode())
+        os.replace(part, self.file)
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -146,10 +258,6 @@ def end_group(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def tail(log: Path, num_lines: int = 30) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
 
 
 def why(log: Path) -> str:

@@ -23,18 +23,18 @@ def launches():
 
 @pytest.mark.parametrize(("method", "most"), MOST.items())
 def test_few_launches(launches, method, most):
-    counted = launches.count(method, 1, launches.WORKSPACE)
+    counted = launches.count(method, launches.sizes_of(1))
     assert 0 < counted.in_triton < counted.total <= most
-    together = launches.count(method, 8, launches.WORKSPACE)
+    together = launches.count(method, launches.sizes_of(8))
     assert together.in_triton == counted.in_triton
     assert together.total <= counted.total + 5  # what is contiguous of one prompt is copied of many
 
 
 def test_groups_of_layers_launch_as_much_each(launches):
     """The benchmark sees what a small workspace costs."""
-    whole, split = (
-        launches.count("bacon", 1, size).total for size in (launches.WORKSPACE, 1 << 25)
-    )
+    sizes = (launches.WORKSPACE, 1 << 25)
+    one = launches.sizes_of(1)
+    whole, split = (launches.count("bacon", one, size).total for size in sizes)
     assert split > 1.5 * whole
 
 

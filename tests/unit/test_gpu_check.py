@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of the GPU check that decide: they must pass what is right and stop what is wrong."""
 
-import csv
 import dataclasses
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from types import SimpleNamespace
 
@@ -17,16 +15,14 @@ import pytest
 import torch
 from conftest import ROOT
 from decode_operations import decode_operations
-from gpu_check import result_folder
 from gpucheck import compare, stress
 from gpucheck.compare import assert_same_kept, assert_same_tokens
 from gpucheck.forced import ForcedModel
-from gpucheck.packages import import_path, stage_plugin, unpack_wheel
-from gpucheck.steps import NOT_RUN, Run, Step
+from gpucheck.packages import stage_plugin, unpack, unpack_wheel
 from gpucheck.watch import ScoredPrompt
 from operations import OPERATIONS, Shape, make_inputs
 from row_operations import ROW_OPERATIONS
-from whole_layer import COMPRESS_LAYER
+from whole_call import WHOLE_CALLS
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import reference
@@ -38,65 +34,6 @@ def python(*code: str) -> list[str]:
     return [sys.executable, "-P", "-c", "; ".join(code)]
 
 
-class TestSteps:
-    @pytest.fixture
-    def run(self, tmp_path):
-        return Run(tmp_path, dict(os.environ), time.monotonic() + 60)
-
-    def test_stops_at_the_first_failure(self, run, tmp_path):
-        steps = [
-            Step("good", python("print('fine')"), 30),
-            Step("bad but not fatal", python("raise SystemExit(3)"), 30, fatal=()),
-            Step("bad", python("print('why')", "raise SystemExit(3)"), 30),
-            Step("never", python("print('ran')"), 30),
-        ]
-        assert not run.stage("one", steps)
-        with (tmp_path / "steps.csv").open() as source:
-            outcomes = {row["step"]: row["outcome"] for row in csv.DictReader(source)}
-        assert list(outcomes.values()) == ["passed", "failed", "failed", "left out"]
-        assert "why" in (tmp_path / "logs" / "bad.txt").read_text()
-        assert not (tmp_path / "logs" / "never.txt").exists()
-
-    def test_nothing_outlives_its_time(self, run, tmp_path):
-        mark = tmp_path / "mark"
-        child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
-        code = python("import subprocess, sys, time", f"subprocess.Popen([sys.executable, '-c', "
-                      f"{child!r}])", "time.sleep(60)")  # fmt: skip
-        assert not run.stage("one", [Step("slow", code, 1)])
-        assert run.outcomes[0].outcome == "out of time"
-        time.sleep(3)
-        assert not mark.exists()
-
-    def test_cannot_run_here(self, run, tmp_path):
-        """A step that says so, and what needs it, are told apart from what passed and failed."""
-        steps = [
-            Step("build", python("print('no tools')", f"raise SystemExit({NOT_RUN})"), 30),
-            Step("uses it", python("print('ran')"), 30, needs="build"),
-            Step("broken", python("print('x.cu(1): error: bad', 'x')", "1 / 0"), 30, fatal=()),
-            Step("uses that", python("print('ran')"), 30, needs="broken"),
-            Step("good", python("print('fine')"), 30),
-            Step("uses good", python("print('fine')"), 30, needs="good"),
-        ]
-        assert run.stage("one", steps[:3], jobs=3)
-        assert run.stage("two", steps[3:])
-        with (tmp_path / "steps.csv").open() as source:
-            rows = {row["step"]: (row["outcome"], row["note"]) for row in csv.DictReader(source)}
-        assert rows == {
-            "build": ("not run", "no tools"),
-            "uses it": ("not run", "build not run: no tools"),
-            "broken": ("failed", "x.cu(1): error: bad x"),
-            "uses that": ("not run", "broken failed: x.cu(1): error: bad x"),
-            "good": ("passed", ""),
-            "uses good": ("passed", ""),
-        }
-        assert run.result("build") == "not run"
-        assert run.result("never") == ""
-
-    def test_environment(self, run):
-        code = python("import os", "raise SystemExit(os.environ['ANSWER'] != '42')")
-        assert run.stage("one", [Step("env", code, 30, {"ANSWER": "42"})])
-
-
 class TestPackages:
     def test_wheel(self, tmp_path):
         wheel = tmp_path / "thing-1-py3-none-any.whl"
@@ -105,7 +42,7 @@ class TestPackages:
             archive.writestr("thing-1.data/purelib/other.py", "")
             archive.writestr("thing-1.data/scripts/tool", "")
         site = tmp_path / "site"
-        assert import_path(tmp_path, site) == site
+        unpack(tmp_path, site)
         files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
         assert files == {"thing/__init__.py", "other.py"}
 
@@ -118,9 +55,23 @@ class TestPackages:
         assert not (tmp_path / "evil.py").exists()
 
     def test_folder_of_packages(self, tmp_path):
-        assert import_path(tmp_path, tmp_path / "site") == tmp_path
+        packages, site = tmp_path / "packages", tmp_path / "cache" / "site"
+        (packages / "thing").mkdir(parents=True)
+        for _ in range(2):  # a second run finds what the first has left
+            unpack(packages, site)
+            assert (site / "thing").is_dir()
         with pytest.raises(ValueError, match="--packages"):
-            import_path(tmp_path / "nothing", tmp_path / "site")
+            unpack(tmp_path / "nothing", site)
+
+    def test_script_that_unpacks(self, tmp_path):
+        script = tmp_path / "unbundle.sh"
+        script.write_text('mkdir -p "$2" && cp "$1/thing.txt" "$2"')
+        (tmp_path / "thing.txt").touch()
+        unpack(tmp_path, tmp_path / "site")
+        assert (tmp_path / "site" / "thing.txt").exists()
+        script.write_text("exit 3")
+        with pytest.raises(subprocess.CalledProcessError):
+            unpack(tmp_path, tmp_path / "site")
 
     def test_staged_plugin(self, tmp_path):
         """A copy has package, kernels and entry point, and goes before what is installed."""
@@ -137,14 +88,6 @@ class TestPackages:
         assert value == "vllm_kvcompress:register"
         assert package == str(site / "vllm_kvcompress" / "__init__.py")
         assert operations == str(site / "vllm_kvcompress" / "kernels" / "reference.py")
-
-
-def test_result_folder(tmp_path):
-    facts = {"device": "NVIDIA H200 (MIG 1g)", "date": "2026-01-02"}
-    first = result_folder(tmp_path, facts)
-    assert first.name == "gpu_nvidia-h200-mig-1g_2026-01-02"
-    first.mkdir()
-    assert result_folder(tmp_path, facts).name == first.name + "_2"
 
 
 def answer(token_ids, logprobs):
@@ -281,7 +224,7 @@ class TestStress:
 
 @pytest.mark.parametrize(
     "operation",
-    [*OPERATIONS, COMPRESS_LAYER, *decode_operations(), *ROW_OPERATIONS],
+    [*OPERATIONS, *WHOLE_CALLS, *decode_operations(), *ROW_OPERATIONS],
     ids=lambda o: o.name,
 )
 def test_no_time_for_a_wrong_result(monkeypatch, operation):

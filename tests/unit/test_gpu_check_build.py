@@ -9,7 +9,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 
 import gpu_check
 from conftest import ROOT
-from gpu_check import cuda_build
+from gpucheck.lists import CUDA_BUILD, LISTS, Machine
 from gpucheck.steps import Run, Step
 
 NVCC = """#!{python}
@@ -23,6 +23,12 @@ elif "-o" in sys.argv:
 """
 
 
+def listed(tmp_path) -> dict[str, Step]:
+    """The second list as a GPU gets it."""
+    machine = Machine(ROOT, tmp_path, tmp_path, "cuda", False, None, None)
+    return {step.name: step for stage in LISTS["second"](machine) for step in stage}
+
+
 def build(tmp_path, **home):
     """Run the step as the check does, with a torch that thinks it was built for CUDA."""
     site = tmp_path / "site"
@@ -33,10 +39,10 @@ def build(tmp_path, **home):
     (site / "sitecustomize.py").write_text("\n".join(torch_with_cuda))
     paths = os.pathsep.join([str(site), str(ROOT / "benchmarks")])
     env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
-    run = Run(tmp_path, env | {"PYTHONPATH": paths} | home, time.monotonic() + 60)
-    step = cuda_build(tmp_path / "plugin")
-    user = Step("uses it", [sys.executable, "-c", ""], 30, needs=step.name)
-    assert run.stage("kernels", [step, user])
+    now = time.monotonic()
+    run = Run(tmp_path, env | {"PYTHONPATH": paths} | home, now, now + 60)
+    step = listed(tmp_path)[CUDA_BUILD]
+    run.together([step, Step("uses it", [sys.executable, "-c", ""], 30, needs=step.name)])
     return run.outcomes
 
 
@@ -62,9 +68,9 @@ def test_no_compiler(tmp_path):
 
 def test_torch_without_cuda(tmp_path):
     """As it is here, and in a rehearsal."""
-    run = Run(tmp_path, dict(os.environ), time.monotonic() + 60)
-    run.env["PYTHONPATH"] = str(ROOT / "benchmarks")
-    assert run.stage("kernels", [cuda_build(tmp_path / "plugin")])
+    now, env = time.monotonic(), os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    run = Run(tmp_path, env, now, now + 60)
+    run.together([listed(tmp_path)[CUDA_BUILD]])
     assert run.outcomes[0].outcome == "not run"
     assert run.outcomes[0].note == "this torch was built without CUDA"
 
@@ -78,7 +84,7 @@ def test_compiles_what_setup_does(tmp_path):
     assert "compute_90" in called
     assert "-std=c++20" in called
     assert "csrc/cpu" not in called
-    assert (built.outcome, built.is_fatal) == ("failed", False)
+    assert built.outcome == "failed"
     assert "identifier is undefined" in built.note
     assert (user.outcome, user.note) == (
         "not run",
@@ -93,18 +99,15 @@ def test_other_toolkit_than_torch(tmp_path):
 
 
 def test_only_what_needs_the_build_waits_for_it(tmp_path):
-    steps = {step.name: step for step in gpu_check.kernel_steps(tmp_path, rehearse=False)}
-    waiting = {name for name, step in steps.items() if step.needs}
-    assert "test_cuda_selection" in waiting
+    waiting = {name for name, step in listed(tmp_path).items() if step.needs == CUDA_BUILD}
+    assert "test-cuda_selection" in waiting
     assert all(name.endswith(("-cuda", "cuda_selection")) for name in waiting)
-    assert all(not steps[name].fatal for name in waiting)
-    assert "test_select_tokens" in steps
 
 
 def test_a_copy_of_the_checkout_goes_first(tmp_path, monkeypatch):
     """On a GPU what is built lies in the copy; a rehearsal wants the installed C++ operations."""
-    monkeypatch.setattr(gpu_check, "PLUGIN", tmp_path / "plugin")
-    first, *_ = gpu_check.environment(None, rehearse=False)["PYTHONPATH"].split(os.pathsep)
+    monkeypatch.setattr(gpu_check, "CACHE", tmp_path)
+    first, *_ = gpu_check.environment(rehearse=False)["PYTHONPATH"].split(os.pathsep)
     assert first == str(tmp_path / "plugin")
     library = tmp_path / "plugin" / "vllm_kvcompress" / f"_cuda{EXTENSION_SUFFIXES[0]}"
     library.touch()
@@ -113,5 +116,5 @@ def test_a_copy_of_the_checkout_goes_first(tmp_path, monkeypatch):
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(library)
-    paths = gpu_check.environment(None, rehearse=True)["PYTHONPATH"].split(os.pathsep)
+    paths = gpu_check.environment(rehearse=True)["PYTHONPATH"].split(os.pathsep)
     assert first not in paths

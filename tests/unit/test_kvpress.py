@@ -28,7 +28,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from rivals import kv_press
 from scorer_inputs import Prompt, context, rotation
-from whole_layer import einsum_compress
+from whole_call import einsum_compress
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation.adakv import AdaKV

@@ -4,6 +4,7 @@
 import csv
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,11 +24,15 @@ FLASH = "vllm.v1.attention.backends.fa_utils"
 
 
 def attend(queries, keys, values, table, lengths, scale):
-    """[S, G, D] of sequences over page tables; keys and values [pages, block_size, 1, D]."""
+    """[S, G * H, D] of sequences over page tables; keys and values [pages, block_size, H, D]."""
     out = torch.zeros_like(queries)
     for i, length in enumerate(lengths.tolist()):
-        k, v = (part[table[i].long()].flatten(0, 2)[:length].float() for part in (keys, values))
-        out[i] = ((queries[i].float() @ k.T * scale).softmax(1) @ v).to(out.dtype)
+        k, v = (
+            part[table[i].long()].flatten(0, 1)[:length].float().transpose(0, 1)
+            for part in (keys, values)
+        )  # [H, length, D]
+        q = queries[i].float().unflatten(0, (len(k), -1))
+        out[i] = ((q @ k.transpose(1, 2) * scale).softmax(2) @ v).flatten(0, 1).to(out.dtype)
     return out
 
 
@@ -77,6 +82,26 @@ class InferDouble:
         return attend(queries, keys, values, self.table, self.lengths, self.scale)
 
 
+class SplitDouble:
+    """Stands in for ``xformers.ops.fmha``."""
+
+    triton_splitk = SimpleNamespace(FwOp=object)
+
+    class attn_bias:
+        class PagedBlockDiagonalPaddedKeysMask:
+            @staticmethod
+            def from_seqlens(q_seqlen, kv_seqlen, block_tables, page_size, *, device):
+                assert q_seqlen == [1] * len(kv_seqlen)
+                return torch.tensor(kv_seqlen), block_tables, page_size
+
+    @staticmethod
+    def memory_efficient_attention_forward(queries, keys, values, mask, op):
+        lengths, table, size = mask
+        assert size == op.BLOCK_N
+        keys, values = (part[0, :, :1].unflatten(0, (-1, size)) for part in (keys, values))
+        return attend(queries[0], keys, values, table, lengths, queries.shape[3] ** -0.5)[None]
+
+
 @pytest.fixture
 def doubles(monkeypatch):
     """Imports of rivals find these."""
@@ -84,6 +109,7 @@ def doubles(monkeypatch):
     found = {
         FLASH: flash,
         "flashinfer": SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=InferDouble),
+        "xformers.ops.fmha": SplitDouble,
     }
     original = importlib.import_module
     monkeypatch.setattr(
@@ -94,7 +120,7 @@ def doubles(monkeypatch):
 
 
 @pytest.mark.parametrize("skewed", [False, True])
-@pytest.mark.parametrize("name", ["flash-attn", "flash-attn+tables", "flashinfer"])
+@pytest.mark.parametrize("name", ["flash-attn", "flash-attn+tables", "flashinfer", "xformers"])
 def test_decode_rivals_compute_what_ours_does(doubles, skewed, name):
     inputs = make_inputs(SHAPE, torch.device("cpu"))
     rival = decode_operations.decode_calls(inputs, skewed, jit=True)[name]
@@ -106,6 +132,32 @@ def test_decode_rivals_compute_what_ours_does(doubles, skewed, name):
     if name == "flash-attn":
         assert doubles.called["scheduler_metadata"] is not None
         assert torch.equal(doubles.scheduled["cache_seqlens"], doubles.called["seqused_k"])
+
+
+def test_stock_reads_as_many_bytes(doubles):
+    """All heads of a request the same tokens, whose number is that of the even case."""
+    inputs = make_inputs(SHAPE, torch.device("cpu"))
+    rival = decode_operations.decode_calls(inputs, True, jit=True)[decode_operations.STOCK]
+    call = rival.ready()
+    assert not isinstance(call, Absent), call
+    assert call().isfinite().all()
+    used = SHAPE.num_kept + decode_operations.TAIL
+    assert doubles.called["seqused_k"].tolist() == [used] * SHAPE.num
+    assert doubles.called["k"].shape[2] == SHAPE.num_kv_heads
+    assert doubles.called["k"].is_contiguous() or doubles.called["k"].stride(2) == 2 * 16
+    assert not rival.right(call() + 1)
+
+
+def test_times_are_compared_with_stock(doubles):
+    shape, cpu = SHAPE, torch.device("cpu")
+    timer, machine = kernel_bench.Timer(cpu, quick=True), kernel_bench.Machine(1e9, 1e9)
+    operation = decode_operations.decode_operations()[0]
+    inputs = make_inputs(shape, cpu)
+    rows = list(kernel_bench.measure(operation, shape, inputs, timer, machine, cpu, False))
+    found = {row["implementation"]: row for row in rows if row["samples"]}
+    assert found["stock"]["times_stock"] == 1
+    for row in found.values():
+        assert row["times_stock"] == pytest.approx(row["p50_us"] / found["stock"]["p50_us"])
 
 
 def test_flash_attention_takes_these_arguments(doubles):
@@ -179,11 +231,44 @@ def test_rows_of_a_run(tmp_path, monkeypatch):
     for row in rows:
         names[row["operation"]].add(row["implementation"])
     assert all({"ours", "torch", "copy"} <= found for found in names.values())
-    assert {"einsum", "kvpress"} <= names["compress_layer"]
+    assert {"einsum", "kvpress"} <= names["compress bacon"] == names["compress bacon+adakv"]
+    launched = {row["operation"]: row["launches"] for row in rows if row["launches"]}
+    assert launched.keys() == {"compress bacon", "compress bacon+adakv"}
+    assert all(int(count) > 20 for count in launched.values())
     assert names["paged_decode"] == names["paged_decode skewed"]
-    assert {"flash-attn", "flash-attn+tables", "flashinfer"} <= names["paged_decode"]
+    assert {"stock", "flash-attn", "flashinfer", "xformers"} <= names["paged_decode"]
     missing = {row["implementation"] for row in rows if row["note"]}
-    assert {"flash-attn", "flash-attn+tables", "flashinfer"} <= missing
+    assert {"stock", "flash-attn", "flash-attn+tables", "flashinfer", "xformers"} <= missing
+
+
+def test_what_is_wrong_has_no_time_and_the_rest_goes_on(tmp_path, monkeypatch):
+    """Rows are on disk when they are measured, and the run ends with an error."""
+    out = tmp_path / "kernels.csv"
+    wrong, right, *_ = kernel_bench.OPERATIONS
+    on_disk = []
+
+    def check(inputs):
+        on_disk.append(out.read_text())
+        raise AssertionError("ours differs")
+
+    def look(inputs):
+        on_disk.append(out.read_text())
+        right.check(inputs)
+
+    operations = (replace(wrong, check=check), replace(right, check=look))
+    monkeypatch.setattr(kernel_bench, "OPERATIONS", operations)
+    monkeypatch.setattr(kernel_bench, "QUICK_LENGTHS", (96,))
+    monkeypatch.setattr(kernel_bench, "QUICK_BATCHES", (2,))
+    arguments = ["kernel_bench", "--device", "cpu", "--quick", "--out", str(out), "--operations"]
+    monkeypatch.setattr(sys, "argv", [*arguments, wrong.kernel, right.kernel])
+    with pytest.raises(SystemExit, match="1 operations failed"):
+        kernel_bench.main()
+    with out.open() as source:
+        rows = [row for row in csv.DictReader(source) if row["operation"] == wrong.name]
+    assert [row["note"] for row in rows] == ["failed: AssertionError: ours differs"]
+    before, after = on_disk
+    assert wrong.name not in before
+    assert wrong.name in after
 
 
 def test_no_time_left(tmp_path, monkeypatch):
