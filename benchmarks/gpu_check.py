@@ -45,6 +45,8 @@ def environment(rehearse: bool) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
         "PYTHONPATH": os.pathsep.join(entries),
         "PYTHONUNBUFFERED": "1",
+        # vLLM starts processes of its own, which must not find this checkout's folders as packages
+        "PYTHONSAFEPATH": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -337,16 +337,17 @@ class Checks:
     def oracle_config(self, method):
         from oracle import OracleConfig
 
-        scorer, _, allocator = method.name.partition("+")
-        options = dict(method.options)
-        options.pop("when", None)  # what is kept does not depend on it
+        from vllm_kvcompress.config import KVCompressionConfig
+
+        config = KVCompressionConfig.parse(method.additional_config["kv_compression"])
         return OracleConfig(
             budget=method.budget,
-            scorer=scorer,
-            allocator=allocator or "uniform",
-            window=method.window,
+            scorer=config.scorer,
+            allocator=config.allocator,
+            merge=config.merge,
+            window=config.window,
             block_size=self.case.block_size,
-            **options,
+            **config.options,
         )
 
 

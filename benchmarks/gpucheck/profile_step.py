@@ -24,14 +24,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 METHODS = ("bacon+adakv", "bacon")
-MODEL, TOKENS, BUDGET = "qwen2-vl-7b", 8192, "10%"
-SMALL_TOKENS = 640
+MODEL = "qwen2-vl-7b"
 OUTPUT_TOKENS = 6
-WARM, TIMED = 2, 6
 SLOWEST = 5  # kernels of the headline
+
+
+class Load(NamedTuple):
+    """Requests for each method, one after the other; one more is profiled."""
+
+    tokens: int
+    budget: str
+    warm: int
+    timed: int
+
+
+FULL, SMALL = Load(8192, "10%", 2, 6), Load(256, "25%", 1, 1)
 
 
 class Compressions:
@@ -99,19 +109,20 @@ def kernels_of(profile: Any) -> dict[str, tuple[int, float]]:
     return found
 
 
-def measure(engine: Any, calls: Compressions, tokens: int) -> tuple[dict[str, Any], str]:
+def measure(engine: Any, calls: Compressions, load: Load) -> tuple[dict[str, Any], str]:
     """Numbers of one method, and the profiler's table."""
     from serving_engine import Burst
 
     def serve(seed: int) -> float:
-        return engine.single(Burst(1, tokens, OUTPUT_TOKENS, seed))["first_token_ms"]
+        return engine.single(Burst(1, load.tokens, OUTPUT_TOKENS, seed))["first_token_ms"]
 
-    for number in range(WARM):
+    for number in range(load.warm):
         serve(number)
     calls.host_ms.clear()
     calls.stream_ms.clear()
-    prefill = [serve(WARM + number) for number in range(TIMED)]
-    assert len(calls.host_ms) == TIMED, f"{len(calls.host_ms)} compressions of {TIMED} prompts"
+    prefill = [serve(load.warm + number) for number in range(load.timed)]
+    found = len(calls.host_ms)
+    assert found == load.timed, f"{found} compressions of {load.timed} prompts"
     calls.profiles = True
     serve(-1)
     calls.profiles = False
@@ -146,12 +157,12 @@ def main() -> None:
     from vllm_kvcompress.config import KVCompressionConfig
 
     on_gpu = args.device == "cuda"
-    tokens, size = SMALL_TOKENS if args.small else TOKENS, 16 if on_gpu else 32
+    load, size = SMALL if args.small else FULL, 16 if on_gpu else 32
     model = make(MODEL, ROOT / ".cache" / "dummy", shrunk=args.small)
     settings = Settings(
-        model=str(model), method=METHODS[0], budget=BUDGET, block_size=size,
-        pool_blocks=4 * -(-tokens // size), threads=1, load_format="dummy",
-        max_model_len=tokens + 128, device=args.device, start="eager",
+        model=str(model), method=METHODS[0], budget=load.budget, block_size=size,
+        pool_blocks=4 * -(-load.tokens // size), threads=1, load_format="dummy",
+        max_model_len=load.tokens + 128, device=args.device, start="eager",
     )  # fmt: skip
     calls = Compressions(on_gpu)
     engine = Engine(settings, "always")
@@ -160,12 +171,12 @@ def main() -> None:
     with (args.out / "profile.csv").open("w", newline="") as sink:
         writer = None
         for method in METHODS:
-            config = KVCompressionConfig.parse({"method": method, "budget": BUDGET})
+            config = KVCompressionConfig.parse({"method": method, "budget": load.budget})
             planner = replace(manager.planner, settings=json.dumps(config.to_json()))
             worker.configure(planner)  # no graph knows its tensors: the engine is eager
             manager.planner = planner
-            row, table = measure(engine, calls, tokens)
-            line = {"method": method, "tokens": tokens, "layers": worker.num_layers} | {
+            row, table = measure(engine, calls, load)
+            line = {"method": method, "tokens": load.tokens, "layers": worker.num_layers} | {
                 key: f"{value:.4g}" if isinstance(value, float) else value
                 for key, value in row.items()
             }

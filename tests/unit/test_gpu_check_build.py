@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import gpu_check
 from conftest import ROOT
@@ -102,6 +103,15 @@ def test_only_what_needs_the_build_waits_for_it(tmp_path):
     waiting = {name for name, step in listed(tmp_path).items() if step.needs == CUDA_BUILD}
     assert "test-cuda_selection" in waiting
     assert all(name.endswith(("-cuda", "cuda_selection")) for name in waiting)
+
+
+def test_children_of_steps_find_the_copy_too(tmp_path, monkeypatch):
+    """vLLM starts interpreters without -P, in the folder of the checkout."""
+    monkeypatch.setattr(gpu_check, "CACHE", tmp_path)
+    env = gpu_check.environment(rehearse=False)
+    command = [sys.executable, "-c", "import vllm_kvcompress.kernels as k; print(k.__file__)"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "plugin")
 
 
 def test_a_copy_of_the_checkout_goes_first(tmp_path, monkeypatch):
