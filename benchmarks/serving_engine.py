@@ -2,7 +2,6 @@
 """One engine of ``serving.py``, in a process of its own."""
 
 import itertools
-import json
 import logging
 import math
 import multiprocessing
@@ -160,10 +159,9 @@ class Engine:
         assert changes.keys() <= {"when", "budget"}
         assert not self.engine.has_unfinished_requests()
         manager = self.scheduler.compression.manager.compressed
-        raw = json.loads(manager.planner.settings) | changes
-        settings = json.dumps(KVCompressionConfig.parse(raw).to_json())
+        config = KVCompressionConfig.parse(manager.planner.config.to_json() | changes)
         worker = self.core.model_executor.driver_worker.worker.compressed_layers
-        manager.planner = worker.planner = replace(manager.planner, settings=settings)
+        manager.planner = worker.planner = replace(manager.planner, config=config)
         worker.config = worker.planner.config
 
     def prompts(self, burst: Burst) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ written names them all. ``prefill_ms`` is the time to the first token of the sam
 import argparse
 import contextlib
 import csv
-import json
 import os
 import statistics
 import time
@@ -172,7 +171,7 @@ def main() -> None:
         writer = None
         for method in METHODS:
             config = KVCompressionConfig.parse({"method": method, "budget": load.budget})
-            planner = replace(manager.planner, settings=json.dumps(config.to_json()))
+            planner = replace(manager.planner, config=config)
             worker.configure(planner)  # no graph knows its tensors: the engine is eager
             manager.planner = planner
             row, table = measure(engine, calls, load)
