@@ -120,7 +120,7 @@ def strong_key_counts(
         PAGE_TOKENS=layout.block_size,
         BLOCK_D=max(16, triton.next_power_of_2(head_size)),
         BLOCK_R=tile,
-        BLOCK_T=tile,
+        BLOCK_T=16 if exact else tile,
         HAS_SOFTCAP=softcap != 0,
         EXACT=exact,
         num_warps=8 if exact else 4,

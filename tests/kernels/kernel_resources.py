@@ -238,6 +238,18 @@ KERNELS = {  # by name, followed by what is special about a variant
         num_warps=16,
     ),
     "_votes_kernel": Kernel("votes", VOTE_TYPES, {"BLOCK_T": 256}),
+    "_strong_keys_kernel": Kernel(
+        "strong_keys",
+        ELITE_TYPES | {"least": "fp32"},
+        PROXY_CONSTANTS,
+    ),
+    "_skewness_kernel": Kernel(
+        "skewness",
+        {"values_ptr": "*fp32", "moments_ptr": "*fp64"}
+        | dict.fromkeys(("segment_ptr", "prompt_lens_ptr"), "*i64"),
+        {"EQUAL_UP_TO": 1e-6, "BLOCK": 1024},
+        num_warps=8,
+    ),
 }
 # keys in float8: GPUs of capability 80 have no conversion for e4m3, and vLLM no attention over it
 KERNELS |= {
@@ -274,6 +286,7 @@ KERNELS |= dict(
         in_float32("_proxy_sums_kernel", 8, BLOCK_R=32, BLOCK_T=32),
         in_float32("_group_attention_sum_kernel", 8, BLOCK_R=32, BLOCK_T=32),
         in_float32("_last_logits_kernel", 8),
+        in_float32("_strong_keys_kernel", 8, BLOCK_R=32, BLOCK_T=16),
         in_float32("_elite_sums_kernel", 8),
         in_float32("_elite_attention_kernel", 8),
         in_float32("_decode_splits_kernel", 8, BLOCK_T=32),
