@@ -22,18 +22,23 @@ from vllm_kvcompress.scoring import SCORERS, Need, Scorer
 CONFIG_KEY = "kv_compression"
 """Key of the compression config inside vLLM's ``additional_config``."""
 
+SERVER_DIR_VARIABLE = "KVCOMPRESS_SERVER_DIR"
+"""Environment variable that tells the processes of a server what folder they share; set by the
+first."""
 
-METRICS_DIR_VARIABLE = "KVCOMPRESS_METRICS_DIR"
-"""Environment variable that tells the processes of a server where they count; set by the first."""
+
+def server_dir() -> str | None:
+    return os.environ.get(SERVER_DIR_VARIABLE)
+
+
+def set_server_dir(path: str) -> None:
+    """Make ``path`` known to this process and to those it starts."""
+    os.environ[SERVER_DIR_VARIABLE] = path
 
 
 def metrics_dir() -> str | None:
-    return os.environ.get(METRICS_DIR_VARIABLE)
-
-
-def set_metrics_dir(path: str) -> None:
-    """Make ``path`` known to this process and to those it starts."""
-    os.environ[METRICS_DIR_VARIABLE] = path
+    """Where processes count: among vLLM's own counters if several processes share those."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR") or server_dir()
 
 
 class KVCompressionError(ValueError):

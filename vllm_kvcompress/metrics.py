@@ -1,118 +1,185 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counters that the processes of a server share, and their Prometheus form.
 
-Each process owns one file of float64 counters; whoever exports sums the files. A counter is what
-was seen in the block pool and in the kept sets, never what the configuration promises.
+Each process that counts writes two files in the format of prometheus_client's multiprocess mode.
+Where vLLM is in that mode, they lie among its own, and its ``/metrics`` sums all of them; elsewhere
+a collector reads them. A counter is what was seen in the block pool and in the kept sets, never
+what the configuration promises.
 """
 
 import bisect
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import Metric
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from vllm_kvcompress.policy import Outcome
 
 PREFIX = "vllm:kv_compression_"
 SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
-_NAMES = (
-    "requests_compressed",
-    *(f"compressed_{outcome.value}" for outcome in Outcome),
-    "requests_kept_whole",
-    "prompt_tokens",
-    "kept_tokens",
-    "blocks_before",
-    "blocks_after",
-    "blocks_freed",
-    "seconds_sum",
-    *(f"seconds_le_{edge:g}" for edge in SECONDS_BUCKETS),
-    "seconds_le_inf",
-)
-_INDEX = {name: i for i, name in enumerate(_NAMES)}
+_EDGES = (*SECONDS_BUCKETS, float("inf"))
+_KINDS = ("counter", "histogram")
+
+
+class Labels(NamedTuple):
+    """Labels of every series, as vLLM's own have them.
+
+    Attributes:
+        engine: index of the data-parallel replica.
+        model_name: that the server answers to.
+    """
+
+    engine: str
+    model_name: str
+
+
+class _Series(NamedTuple):
+    """One number on ``/metrics``.
+
+    Attributes:
+        family: name without prefix.
+        suffix: that the sample adds to it.
+        text: help.
+        label: name and value of the label beside those of an engine, if there is one, as a tuple.
+    """
+
+    family: str
+    suffix: str
+    text: str
+    label: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return _KINDS[self.suffix != "_total"]
+
+    @property
+    def sample(self) -> str:
+        return PREFIX + self.family + self.suffix
+
+    def key(self, labels: Labels) -> str:
+        """The name of the number in a file."""
+        values = labels._asdict() | dict(self.label)
+        family = PREFIX + self.family
+        return mmap_key(family, self.sample, [*values], [*values.values()], self.text)
+
+
+def _all_series() -> Iterator[tuple[str, _Series]]:
+    requests = "requests", "_total", "Prompts by outcome; kept_whole fits its budget."
+    yield "requests_compressed", _Series(*requests, (("outcome", "compressed"),))
+    yield "requests_kept_whole", _Series(*requests, (("outcome", "kept_whole"),))
+    for outcome in Outcome:
+        yield (
+            f"compressed_{outcome.value}",
+            _Series(
+                "compressions",
+                "_total",
+                "Compressed prompts by occasion: at_once, when the pool ran short (pressure), or "
+                "instead_of_preemption.",
+                (("when", outcome.value),),
+            ),
+        )
+    for when in ("before", "after"):
+        yield (
+            f"blocks_{when}",
+            _Series(
+                "request_blocks",
+                "_total",
+                "KV blocks held by compressed requests, before and after compression.",
+                (("when", when),),
+            ),
+        )
+    for name, text in (
+        ("prompt_tokens", "Prompt tokens of compressed requests."),
+        ("kept_tokens", "Prompt tokens that compressed requests keep, mean over KV heads."),
+        ("blocks_freed", "KV blocks that compression gave back to the block pool."),
+    ):
+        yield name, _Series(name, "_total", text)
+    text = "Time of one compression, all layers of the prompts that are compressed together."
+    yield "seconds_sum", _Series("seconds", "_sum", text)
+    for edge in _EDGES:  # in a file a bucket counts what lies between two edges
+        le = floatToGoString(edge)
+        yield f"seconds_le_{le}", _Series("seconds", "_bucket", text, (("le", le),))
+
+
+_SERIES = dict(_all_series())
+_serial_numbers = itertools.count()
 
 
 class Counters:
-    """The counters of this process, in a file of ``directory`` (None: in memory only)."""
+    """The counters of this process, in files of ``directory`` (None: in memory only)."""
 
-    def __init__(self, directory: str | None) -> None:
+    def __init__(self, directory: str | None, labels: Labels) -> None:
+        self._values = dict.fromkeys(_SERIES, 0.0)
+        self._keys = {name: series.key(labels) for name, series in _SERIES.items()}
+        self._files: dict[str, MmapedDict] = {}
         if directory is None:
-            self._values = np.zeros(len(_NAMES))
             return
-        path = Path(directory) / f"{os.getpid()}-{id(self):x}.counters"
-        self._values = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(_NAMES),))
+        place = f"kvcompress-{os.getpid()}-{next(_serial_numbers)}.db"
+        for kind in _KINDS:
+            path = Path(directory, f"{kind}_{place}")
+            beside = path.with_suffix(".new")  # nobody reads a file that is only half written
+            self._files[kind] = MmapedDict(str(beside))
+            for name, series in _SERIES.items():
+                if series.kind == kind:
+                    self._write(name)
+            beside.rename(path)
 
     def add(self, **amounts: float) -> None:
         for name, amount in amounts.items():
-            self._values[_INDEX[name]] += amount
+            self._values[name] += amount
+            self._write(name)
 
     def observe_seconds(self, seconds: float) -> None:
         """One compression step took this long."""
-        edge = bisect.bisect_left(SECONDS_BUCKETS, seconds)
-        self._values[_INDEX["seconds_sum"]] += seconds
-        self._values[_INDEX["seconds_le_0.0001"] + edge] += 1
+        edge = _EDGES[bisect.bisect_left(SECONDS_BUCKETS, seconds)]
+        self.add(**{"seconds_sum": seconds, f"seconds_le_{floatToGoString(edge)}": 1})
+
+    def _write(self, name: str) -> None:
+        if self._files:
+            file = self._files[_SERIES[name].kind]
+            file.write_value(self._keys[name], self._values[name], 0.0)
 
 
-def totals(directory: str) -> dict[str, float]:
-    """Every counter, summed over the processes that count in ``directory``."""
-    result = np.zeros(len(_NAMES))
-    for path in Path(directory).glob("*.counters"):
-        values = np.fromfile(path, dtype=np.float64)
-        if values.shape == result.shape:  # a file that is just being created is still empty
-            result += values
-    return dict(zip(_NAMES, result.tolist(), strict=True))
+def totals(directory: str, engine: str | None = None) -> dict[str, float]:
+    """Every counter, summed over the processes that count in ``directory``.
+
+    Args:
+        directory: of the counters.
+        engine: the replica whose processes count; None for all of them.
+    """
+    result = dict.fromkeys(_SERIES, 0.0)
+    names = {(series.sample, series.label): name for name, series in _SERIES.items()}
+    for metric in _merged(directory, accumulate=False):
+        for sample in metric.samples:
+            rest = tuple(kv for kv in sample.labels.items() if kv[0] not in Labels._fields)
+            if engine in (None, sample.labels["engine"]):
+                result[names[sample.name, rest]] += sample.value
+    return result
+
+
+def _merged(directory: str, accumulate: bool) -> Iterable[Metric]:
+    files = [str(path) for path in Path(directory).glob("*_kvcompress-*.db")]
+    return MultiProcessCollector.merge(files, accumulate)
 
 
 class CompressionCollector(Collector):
-    """Exports the counters of ``directory`` to Prometheus."""
+    """Exports the counters to a registry that does not read the files itself.
 
-    def __init__(self, directory: str) -> None:
+    Args:
+        directory: says where they are, at each scrape.
+    """
+
+    def __init__(self, directory: Callable[[], str | None]) -> None:
         self._directory = directory
 
-    def collect(self) -> Iterator[Metric]:
-        values = totals(self._directory)
-        requests = CounterMetricFamily(
-            PREFIX + "requests",
-            "Prompts by outcome; kept_whole fits its budget.",
-            labels=["outcome"],
-        )
-        requests.add_metric(["compressed"], values["requests_compressed"])
-        requests.add_metric(["kept_whole"], values["requests_kept_whole"])
-        yield requests
-        compressions = CounterMetricFamily(
-            PREFIX + "compressions",
-            "Compressed prompts by occasion: at_once, when the pool ran short (pressure), or "
-            "instead_of_preemption.",
-            labels=["when"],
-        )
-        for outcome in Outcome:
-            compressions.add_metric([outcome.value], values[f"compressed_{outcome.value}"])
-        yield compressions
-        blocks = CounterMetricFamily(
-            PREFIX + "request_blocks",
-            "KV blocks held by compressed requests, before and after compression.",
-            labels=["when"],
-        )
-        blocks.add_metric(["before"], values["blocks_before"])
-        blocks.add_metric(["after"], values["blocks_after"])
-        yield blocks
-        for name, text in (
-            ("prompt_tokens", "Prompt tokens of compressed requests."),
-            ("kept_tokens", "Prompt tokens that compressed requests keep, mean over KV heads."),
-            ("blocks_freed", "KV blocks that compression gave back to the block pool."),
-        ):
-            yield CounterMetricFamily(PREFIX + name, text, value=values[name])
-        cumulative = np.cumsum([values[f"seconds_le_{edge:g}"] for edge in SECONDS_BUCKETS])
-        everything = cumulative[-1] + values["seconds_le_inf"]
-        yield HistogramMetricFamily(
-            PREFIX + "seconds",
-            "Time of one compression, all layers of the prompts that are compressed together.",
-            buckets=[
-                *((f"{edge:g}", n) for edge, n in zip(SECONDS_BUCKETS, cumulative, strict=True)),
-                ("+Inf", everything),
-            ],
-            sum_value=values["seconds_sum"],
-        )
+    def collect(self) -> Iterable[Metric]:
+        directory = self._directory()
+        return _merged(directory, accumulate=True) if directory else ()

@@ -111,7 +111,7 @@ class TestImports:
 
     def test_the_adapter_imports_vllm_at_all(self):
         assert sum(len(vllm_imports(path)) for path in python_files(ADAPTER)) > 20
-        assert sum(len(wrapped_places(path)) for path in python_files(ADAPTER)) > 5
+        assert sum(len(wrapped_places(path)) for path in python_files(ADAPTER)) > 4
 
     def test_every_listed_symbol_has_a_reason_and_stands_once(self):
         keys = [(symbol.module, symbol.name) for symbol in SYMBOLS]

@@ -1,59 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counters shared through files, and what Prometheus sees of them."""
 
+import os
+from pathlib import Path
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.utils import floatToGoString
 
-from vllm_kvcompress.metrics import PREFIX, SECONDS_BUCKETS, CompressionCollector, Counters, totals
+from vllm_kvcompress.metrics import (
+    PREFIX,
+    SECONDS_BUCKETS,
+    CompressionCollector,
+    Counters,
+    Labels,
+    totals,
+)
+
+FIRST, SECOND = Labels("0", "tiny"), Labels("1", "tiny")
 
 
-def exported(directory) -> dict[tuple[str, tuple], float]:
-    """Samples of the exposition text by name and labels."""
+def exported(directory, register=None) -> dict[tuple[str, tuple], float]:
+    """Samples of the exposition text by name and labels, those of FIRST left out."""
     registry = CollectorRegistry()
-    registry.register(CompressionCollector(str(directory)))
+    registry.register(register or CompressionCollector(lambda: str(directory)))
     text = generate_latest(registry).decode()
+    own = FIRST._asdict().items()
     return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        (sample.name, tuple(sorted(sample.labels.items() - own))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
 
 
 def test_files_of_several_processes_are_summed(tmp_path):
-    scheduler, worker = Counters(str(tmp_path)), Counters(str(tmp_path))
+    scheduler, worker = Counters(str(tmp_path), FIRST), Counters(str(tmp_path), FIRST)
     scheduler.add(blocks_freed=5, blocks_before=8)
     worker.add(requests_compressed=2, kept_tokens=64.5)
     worker.add(requests_compressed=1)
-    assert len(list(tmp_path.glob("*.counters"))) == 2
     values = totals(str(tmp_path))
     assert values["blocks_freed"] == 5
     assert values["blocks_before"] == 8
     assert values["requests_compressed"] == 3
     assert values["kept_tokens"] == 64.5
+    assert exported(tmp_path)[(PREFIX + "kept_tokens_total", ())] == 64.5
 
 
-def test_a_file_that_is_being_created_counts_nothing(tmp_path):
-    Counters(str(tmp_path)).add(blocks_freed=1)
-    (tmp_path / "77-0.counters").touch()
-    assert totals(str(tmp_path))["blocks_freed"] == 1
+def test_engines_are_told_apart(tmp_path):
+    for labels, freed in ((FIRST, 5), (SECOND, 7)):
+        counters = Counters(str(tmp_path), labels)
+        counters.add(blocks_freed=freed)
+        counters.observe_seconds(0.002 * freed)
+    assert totals(str(tmp_path))["blocks_freed"] == 12
+    assert totals(str(tmp_path), "1")["blocks_freed"] == 7
+    assert totals(str(tmp_path), "1")["seconds_sum"] == pytest.approx(0.014)
+    samples = exported(tmp_path)
+    assert samples[(PREFIX + "blocks_freed_total", ())] == 5
+    assert samples[(PREFIX + "blocks_freed_total", (("engine", "1"),))] == 7
+
+
+def test_prometheus_reads_the_files_itself(tmp_path):
+    """As a scrape of vLLM does in multiprocess mode: the same samples, without a collector."""
+    counters = Counters(str(tmp_path), FIRST)
+    counters.add(blocks_freed=3, requests_compressed=1)
+    counters.observe_seconds(0.5)
+    itself = exported(tmp_path, MultiProcessCollector(None, str(tmp_path)))
+    assert itself == exported(tmp_path)
+    assert itself[(PREFIX + "blocks_freed_total", ())] == 3
+
+
+def test_every_file_is_whole_when_it_appears(tmp_path, monkeypatch):
+    """A scrape at any moment finds a series or not, but no file that it cannot read."""
+    seen = []
+
+    def rename(self, target):
+        seen.append(exported(tmp_path))
+        os.rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    Counters(str(tmp_path), FIRST)
+    assert 0 == len(seen[0]) < len(seen[1]) < len(exported(tmp_path))
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    counters = Counters(None)
+    counters = Counters(None, FIRST)
     counters.add(blocks_freed=1)
     counters.observe_seconds(0.5)
     assert list(tmp_path.iterdir()) == []
+    assert list(CompressionCollector(lambda: None).collect()) == []
 
 
 def test_unknown_counters_are_an_error():
     with pytest.raises(KeyError, match="blocks_lost"):
-        Counters(None).add(blocks_lost=1)
+        Counters(None, FIRST).add(blocks_lost=1)
 
 
 def test_exposition(tmp_path):
-    counters = Counters(str(tmp_path))
+    counters = Counters(str(tmp_path), FIRST)
     counters.add(
         requests_compressed=3,
         compressed_at_once=2,
@@ -85,21 +131,21 @@ def test_exposition(tmp_path):
 
 
 def test_histogram(tmp_path):
-    counters = Counters(str(tmp_path))
+    counters = Counters(str(tmp_path), FIRST)
     observations = [0.00005, 0.0001, 0.002, 0.5, 10.0, 99.0]
     for seconds in observations:
         counters.observe_seconds(seconds)
     samples = exported(tmp_path)
     for edge in SECONDS_BUCKETS:
         at_most = sum(seconds <= edge for seconds in observations)
-        assert samples[(PREFIX + "seconds_bucket", (("le", f"{edge:g}"),))] == at_most
+        assert samples[(PREFIX + "seconds_bucket", (("le", floatToGoString(edge)),))] == at_most
     assert samples[(PREFIX + "seconds_bucket", (("le", "+Inf"),))] == len(observations)
     assert samples[(PREFIX + "seconds_count", ())] == len(observations)
     assert samples[(PREFIX + "seconds_sum", ())] == pytest.approx(sum(observations))
 
 
 def test_counters_of_two_collections_only_grow(tmp_path):
-    counters = Counters(str(tmp_path))
+    counters = Counters(str(tmp_path), FIRST)
     counters.observe_seconds(0.01)
     before = exported(tmp_path)
     counters.observe_seconds(0.02)

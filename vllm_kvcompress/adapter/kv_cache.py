@@ -121,14 +121,16 @@ class CompressedManager(FullAttentionManager):
     Attributes:
         tracked: by request id, until a request's blocks are freed.
         free_entries: how many more requests the workers can keep something for.
+        telemetry: counts what it does; the scheduler's.
     """
+
+    telemetry: SchedulerTelemetry
 
     def __init__(self, kv_cache_spec: CompressedSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.planner = kv_cache_spec.planner
         self.tracked: dict[str, TrackedRequest] = {}
         self.free_entries = kv_cache_spec.num_entries
-        self._telemetry = SchedulerTelemetry()
 
     def track(self, request: Request) -> TrackedRequest:
         """What is known of the request, from now on until its blocks are freed."""
@@ -159,7 +161,7 @@ class CompressedManager(FullAttentionManager):
         before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(req_id, 0, plan.num_freed_blocks)
         freed = self.block_pool.get_num_free_blocks() - before
-        self._telemetry.record(outcome, held, held - plan.num_freed_blocks, freed)
+        self.telemetry.record(outcome, held, held - plan.num_freed_blocks, freed)
         tracked.compressed = True
         self._release_entry(tracked)
         return order
@@ -174,7 +176,7 @@ class CompressedManager(FullAttentionManager):
 
     def count_whole(self) -> None:
         """A prompt has ended that fits its budget."""
-        self._telemetry.record_whole()
+        self.telemetry.record_whole()
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         tracked = self.tracked.pop(request_id, None)

@@ -14,7 +14,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.layer_facts import LayerFacts
 from vllm_kvcompress.adapter.parallel import mean_over_heads, mean_over_replicas, rank_heads
-from vllm_kvcompress.adapter.telemetry import WorkerTelemetry
+from vllm_kvcompress.adapter.telemetry import WorkerTelemetry, labels_of
 from vllm_kvcompress.adapter.waiting import WaitingPrompts
 from vllm_kvcompress.allocation import Scope, StaticAllocator
 from vllm_kvcompress.batch import StepBatch
@@ -70,7 +70,8 @@ class CompressedLayers:
         ranks = parallel.tensor_parallel_size
         self._heads = rank_heads(spec.model_kv_heads, self.num_kv_heads, ranks)
         self._mean_over_replicas = mean_over_replicas(spec.model_kv_heads, ranks)
-        self.telemetry = WorkerTelemetry(device, active=parallel.rank == 0)
+        labels = labels_of(vllm_config) if parallel.rank == 0 else None
+        self.telemetry = WorkerTelemetry(device, labels)
         self.step_brings_rows = False
         self.order_of: Callable[[CommonAttentionMetadata], Sequence[str]] | None = None
         self.configure(spec.planner)

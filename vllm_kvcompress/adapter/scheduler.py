@@ -14,6 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_kvcompress.adapter.kv_cache import CompressedKVCacheManager, TrackedRequest
+from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry, labels_of
 from vllm_kvcompress.orders import ATTRIBUTE, CompressionOrder, StepOrders
 from vllm_kvcompress.policy import Outcome, When
 
@@ -30,6 +31,7 @@ class CompressionPolicy:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.manager = CompressedKVCacheManager.adopt(scheduler.kv_cache_manager, self.relieve)
+        self.manager.compressed.telemetry = SchedulerTelemetry(labels_of(scheduler.vllm_config))
         self.orders: dict[str, CompressionOrder] = {}
         self.boundaries: dict[str, int] = {}
         self._took_entry: list[TrackedRequest] = []  # in this step

@@ -79,7 +79,8 @@ _COMMAND_LINE = (
          "VllmConfig"),
     ),
     *_symbols("vllm.platforms", ("current_platform", Use.HELD, "", "is this the CPU build?")),
-    *_symbols("vllm.platforms.interface", ("Platform", Use.HELD, "is_cpu", "current_platform")),
+    *_symbols("vllm.platforms.interface",
+              ("Platform", Use.HELD, "is_cpu is_cuda get_device_capability", "current_platform")),
     *_symbols(
         "vllm.v1.engine.input_processor",
         ("InputProcessor", Use.HELD, "vllm_config", "is this engine compressing?"),
@@ -94,11 +95,14 @@ _CONFIGURATION = _symbols(
      "additional_config attention_config cache_config compilation_config device_config "
      "kv_transfer_config model_config parallel_config scheduler_config speculative_config "
      "use_v2_model_runner",
-     "where our config travels; refusals"),
+     "where our config travels; compatibility"),
     ("get_current_vllm_config", Use.CALLED, "", "the engine whose layers are being built"),
     ("get_current_vllm_config_or_none", Use.CALLED, "", "the same, where there may be none"),
     ("ModelConfig", Use.HELD,
-     "dtype is_encoder_decoder is_mm_prefix_lm max_model_len runner_type use_mla", "refusals"),
+     "architectures dtype hf_config hf_text_config is_attention_free is_diffusion "
+     "is_encoder_decoder is_hybrid is_mm_prefix_lm max_model_len runner_type served_model_name "
+     "use_mla uses_alibi",
+     "compatibility; labels of metrics"),
     ("ModelConfig.get_total_num_kv_heads", Use.CALLED, "self",
      "budgets that span heads count those of all ranks"),
     ("ModelConfig.get_num_kv_heads", Use.CALLED, "self parallel_config", "bytes kept per prompt"),
@@ -107,17 +111,18 @@ _CONFIGURATION = _symbols(
     ("ModelConfig.get_head_size", Use.CALLED, "self", "bytes kept per prompt"),
     ("ModelConfig.get_hidden_size", Use.CALLED, "self", "bytes kept per prompt"),
     ("ParallelConfig", Use.HELD,
-     "decode_context_parallel_size pipeline_parallel_size prefill_context_parallel_size rank "
-     "tensor_parallel_size use_ubatching worker_cls",
-     "refusals; the first rank counts; a rank's heads; names our worker"),
+     "data_parallel_index decode_context_parallel_size pipeline_parallel_size "
+     "prefill_context_parallel_size rank tensor_parallel_size use_ubatching worker_cls",
+     "compatibility; the first rank counts; a rank's heads; names our worker; labels of metrics"),
     ("CacheConfig", Use.HELD,
-     "block_size cache_dtype kv_cache_dtype_skip_layers kv_sharing_fast_prefill", "refusals"),
-    ("SchedulerConfig", Use.HELD, "async_scheduling max_num_seqs scheduler_cls",
+     "block_size cache_dtype kv_cache_dtype_skip_layers kv_sharing_fast_prefill", "compatibility"),
+    ("SchedulerConfig", Use.HELD,
+     "async_scheduling disable_hybrid_kv_cache_manager max_num_seqs scheduler_cls",
      "names our scheduler; size of per-request state"),
     ("CompilationConfig", Use.HELD,
      "cudagraph_mode max_cudagraph_capture_size static_forward_context",
      "buffers of a per-head batch; the layers and their caches"),
-    ("AttentionConfig", Use.HELD, "use_non_causal", "refusals"),
+    ("AttentionConfig", Use.HELD, "use_non_causal", "compatibility"),
     ("DeviceConfig", Use.HELD, "device_type", "are there kernels for it?"),
 )  # fmt: skip
 
@@ -137,7 +142,8 @@ _SCHEDULER = (
     *_symbols(
         "vllm.v1.core.sched.scheduler",
         ("Scheduler", Use.HELD,
-         "has_mamba_layers kv_cache_manager max_model_len need_mamba_block_aligned_split running",
+         "has_mamba_layers kv_cache_manager max_model_len need_mamba_block_aligned_split running "
+         "vllm_config",
          "base of ours; turns on the one hook that ends a step at a chosen position"),
         ("Scheduler.schedule", Use.WRAPPED, "self", "decides who is compressed"),
         ("Scheduler.get_request_counts", Use.CALLED, "self",
@@ -199,7 +205,9 @@ _SCHEDULER = (
 _ATTENTION = (
     *_symbols(
         "vllm.model_executor.layers.attention.attention",
-        ("get_attn_backend", Use.WRAPPED, "attn_type has_sliding_window",
+        ("get_attn_backend", Use.WRAPPED,
+         "head_size dtype kv_cache_dtype has_sink use_mm_prefix use_per_head_quant_scales "
+         "attn_type has_sliding_window",
          "gives full-attention layers our subclass of their backend"),
         ("Attention", Use.HELD, "kv_cache", "caches of all layers"),
     ),
@@ -211,6 +219,9 @@ _ATTENTION = (
         ("AttentionLayer", Use.HELD, "_k_scale _k_scale_float _q_scale_float _v_scale_float",
          "scales of a float8 cache, copies on the host included"),
         ("AttentionBackend", Use.HELD, "get_name", "do we have a subclass?"),
+        ("AttentionBackend.validate_configuration", Use.CALLED,
+         "cls head_size dtype kv_cache_dtype block_size use_mla has_sink use_sparse use_mm_prefix "
+         "use_per_head_quant_scales device_capability attn_type", "advice that works"),
         ("AttentionBackend.customize_spec", Use.REPLACED, "cls spec", "makes the spec ours"),
         ("AttentionBackend.supported_kv_cache_layouts", Use.REPLACED, "cls", "head pages"),
         ("AttentionCGSupport", Use.HELD, "UNIFORM_SINGLE_TOKEN_DECODE", "full graphs only decode"),
@@ -303,6 +314,7 @@ _WORKER = (
     *_symbols(
         "vllm.v1.worker.gpu_worker",
         ("Worker", Use.HELD, "device model_config model_runner vllm_config", "base of ours"),
+        ("Worker.load_model", Use.REPLACED, "self load_dummy_weights", "reports refusals"),
         ("Worker.get_kv_cache_spec", Use.REPLACED, "self",
          "hooks attention inputs, and holds memory while vLLM measures what the model takes"),
         ("Worker.initialize_from_config", Use.REPLACED, "self kv_cache_config",
@@ -321,16 +333,6 @@ _WORKER = (
     ),
 )  # fmt: skip
 
-_METRICS = _symbols(
-    "vllm.v1.metrics.prometheus",
-    (
-        "get_prometheus_registry",
-        Use.REPLACED,
-        "",
-        "several API servers: a fresh registry each time",
-    ),
-)
-
 SYMBOLS = (
     *_COMMAND_LINE,
     *_CONFIGURATION,
@@ -338,7 +340,6 @@ SYMBOLS = (
     *_ATTENTION,
     *_BACKENDS,
     *_WORKER,
-    *_METRICS,
 )
 
 CALLS = (

@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proof that compression runs: counters, the periodic log line, the Prometheus collector."""
+"""What the processes of a server tell each other: counters, and why one could not start."""
 
 import atexit
 import collections
 import functools
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from prometheus_client import REGISTRY
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.metrics import prometheus as vllm_prometheus
 
-from vllm_kvcompress.adapter.patching import wrap
-from vllm_kvcompress.config import metrics_dir, set_metrics_dir
-from vllm_kvcompress.metrics import CompressionCollector, Counters, totals
+from vllm_kvcompress.config import KVCompressionError, metrics_dir, server_dir, set_server_dir
+from vllm_kvcompress.metrics import CompressionCollector, Counters, Labels, totals
 from vllm_kvcompress.policy import Outcome
 
 logger = init_logger("vllm.kvcompress")
@@ -30,36 +31,53 @@ LOG_INTERVAL_S = 10.0
 @functools.cache
 def publish() -> None:
     """Make the counters visible on the ``/metrics`` of this process; once."""
-    directory = metrics_dir()
-    if directory is None:
+    if server_dir() is None:
         directory = tempfile.mkdtemp(prefix="vllm-kvcompress-")
-        set_metrics_dir(directory)
-        atexit.register(_remove, directory, os.getpid())
-    collector = CompressionCollector(directory)
-    REGISTRY.register(collector)
-
-    def with_ours(original):
-        def get_prometheus_registry():
-            registry = original()
-            if registry is not REGISTRY:  # several API servers: a fresh registry over files
-                registry.register(collector)
-            return registry
-
-        return get_prometheus_registry
-
-    wrap(vllm_prometheus, "get_prometheus_registry", with_ours)
+        set_server_dir(directory)
+        atexit.register(_leave, directory, os.getpid())
+    # only seen where vLLM is not in Prometheus' multiprocess mode
+    REGISTRY.register(CompressionCollector(metrics_dir))
 
 
-def _remove(directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child inherits the handler
-        shutil.rmtree(directory, ignore_errors=True)
+def _leave(directory: str, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child inherits the handler
+        return
+    # whoever has an engine in this very process has seen the error itself
+    others = [path for path in Path(directory).glob("*.refusal") if path.stem != str(owner)]
+    # after vLLM's own last words, which only say that a process failed
+    for refusal in {path.read_text() for path in others}:
+        print(refusal, file=sys.stderr, flush=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def last_words(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a refusal that ``method`` raises in a process of its own the server's last line."""
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except KVCompressionError as error:
+            directory = server_dir()
+            if directory is not None:
+                Path(directory, f"{os.getpid()}.refusal").write_text(str(error))
+            raise
+
+    return wrapper
+
+
+def labels_of(vllm_config: VllmConfig) -> Labels:
+    """Labels of an engine's series; its processes have been told its index."""
+    index = vllm_config.parallel_config.data_parallel_index
+    return Labels(str(index), vllm_config.model_config.served_model_name)
 
 
 class SchedulerTelemetry:
     """Counts blocks where they are freed, and logs one line per interval with news."""
 
-    def __init__(self) -> None:
-        self._counters = Counters(metrics_dir())
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
+        self._counters = Counters(metrics_dir(), labels)
         self._last_log = time.monotonic()
 
     def record(self, outcome: Outcome, held_before: int, held_after: int, freed: int) -> None:
@@ -82,7 +100,7 @@ class SchedulerTelemetry:
         directory = metrics_dir()
         if directory is not None and now - self._last_log >= LOG_INTERVAL_S:
             self._last_log = now
-            logger.info("%s", summary(totals(directory)))
+            logger.info("%s", summary(totals(directory, self._labels.engine)))
 
 
 def summary(values: dict[str, float]) -> str:
@@ -101,11 +119,11 @@ class WorkerTelemetry:
 
     Args:
         device: where the page counts live.
-        active: only the first tensor-parallel rank counts.
+        labels: of the series; None where another rank counts.
     """
 
-    def __init__(self, device: torch.device, active: bool) -> None:
-        self._counters = Counters(metrics_dir()) if active else None
+    def __init__(self, device: torch.device, labels: Labels | None) -> None:
+        self._counters = Counters(metrics_dir(), labels) if labels is not None else None
         self._on_host = device.type == "cpu"
         # (start, end, pages on the host, tokens per page, tail tokens)
         self._pending: collections.deque[_Compression] = collections.deque()
