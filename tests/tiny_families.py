@@ -14,6 +14,8 @@
 | llava-next-mistral | LlavaNextForConditionalGeneration      | base view, grid, newline tokens  |
 | llava-onevision    | LlavaOnevisionForConditionalGeneration | the same; SigLIP and Qwen2       |
 | internvl3          | InternVLForConditionalGeneration       | tiles and thumbnail              |
+| gemma3-images      | Gemma3ForConditionalGeneration         | attends to images in both        |
+|                    |                                        | directions; no image processor   |
 
 Tokenizer, chat template and rules for weights are those of tiny_models.py; in a prompt, an image is
 always `<|vision_start|><|image_pad|><|vision_end|>`. Two layers, four query heads, two KV heads,
@@ -38,6 +40,8 @@ from tiny_models import (
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -308,6 +312,18 @@ def _internvl3(recipe: Recipe, folder: Path) -> None:
     )
 
 
+def _gemma3_images(recipe: Recipe, folder: Path) -> None:
+    config = Gemma3Config(
+        text_config=tiny_models.gemma3_config(recipe),
+        vision_config=SiglipVisionConfig(**_tower(), num_hidden_layers=2, vision_use_head=False),
+        image_token_index=token_id(IMAGE),
+        boi_token_index=token_id(VISION_START),
+        eoi_token_index=token_id(VISION_END),
+        mm_tokens_per_image=16,
+    )
+    save(Gemma3ForConditionalGeneration(config), recipe, folder)
+
+
 def _tower() -> dict[str, int]:
     """Settings that the vision towers of LLaVA and InternVL have in common."""
     return {
@@ -371,6 +387,7 @@ def _rewrite(folder: Path, change: Callable[[str, Tensor], tuple[str, Tensor]]) 
     )
 
 
+# those that serve images
 FAMILIES = (
     "llama",
     "mistral",
@@ -391,6 +408,7 @@ tiny_models.FAMILIES.update(
         "llava-next-mistral": _llava_next_mistral,
         "llava-onevision": _llava_onevision,
         "internvl3": _internvl3,
+        "gemma3-images": _gemma3_images,
     }
 )
 

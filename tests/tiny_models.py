@@ -213,8 +213,9 @@ def _llama(recipe: Recipe, folder: Path) -> None:
     save(LlamaForCausalLM(config), recipe, folder)
 
 
-def _gemma3(recipe: Recipe, folder: Path) -> None:
-    config = Gemma3TextConfig(
+def gemma3_config(recipe: Recipe) -> Gemma3TextConfig:
+    """Every third layer attends fully, the others to a window."""
+    return Gemma3TextConfig(
         **recipe.text_config,
         head_dim=recipe.head_dim,
         query_pre_attn_scalar=recipe.head_dim,
@@ -228,7 +229,10 @@ def _gemma3(recipe: Recipe, folder: Path) -> None:
             "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         },
     )
-    save(Gemma3ForCausalLM(config), recipe, folder)
+
+
+def _gemma3(recipe: Recipe, folder: Path) -> None:
+    save(Gemma3ForCausalLM(gemma3_config(recipe)), recipe, folder)
 
 
 def _deepseek_v2(recipe: Recipe, folder: Path) -> None:
@@ -289,7 +293,7 @@ def _randomise(model: PreTrainedModel, recipe: Recipe) -> None:
     """Draw all weights anew, in place and from the seed alone."""
     generator = torch.Generator().manual_seed(recipe.seed)
     # Gemma stores its norm weights minus one
-    unit = 0.0 if recipe.family == "gemma3" else 1.0
+    unit = 0.0 if recipe.family.startswith("gemma3") else 1.0
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.dim() >= 2:

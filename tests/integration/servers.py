@@ -14,13 +14,16 @@ import threading
 import time
 from pathlib import Path
 
+from vllm_kvcompress.config import SERVER_DIR_VARIABLE
+
 VLLM = str(Path(sys.executable).with_name("vllm"))
 DEADLINE_S = 240.0
 
 
 def environment(**extra: str) -> dict[str, str]:
     """Of an ordinary user: engine in its own process, normal log."""
-    inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING", SERVER_DIR_VARIABLE}  # of engines in this process
+    inherited = {k: v for k, v in os.environ.items() if k not in ours}
     return inherited | {"VLLM_LOGGING_LEVEL": "INFO"} | extra
 
 

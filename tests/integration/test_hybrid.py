@@ -13,6 +13,7 @@ from engine import (
     cache_stats,
     check_pool,
     compressed_layers,
+    differ,
     engine,
     free_blocks,
     generate,
@@ -186,3 +187,18 @@ def test_preempted_after_every_step(gemma, method):
             stepper.run()
             assert_same([stepper.done[str(index)] for index in range(3)], expected)
             assert_hybrid_clean(llm, free)
+
+
+@pytest.mark.parametrize(
+    "flag", [{"language_model_only": True}, {"limit_mm_per_prompt": {"image": 0}}]
+)
+def test_text_of_a_model_with_images_attended_in_both_directions(checkpoint, flag):
+    """What the refusal advises: without images it is a model like any other."""
+    model = checkpoint("gemma3-images", layers=6)
+    prompts = PROMPTS[:3]
+    with engine(model, **flag) as llm:
+        stock = generate(llm, prompts)
+    with engine(model, Method("bacon", "100%"), **flag) as llm:
+        assert_same(generate(llm, prompts), stock)
+    with engine(model, Method("bacon", 96), **flag) as llm:
+        assert differ(generate(llm, prompts)[:1], stock[:1])

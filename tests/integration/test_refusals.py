@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be compressed is refused before the first request, with what to change."""
 
+import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,19 +19,26 @@ from engine import (
     scheduler_of,
 )
 from subprocesses import HERE, result_of, run_python
+from transformers import CONFIG_MAPPING
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import registry
+from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
+from vllm.v1.attention import selector
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_kvcompress.adapter import attention_inputs, refusals
+from vllm_kvcompress.adapter import attention_inputs, compatibility, selection
 from vllm_kvcompress.adapter.cpu import CompressedCPUImpl
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
@@ -148,7 +157,7 @@ def test_prefill_context_parallelism(checkpoint):
     """Only Model Runner V2 on GPUs has it; so the reason is asked for directly."""
     config = configure(checkpoint("llama"), BACON)
     config.parallel_config.prefill_context_parallel_size = 2
-    (reason,) = refusals.engine_reasons(config, KVCompressionConfig.parse(BACON))
+    (reason,) = compatibility.engine_reasons(config, KVCompressionConfig.parse(BACON))
     assert "set --prefill-context-parallel-size 1" in reason
 
 
@@ -156,28 +165,32 @@ def test_operations_without_a_kernel(checkpoint):
     """A device on which operations would run on their definitions; so there is no such engine."""
     config = configure(checkpoint("llama"), BACON)
     config.device_config.device_type = "xpu"
-    (reason,) = refusals.engine_reasons(config, KVCompressionConfig.parse(BACON))
+    (reason,) = compatibility.engine_reasons(config, KVCompressionConfig.parse(BACON))
     assert "xpu" in reason
+
+
+def built(**properties) -> SimpleNamespace:
+    """What a layer shows of itself; without properties there is nothing against it."""
+    none = {"sinks": None, "alibi_slopes": None, "kv_sharing_target_layer_name": None}
+    return SimpleNamespace(**none | {"kv_cache_dtype": "auto"} | properties)
 
 
 def test_attention_features():
     """Properties of single layers, all in one list."""
-    none = {"sinks": False, "alibi": False, "kv_sharing": False, "kv_cache_dtype": "auto"}
-    assert refusals.layer_reasons(**none) == []
-    for change, text in (
-        ({"sinks": True}, "sinks"),
-        ({"alibi": True}, "ALiBi"),
-        ({"kv_sharing": True}, "another layer"),
-        ({"kv_cache_dtype": "nvfp4"}, "nvfp4"),
-        ({"kv_cache_dtype": "fp8_per_token_head"}, "fp8_per_token_head"),
-    ):
-        (reason,) = refusals.layer_reasons(**(none | change))
-        assert text in reason
-        assert "serve the model without --kv-compression" in reason
-    for served in ("fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16"):
-        assert refusals.layer_reasons(**(none | {"kv_cache_dtype": served})) == []
-    every = {"sinks": True, "alibi": True, "kv_sharing": True, "kv_cache_dtype": "nvfp4"}
-    assert len(refusals.layer_reasons(**every)) == 4
+    for served in ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16"):
+        compatibility.check_layer(built(kv_cache_dtype=served))
+    every = {
+        "sinks": ("sinks", torch.zeros(2)),
+        "ALiBi": ("alibi_slopes", [0.5]),
+        "another layer": ("kv_sharing_target_layer_name", "layers.0"),
+        "nvfp4": ("kv_cache_dtype", "nvfp4"),
+    }
+    for text, (name, value) in every.items():
+        with pytest.raises(KVCompressionError, match=f"{text}.*{compatibility.WITHOUT}"):
+            compatibility.check_layer(built(**{name: value}))
+    with pytest.raises(KVCompressionError) as refusal:
+        compatibility.check_layer(built(**dict(every.values())))
+    assert all(text in str(refusal.value) for text in every)
 
 
 def test_scales_of_single_heads():
@@ -187,13 +200,13 @@ def test_scales_of_single_heads():
         layer.impl = SimpleNamespace(logits_soft_cap=None)
     layers[0].register_buffer("_k_scale", torch.tensor(0.5))
     layers[1].register_buffer("_k_scale", torch.tensor([0.5]))
-    refusals.check_layers(layers)
+    compatibility.check_layers(layers)
     layers[1].register_buffer("_k_scale", torch.tensor([0.5, 0.25]))
     with pytest.raises(KVCompressionError, match=r"each KV head.*without --kv-compression"):
-        refusals.check_layers(layers)
+        compatibility.check_layers(layers)
     layers[1].impl.logits_soft_cap = 30.0
     with pytest.raises(KVCompressionError, match=r"each KV head[^$]*cap their logits differently"):
-        refusals.check_layers(layers)
+        compatibility.check_layers(layers)
 
 
 @pytest.mark.parametrize(
@@ -221,24 +234,142 @@ def test_attention_layers(checkpoint, extra, text):
 
 def test_model_without_full_attention(checkpoint):
     """Two layers of gemma3 are two sliding windows: nothing could be compressed."""
-    with (
-        pytest.raises(KVCompressionError, match=r"(?s)full-attention.*without --kv-compression"),
-        engine(checkpoint("gemma3", layers=2), Method("bacon", 96)),
-    ):
-        pass
+    with pytest.raises(KVCompressionError, match=r"every layer.*without --kv-compression"):
+        configure(checkpoint("gemma3", layers=2), BACON)
 
 
 def test_hybrid_manager_turned_off(checkpoint):
     """vLLM then treats sliding windows as full attention, in one group with ours."""
+    with pytest.raises(KVCompressionError, match="remove --disable-hybrid-kv-cache-manager"):
+        configure(checkpoint("gemma3", layers=6), BACON, disable_hybrid_kv_cache_manager=True)
+
+
+TEXT_ONLY = "--language-model-only"
+MODELS = {
+    "latent": ("DeepseekV3ForCausalLM", "deepseek_v3", {}, "MLA"),
+    "linear": ("Qwen3NextForCausalLM", "qwen3_next", {}, "linear attention"),
+    "linear with images": ("Qwen3_5ForConditionalGeneration", "qwen3_5", {}, "linear attention"),
+    "mamba": ("Mamba2ForCausalLM", "mamba2", {}, "Mamba"),
+    "mamba hybrid": ("GraniteMoeHybridForCausalLM", "granitemoehybrid",
+                     {"layer_types": ["mamba", "attention"] * 16}, "Mamba"),
+    "convolution": ("Lfm2ForCausalLM", "lfm2", {"layer_types": ["conv", "full_attention"] * 16},
+                    "short convolutions"),
+    "chunks": ("Llama4ForConditionalGeneration", "llama4", {}, "local chunks"),
+    "sinks": ("GptOssForCausalLM", "gpt_oss", {}, "sinks"),
+    "granite's sinks": ("GraniteForCausalLM", "granite",
+                        {"layer_types": ["sliding_attention", "full_attention"] * 16}, "sinks"),
+    "shared": ("Gemma3nForCausalLM", "gemma3n_text", {}, "another layer"),
+    "alibi": ("BloomForCausalLM", "bloom", {}, "ALiBi"),
+    "images": ("PaliGemmaForConditionalGeneration", "paligemma", {}, TEXT_ONLY),
+    "images of Gemma 3": ("Gemma3ForConditionalGeneration", "gemma3", {}, TEXT_ONLY),
+}  # fmt: skip
+
+
+@pytest.fixture
+def published(checkpoint, tmp_path, monkeypatch):
+    """``published(architecture, model_type, settings)``: a folder with a configuration alone."""
+    lazy = registry._LazyRegisteredModel  # looks at a class in a process of its own: 6 s each
+    monkeypatch.setattr(
+        lazy,
+        "inspect_model_cls",
+        lambda self: registry._ModelInfo.from_model_cls(self.load_model_cls()),
+    )
+    shutil.copytree(
+        checkpoint("llama"),
+        tmp_path / "model",
+        ignore=shutil.ignore_patterns("config.json", "recipe.json", "*.safetensors"),
+    )
+
+    def make(architecture: str, model_type: str, settings: dict) -> str:
+        config = CONFIG_MAPPING[model_type](**settings)
+        config.architectures = [architecture]
+        config.save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return make
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_by_their_configuration_alone(published, model):
+    """Nothing is loaded: there are no weights."""
+    *configuration, reason = MODELS[model]
+    with pytest.raises(KVCompressionError, match=reason) as refusal:
+        configure(published(*configuration), BACON, dtype="bfloat16")
+    lines = str(refusal.value).splitlines()[1:]
+    assert len(lines) == 1
+    assert "--disable-hybrid" not in lines[0]
+    assert compatibility.WITHOUT in lines[0]
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        ("GraniteForCausalLM", "granite", {}),
+        ("GraniteMoeHybridForCausalLM", "granitemoehybrid", {"layer_types": ["attention"] * 32}),
+        ("MistralForCausalLM", "mistral", {}),
+        ("Gemma4ForCausalLM", "gemma4_text", {"num_kv_shared_layers": 0}),
+    ],
+    ids=lambda configuration: configuration[0],
+)
+def test_models_that_look_alike_but_are_served(published, configuration):
+    configure(published(*configuration), BACON, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "flag", [{"language_model_only": True}, {"limit_mm_per_prompt": {"image": 0}}]
+)
+def test_without_images_they_are_accepted(published, flag):
+    """The advice for models that attend to images in both directions."""
+    for model in ("images", "images of Gemma 3"):
+        configure(published(*MODELS[model][:3]), BACON, dtype="bfloat16", **flag)
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+FLASH = "set --attention-backend FLASH_ATTN"
+DEVICES = {
+    "B200": ((10, 0), HALF, "auto", FLASH),
+    "L40S, fp8": ((8, 9), HALF, "fp8", f"{FLASH} --kv-cache-dtype bfloat16"),
+    "SM120, fp8": ((12, 0), HALF, "fp8", f"{FLASH} --kv-cache-dtype bfloat16"),
+    "H100, float32": ((9, 0), SINGLE, "auto", f"{FLASH} --dtype bfloat16"),
+    "A100, float32, fp8": ((8, 0), SINGLE, "fp8",
+                           f"{FLASH} --dtype bfloat16 --kv-cache-dtype bfloat16"),
+    "T4": ((7, 5), torch.float16, "auto", "compute capability"),
+    "ROCm": (None, HALF, "auto", "CUDA and on CPUs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_advice_on_backends(checkpoint, monkeypatch, device):
+    """Only what vLLM says FLASH_ATTN takes on that device; it does not take fp8 on these."""
+    capability, dtype, cache_dtype, expected = DEVICES[device]
+    platform = SimpleNamespace(
+        is_cuda=lambda: capability is not None,
+        get_device_capability=lambda: DeviceCapability(*capability),
+    )
+    monkeypatch.setattr(selection, "current_platform", platform)
+    monkeypatch.setattr(
+        FlashAttentionBackend,
+        "supports_kv_cache_dtype",
+        lambda cache_dtype: not cache_dtype.startswith("fp8"),
+    )
+
+    @functools.wraps(selector.get_attn_backend)
+    def get_attn_backend(*args, **kwargs):
+        return FlexAttentionBackend
+
+    choice = selection._choose(get_attn_backend)
+    config = configure(checkpoint("llama"), BACON)
     with (
-        pytest.raises(KVCompressionError, match="hybrid KV cache manager"),
-        engine(
-            checkpoint("gemma3", layers=6),
-            Method("bacon", 96),
-            disable_hybrid_kv_cache_manager=True,
-        ),
+        set_current_vllm_config(config),
+        pytest.raises(KVCompressionError, match="FLEX_ATTENTION") as refusal,
     ):
-        pass
+        choice(64, dtype, cache_dtype, attn_type=AttentionType.DECODER)
+    assert expected in str(refusal.value)
+    works = expected.startswith(FLASH)
+    assert (compatibility.WITHOUT in str(refusal.value)) is not works
+    with set_current_vllm_config(config):
+        sliding = choice(64, dtype, cache_dtype, has_sliding_window=True)
+    assert sliding is FlexAttentionBackend
 
 
 @pytest.mark.parametrize(("scorer", "lookahead"), [("shiftkv", 512), ("expected", 100)])

@@ -122,7 +122,7 @@ def test_log(server, pages):
     banner = server.wait_for("KV compression is on")
     for part in (
         "scorer bacon", "allocator uniform", f"budget {BUDGET} tokens per KV head", "window 32",
-        f"block size {BLOCK_SIZE}", "CPU", "Refused: MLA",
+        f"block size {BLOCK_SIZE}", "CPU",
     ):  # fmt: skip
         assert part in banner
     deadline = time.monotonic() + DEADLINE_S
@@ -141,6 +141,23 @@ def test_log(server, pages):
     assert 0 < kept < seen / 2
     assert blocks > 0
     assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (
+            ("--kv-budget", "96", "--pipeline-parallel-size", "2", "--enable-dbo"),
+            "micro-batching: ",
+        ),
+        (("--max-model-len", "3585"), "--max-model-len 3584 or less"),
+    ],
+    ids=["by its configuration", "by a worker"],
+)
+def test_a_refusal_is_the_last_line(checkpoint, flags, reason):
+    """Whoever looks at the end of the log sees why: vLLM itself says only that a process failed."""
+    output = ends_with_error(checkpoint("llama", layers=2), "--kv-compression", "shiftkv", *flags)
+    assert reason in output.strip().splitlines()[-1], output[-3000:]
 
 
 def test_bad_method_does_not_start(docvqa):

@@ -10,10 +10,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
-from vllm_kvcompress.adapter import refusals
+from vllm_kvcompress.adapter import compatibility
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.metadata import CompressedMetadata, TokenIndex
-from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.kernels import as_bytes
 
 if TYPE_CHECKING:
@@ -68,14 +67,7 @@ class CompressedImpl:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        reasons = refusals.layer_reasons(
-            sinks=self.sinks is not None,  # type: ignore[attr-defined]
-            alibi=self.alibi_slopes is not None,  # type: ignore[attr-defined]
-            kv_sharing=self.kv_sharing_target_layer_name is not None,  # type: ignore[attr-defined]
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
-        if reasons:
-            raise KVCompressionError.from_reasons(reasons)
+        compatibility.check_layer(self)  # type: ignore[arg-type]
 
     def forward(
         self,

@@ -18,7 +18,6 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.adapter import refusals
 from vllm_kvcompress.adapter.backend import CompressedImpl
 from vllm_kvcompress.adapter.compression_config import describe_budget
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
@@ -121,7 +120,7 @@ class CompressedBuilder:
         logger.info_once(
             "KV compression is on: scorer %s, allocator %s, merge %s, budget %s per KV head, "
             "window %d, when %s, workspace %d MiB, room for %d prompts that wait, block size %d, "
-            "%d layers x %d KV heads, backend %s on %s, model runner %s, kernels: %s. Refused: %s.",
+            "%d layers x %d KV heads, backend %s on %s, model runner %s, kernels: %s.",
             config.scorer,
             config.allocator,
             config.merge,
@@ -137,7 +136,6 @@ class CompressedBuilder:
             self.device,
             runner,
             kernels.describe(self.device.type),
-            refusals.SUMMARY,
         )
 
     def build_for_cudagraph_capture(self, cam: CommonAttentionMetadata):

@@ -8,7 +8,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_kvcompress.adapter import refusals, telemetry
+from vllm_kvcompress.adapter import compatibility, telemetry
 from vllm_kvcompress.adapter.compression_config import compression_config
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.allocation import ALLOCATORS
@@ -122,11 +122,11 @@ def _check_engine(original):
         if current_platform.is_cpu() and self.block_size is None:
             self.block_size = CPU_BLOCK_SIZE
         vllm_config = original(self, *args, **kwargs)
-        refusals.check(vllm_config, config)
+        compatibility.check(vllm_config, config)
         # vLLM resolves both by name in the processes that need them, and fails where it cannot
         parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
-        parallel.worker_cls = refusals.WORKERS.get(parallel.worker_cls, parallel.worker_cls)
-        scheduler.scheduler_cls = refusals.SCHEDULERS[bool(scheduler.async_scheduling)]
+        parallel.worker_cls = compatibility.WORKERS.get(parallel.worker_cls, parallel.worker_cls)
+        scheduler.scheduler_cls = compatibility.SCHEDULERS[bool(scheduler.async_scheduling)]
         telemetry.publish()
         return vllm_config
 

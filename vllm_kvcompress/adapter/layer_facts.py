@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils import torch_utils
 
-from vllm_kvcompress.adapter import refusals
+from vllm_kvcompress.adapter import compatibility
 from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
@@ -52,13 +52,13 @@ class LayerFacts:
     ) -> None:
         names = sorted(modules, key=extract_layer_index)
         self.modules = [modules[name] for name in names]
-        refusals.check_layers(self.modules)
+        compatibility.check_layers(self.modules)
         self.layer_indices = tuple(extract_layer_index(name) for name in names)
         self.position_of = {name: index for index, name in enumerate(names)}
         self.device, self.layout = device, layout
         impl = self.modules[0].impl
         self.num_heads, self.num_kv_heads = impl.num_heads, num_kv_heads
-        self.softcap = refusals.soft_cap(self.modules[0])
+        self.softcap = compatibility.soft_cap(self.modules[0])
         self.scale = torch.tensor(
             [module.impl.scale for module in self.modules], dtype=torch.float32, device=device
         )

@@ -27,8 +27,7 @@ def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
         raise KVCompressionError(
             "KV compression needs one group of like causal full-attention layers, beside which "
             f"only sliding-window layers may stand; this model's cache groups are: {names}. Serve "
-            "it without --kv-compression, or keep the hybrid KV cache manager on if it was turned "
-            "off."
+            "it without --kv-compression."
         )
     spec = found[0]
     budget = spec.planner.config.tokens_per_head

@@ -7,13 +7,16 @@ every layer of an engine that does not compress.
 
 import functools
 import importlib
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import attention as attention_layer
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
+from vllm_kvcompress.adapter import compatibility
 from vllm_kvcompress.adapter.compression_config import current_compression_config
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.waiting import bytes_per_layer
@@ -30,17 +33,65 @@ def install() -> None:
 
 
 def _choose(original):
+    signature = inspect.signature(original)
+
     def get_attn_backend(*args, **kwargs):
         backend = original(*args, **kwargs)
         config = current_compression_config()
         if config is None:
             return backend
-        attn_type = kwargs.get("attn_type") or AttentionType.DECODER
-        if attn_type != AttentionType.DECODER or kwargs.get("has_sliding_window"):
+        asked = signature.bind(*args, **kwargs)
+        asked.apply_defaults()
+        attn_type = asked.arguments["attn_type"] or AttentionType.DECODER
+        if attn_type != AttentionType.DECODER or asked.arguments["has_sliding_window"]:
             return backend
+        if backend.get_name() not in _SUPPORTED:
+            raise KVCompressionError(
+                f"KV compression does not support the attention backend {backend.get_name()} that "
+                f"vLLM chose: {_advice(**asked.arguments)}."
+            )
         return compressed(backend, spec_fields(get_current_vllm_config(), config))
 
     return get_attn_backend
+
+
+def _advice(head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, **others: Any) -> str:
+    """What to change so that vLLM can take FLASH_ATTN for such a layer; vLLM says what it takes."""
+    if not current_platform.is_cuda():
+        return f"compression runs on CUDA and on CPUs, {compatibility.WITHOUT}"
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    half = dtype if dtype.itemsize == 2 else torch.bfloat16
+    as_dtype = f"--dtype {_name(half)}"
+    as_cache = f"--kv-cache-dtype {_name(half)}"  # auto may be what the checkpoint asks for
+    for flags, changed in (
+        ((), (dtype, kv_cache_dtype)),
+        ((as_cache,), (dtype, _name(half))),
+        ((as_dtype,), (half, kv_cache_dtype)),
+        ((as_dtype, as_cache), (half, _name(half))),
+    ):
+        problems = FlashAttentionBackend.validate_configuration(
+            head_size=head_size,
+            dtype=changed[0],
+            kv_cache_dtype=changed[1],
+            block_size=None,
+            use_mla=False,
+            has_sink=others["has_sink"],
+            use_sparse=False,
+            use_mm_prefix=others["use_mm_prefix"],
+            use_per_head_quant_scales=others["use_per_head_quant_scales"],
+            device_capability=current_platform.get_device_capability(),
+            attn_type=AttentionType.DECODER,
+        )
+        if not problems:
+            return f"set {' '.join(['--attention-backend FLASH_ATTN', *flags])}"
+    return f"it runs on FLASH_ATTN, which cannot serve this here ({', '.join(problems)}); " + (
+        compatibility.WITHOUT
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class SpecFields(NamedTuple):
@@ -75,18 +126,7 @@ def spec_fields(vllm_config: VllmConfig, config: KVCompressionConfig) -> SpecFie
 
 @functools.cache
 def compressed(backend: type[AttentionBackend], fields: SpecFields) -> type[AttentionBackend]:
-    """Our subclass of ``backend`` for an engine whose specs have these fields.
-
-    Raises:
-        KVCompressionError: there is none.
-    """
-    name = backend.get_name()
-    if name not in _SUPPORTED:
-        raise KVCompressionError(
-            f"KV compression does not support the attention backend {name} that vLLM chose: force "
-            "--attention-backend FLASH_ATTN (16-bit dtype, head size a multiple of 8 up to 256), "
-            "or serve the model without --kv-compression."
-        )
-    module, cls_name = _SUPPORTED[name]
+    """Our subclass of ``backend``, one of the supported, for an engine with these fields."""
+    module, cls_name = _SUPPORTED[backend.get_name()]
     cls = getattr(importlib.import_module(module), cls_name)
     return type(cls_name, (cls,), {"extra": fields._asdict()})

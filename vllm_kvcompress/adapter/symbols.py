@@ -89,6 +89,15 @@ _COMMAND_LINE = (
     ),
 )  # fmt: skip
 
+_REGISTRY = _symbols(
+    "vllm.model_executor.models.registry",
+    ("ModelRegistry", Use.HELD, "", "modules of all architectures"),
+    ("_TEXT_GENERATION_MODELS", Use.HELD, "", "what the table of models has rows for"),
+    ("_MULTIMODAL_MODELS", Use.HELD, "", "the same"),
+    ("_TRANSFORMERS_SUPPORTED_MODELS", Use.HELD, "", "the same"),
+    ("_LazyRegisteredModel", Use.HELD, "module_name", "where an architecture's source is"),
+)
+
 _CONFIGURATION = _symbols(
     "vllm.config",
     ("VllmConfig", Use.HELD,
@@ -335,6 +344,7 @@ _WORKER = (
 
 SYMBOLS = (
     *_COMMAND_LINE,
+    *_REGISTRY,
     *_CONFIGURATION,
     *_SCHEDULER,
     *_ATTENTION,

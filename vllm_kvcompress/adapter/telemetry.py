@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +46,23 @@ def _leave(directory: str, owner: int) -> None:
     # whoever has an engine in this very process has seen the error itself
     others = [path for path in Path(directory).glob("*.refusal") if path.stem != str(owner)]
     # after vLLM's own last words, which only say that a process failed
+    if others:
+        _end_resource_tracker()
     for refusal in {path.read_text() for path in others}:
         print(refusal, file=sys.stderr, flush=True)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_resource_tracker(patience_s: float = 5.0) -> None:
+    """Python's process that tells of what others have left behind would speak after us."""
+    tracker = resource_tracker._resource_tracker  # type: ignore[attr-defined]
+    if tracker._fd is None:
+        return
+    os.close(tracker._fd)
+    tracker._fd = None
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and os.waitpid(tracker._pid, os.WNOHANG)[0] == 0:
+        time.sleep(0.05)
 
 
 def last_words(method: Callable[..., Any]) -> Callable[..., Any]:

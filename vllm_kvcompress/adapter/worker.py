@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvcompress.adapter import attention_inputs, model_checks, runners
 from vllm_kvcompress.adapter.backend import layers_of
 from vllm_kvcompress.adapter.layers import CompressedLayers
+from vllm_kvcompress.adapter.telemetry import last_words
 
 
 class CompressedWorker(Worker):
@@ -20,6 +21,11 @@ class CompressedWorker(Worker):
     _reserved: torch.Tensor | None = None
     compressed_layers: CompressedLayers
 
+    @last_words
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+
+    @last_words
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Called after the weights are loaded and before memory is profiled."""
         attention_inputs.install(self.model_runner.get_model(), self.vllm_config)
@@ -34,6 +40,7 @@ class CompressedWorker(Worker):
             )
         return specs
 
+    @last_words
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         self._reserved = None
         spec = model_checks.compressed_spec(kv_cache_config)
