@@ -27,7 +27,16 @@ MAY_IMPORT = {
     "adapter": FOUNDATIONS
     | {"adapter", "allocation", "batch", "config", "kernels", "merging", "metrics", "orders"}
     | {"page_state", "pipeline", "pipeline_inputs", "plan", "prefill_stats", "scoring"},
-    "tools": {"allocation", "config", "merging", "presets", "prompt", "scoring", "tools"},
+    "tools": {
+        "adapter",
+        "allocation",
+        "config",
+        "merging",
+        "presets",
+        "prompt",
+        "scoring",
+        "tools",
+    },
     "metrics": {"policy"},
     "pipeline": {"allocation", "kernels", "merging", "page_state", "pipeline_inputs", "scoring"}
     | {"workspace"},

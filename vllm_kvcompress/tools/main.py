@@ -17,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "methods", help="list presets, scorers, allocators and merges", add_help=False
     )
     commands.add_parser(
+        "models", help="list vLLM's models: which are served, and why not", add_help=False
+    )
+    commands.add_parser(
         "mend-cpu-env",
         help="mend the packaging faults of vLLM's CPU build in this environment",
         add_help=False,
@@ -31,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cpu_env.main(rest)
     if args.command == "calibrate-heads":
         return calibrate_heads.main(rest)
+    if args.command == "models":
+        from vllm_kvcompress.tools import models  # imports vLLM, which the others can do without
+
+        return models.main(rest)
     from vllm_kvcompress.tools import methods  # imports torch, which the others can do without
 
     return methods.main(rest)

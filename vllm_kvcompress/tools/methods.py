@@ -240,17 +240,17 @@ def markdown(head_scores: str) -> str:
     parts = [
         _INTRODUCTION,
         _PRESETS.format(budget=KVCompressionConfig.budget),
-        _table(
+        table(
             ("preset", "stands for", "the budget counts", "source", "formulas"),
             [_preset_row(name, head_scores) for name in PRESETS],
         ),
         _PROPERTIES.format(instruction=MAX_INSTRUCTION_LEN),
-        _table(
+        table(
             [name.replace("_", " ") for name in Row._fields],
             [(f"`{row.method}`", *(cell.replace("*", r"\*") for cell in row[1:])) for row in rows],
         ),
         _REFUSED.format(tried=refused.tried, served=refused.served),
-        _table((*AXES, "reason"), refused_rows),
+        table((*AXES, "reason"), refused_rows),
         "## Details\n\nOptions are given by name in `--kv-compression-config`.\n",
     ]
     for kind, method in _tables():
@@ -283,7 +283,7 @@ def _choice(names: tuple[str, ...], axis: tuple[str, ...]) -> str:
     return "any" if names == axis else ", ".join(f"`{name}`" for name in names)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; cells have no bars."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
