@@ -37,6 +37,10 @@ NEXT_SOURCE := .cache/vllm-$(NEXT_VLLM)
 OLD_TRITON_VERSION := 3.6.0
 OLD_TRITON := .cache/triton-$(OLD_TRITON_VERSION)
 
+# vLLM's own tests, which only its source distribution has
+TESTED_VLLM := 0.32.0
+CORE := .cache/vllm-core-$(TESTED_VLLM)
+
 # released code that scores and kept sets are compared with
 KVPRESS_VERSION := 0.5.5
 KVPRESS := .cache/kvpress-$(KVPRESS_VERSION)
@@ -48,7 +52,7 @@ export DO_NOT_TRACK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit kernels integration kvpress bench costs gpu-first gpu-second gpu-rehearsal triton-resources wheel clean
+.PHONY: help demo test lint unit kernels integration kvpress vllm-core bench costs gpu-first gpu-second gpu-rehearsal triton-resources wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -76,6 +80,13 @@ integration: $(READY) ## real vLLM on the CPU
 
 kvpress: $(KVPRESS)/.ready ## scores and kept sets against the released kvpress
 	$(KVPRESS)/bin/python -P -m pytest tests/unit/test_kvpress.py
+
+# not part of `test`: differences at a real budget are for people to read
+vllm-core: $(READY) $(CORE)/.ready ## vLLM's own tests of its scheduler, with ours in its place
+	cd $(CORE) && for mode in inert covering real; do echo "== $$mode"; \
+	  VLLM_LOGGING_LEVEL=ERROR PYTHONPATH=.:$(CURDIR)/tests:$(CURDIR)/tests/upstream \
+	  $(CURDIR)/$(PY) -P -m pytest -p core_plugin --compression $$mode -q -rf --tb=line --noconftest \
+	  -c /dev/null --rootdir . -p no:cacheprovider --ignore-glob='*e2e*' tests/v1/core; done; true
 
 bench: $(READY) ## with and without compression, in pairs; writes a row set to benchmarks/results
 	$(PY) benchmarks/serving.py
@@ -133,6 +144,25 @@ $(KVPRESS)/.ready: | $(READY)
 	  f"import site; site.addsitedir({sys.argv[1]!r})")' \
 	  "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(KVPRESS)/bin/python -m pip install $(PIP_FLAGS) --quiet kvpress==$(KVPRESS_VERSION)
+	touch $@
+
+# pip asks a source distribution for its metadata, which takes a few packages that vLLM builds with
+$(CORE)/.ready: | $(READY)
+	rm -rf $(CORE)
+	$(PY) -m venv $(CORE)/env
+	$(CORE)/env/bin/python -c 'import pathlib, sys, sysconfig; \
+	  pathlib.Path(sysconfig.get_path("purelib"), "beneath.pth").write_text( \
+	  f"import site; site.addsitedir({sys.argv[1]!r})")' \
+	  "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(CORE)/env/bin/python -m pip install $(PIP_FLAGS) --quiet 'setuptools>=77,<81' setuptools-scm \
+	  setuptools-rust wheel
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(TESTED_VLLM) \
+	  SETUPTOOLS_SCM_PRETEND_VERSION=$(TESTED_VLLM) $(CORE)/env/bin/python -m pip download \
+	  $(PIP_FLAGS) --quiet --no-deps --no-build-isolation --no-binary vllm --dest $(CORE) \
+	  vllm==$(TESTED_VLLM)
+	tar -xzf $(CORE)/vllm-$(TESTED_VLLM).tar.gz -C $(CORE) --strip-components=1 \
+	  vllm-$(TESTED_VLLM)/tests
+	rm -rf $(CORE)/env $(CORE)/vllm-$(TESTED_VLLM).tar.gz
 	touch $@
 
 $(NEXT_SOURCE): | $(READY)
