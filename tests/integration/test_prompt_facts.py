@@ -44,7 +44,18 @@ def test_video_has_a_segment_per_temporal_patch():
     assert segments(feature("video", 1, "xxxxxx", video_grid_thw=grid)) == ".001122............."
     spaced = feature("video", 1, "xx.xx.xx", video_grid_thw=grid)
     assert segments(spaced) == ".00.11.22..........."
+
+
+def test_video_without_a_grid_has_a_segment_per_run():
+    """InternVL names each frame in text; frames without text in between stay together."""
+    assert segments(feature("video", 1, "xx..xx..xx")) == ".00..11..22........."
     assert segments(feature("video", 1, "xxxxxx")) == ".000000............."
+    both = feature("video", 1, "xx.xx"), feature("image", 8, "xx.x")
+    assert segments(*both) == ".00.11..22.2........"
+
+
+def test_features_without_an_embedding():
+    assert segments(feature("image", 1, "..."), feature("video", 6, "..")) == "." * 20
 
 
 def test_other_modalities_are_text():

@@ -215,17 +215,23 @@ def prompt_facts(length: int, features: Iterable[MultiModalFeatureSpec]) -> Prom
         if feature.modality in ("image", "video"):
             ranges = feature.mm_position.extract_embeds_range()
             runs = [(start, end + 1) for start, end in ranges]
-            items += split_evenly(runs, temporal_patches(feature)) if runs else []
+            items += temporal_patches(feature, runs) if feature.modality == "video" else [runs]
     return PromptFacts.from_items(length, items)
 
 
-def temporal_patches(feature: MultiModalFeatureSpec) -> int:
-    """Of a video whose processor tells its grid (the Qwen-VL families); else 1.
+def temporal_patches(feature: MultiModalFeatureSpec, runs: list[Run]) -> list[list[Run]]:
+    """Runs of a video as those of its temporal patches.
+
+    A processor that tells the grid (the Qwen-VL families) makes patches of one size. Others (such
+    as InternVL) put text between frames, so that each run is one; frames side by side stay
+    together.
 
     A scheduler may hold features without data. It counts visual tokens only, whatever their patch.
     """
     grid = feature.data.get("video_grid_thw") if feature.data is not None else None
-    return int(grid.data.view(-1)[0]) if grid and isinstance(grid.data, torch.Tensor) else 1
+    if runs and grid and isinstance(grid.data, torch.Tensor):
+        return split_evenly(runs, int(grid.data.view(-1)[0]))
+    return [[run] for run in runs]
 
 
 def manager_of(manager: KVCacheManager) -> CompressedManager | None:
