@@ -109,7 +109,9 @@ class TestMixKV:
     )
     def test_table(self, layer, kept, tmp_path):
         path = tmp_path / "ratios.json"
-        path.write_text(json.dumps({f"{layer}-1-key": [0.2, 0.4], f"{layer}-0-key": [0.8]}))
+        table = {f"{layer}-1-key": [0.2, 0.4], f"{layer}-0-key": [0.8]}
+        # released tables tell the redundancy of values, too
+        path.write_text(json.dumps(table | {f"{layer}-{head}-value": [0.1] for head in (0, 1)}))
         _, final = run(MixKV(ratio_table=str(path)), layer, lcg.NUM_SCORED)
         assert best(final, 4) == kept
 

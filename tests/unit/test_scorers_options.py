@@ -74,6 +74,9 @@ def test_unknown_option_of_a_base():
         ('{"1-2-key": []}', "must be a list of numbers"),
         ('{"1-2-key": [0.5, 7]}', r"numbers in \[-1, 1\]"),
         ('{"1-2-key": ["0.5"]}', "must be a list of numbers"),
+        ('{"1-2-key": [0.5], "1-2-values": [0.5]}', "not of the form"),
+        ('{"1-2-key": [0.5], "1-2-value": [7]}', r"numbers in \[-1, 1\]"),
+        ('{"1-2-value": [0.5]}', "no entry for keys"),
     ],
 )
 def test_refused_ratio_table(text, words, tmp_path):

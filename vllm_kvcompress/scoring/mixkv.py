@@ -32,7 +32,7 @@ class MixKV(SnapKV):
         diversity: "head" (weighted by r), "flat" (equal thirds), or one part alone: "attn" (window
             attention), "keydiff" (diversity), "vnorm" and "knorm" (attention plus that norm).
         ratio_table: JSON file of released r, {"layer-head-key": [numbers]}; heads that it lacks use
-            their own r.
+            their own r, and its "layer-head-value" entries are not used.
     """
 
     name: ClassVar[str] = "mixkv"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Released tables of key redundancy: JSON, "layer-head-key" -> cosines of sample prompts."""
+"""Released tables of key redundancy: JSON, "layer-head-key" -> cosines of sample prompts.
+
+They have a "layer-head-value" beside each, which the released code does not read, either.
+"""
 
 import json
 import logging
@@ -58,7 +61,7 @@ def _load(path: str) -> dict[tuple[int, int], float]:
         raise ValueError(f'ratio_table {path!r} must be a JSON object {{"layer-head-key": [r]}}')
     ratios = {}
     for key, cosines in table.items():
-        name = re.fullmatch(r"(\d+)-(\d+)-key", key)
+        name = re.fullmatch(r"(\d+)-(\d+)-(key|value)", key)
         if name is None:
             raise ValueError(f'ratio_table {path!r}: key {key!r} is not of the form "3-0-key"')
         if not (isinstance(cosines, list) and cosines and all(map(_is_cosine, cosines))):
@@ -66,7 +69,10 @@ def _load(path: str) -> dict[tuple[int, int], float]:
                 f"ratio_table {path!r}: {key!r} must be a list of numbers in [-1, 1], "
                 f"got {cosines!r}"
             )
-        ratios[int(name[1]), int(name[2])] = sum(cosines) / len(cosines)
+        if name[3] == "key":
+            ratios[int(name[1]), int(name[2])] = sum(cosines) / len(cosines)
+    if not ratios:
+        raise ValueError(f"ratio_table {path!r} has no entry for keys")
     return ratios
 
 
