@@ -28,8 +28,9 @@ class SnapKV(Scorer):
         kernel: odd pooling width in tokens.
         pool: "avg" (zeros outside the prefix count) or "max".
         reduction: over the query heads of a group, "mean" or "max".
-        score_dtype: "float32", or "model" to round probabilities, their means and pooled scores to
-            the type of the queries, for comparisons with released code; not fused.
+        score_dtype: "float32", or "model" to round where released code does, for comparisons with
+            it: products, logits, probabilities, their means and pooled scores, to the type of the
+            queries; not fused.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -78,8 +79,13 @@ class SnapKV(Scorer):
 
     def _rounded_window_scores(self, ctx: ScoringContext) -> tuple[torch.Tensor, torch.Tensor]:
         window_pos = ctx.num_candidates[:, None] + ctx.positions[: ctx.window]
-        logits = row_logits(ctx.window_queries, ctx.keys, window_pos, ctx.scale, ctx.softcap)
-        probs = logits.softmax(-1).to(ctx.queries.dtype)
+        dtype = ctx.queries.dtype
+        one = torch.ones_like(ctx.scale)
+        products = row_logits(ctx.window_queries, ctx.keys, window_pos, one).to(dtype)
+        logits = (products * ctx.scale[:, None, None, None, None]).to(dtype)
+        if ctx.softcap:
+            logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
+        probs = logits.softmax(-1, dtype=torch.float32).to(dtype)
         by_query_head = torch.stack([probs.mean(3), probs[:, :, :, -1]])  # [2, N, Hkv, G, T]
         take = torch.amax if self.reduction == "max" else torch.mean
         scores = take(by_query_head, dim=3).float()
