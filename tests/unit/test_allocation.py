@@ -153,6 +153,15 @@ class TestAdaKVExamples:
         rounded = AdaKV(alpha=alpha, normalize=normalize, rounding="official")
         assert allocate_row(rounded, base, 5) == official
 
+    def test_pages_give_back_what_released_integers_lose(self):
+        """At block size 1, too: the released code would keep 9 tokens of 10."""
+        kept = torch.tensor([allocate_row(AdaKV(alpha=0.5, normalize=False, rounding="official"),
+                                          [SPIKY, FLAT], 5)])  # fmt: skip
+        zero, ample = torch.tensor([0]), torch.tensor([100])
+        pages = pages_from_kept(kept, zero, zero, torch.tensor([5]), ample, 1)
+        assert kept.sum() == 9
+        assert pages.sum() == 10
+
     def test_second_layer_of_the_worked_example(self):
         """Budgets are counted on the window score, also when bacon ranks."""
         trace = LayerTrace()

@@ -65,6 +65,21 @@ class TestPyramid:
         assert sum(official) / num_layers == mean
         assert 100 * ((mean + 32) / budget - 1) == pytest.approx(overspent, abs=0.051)
 
+    @given(st.integers(1, 99), st.integers(1, 300), st.integers(2, 120), st.integers(1, 40))
+    def test_bound_on_overspend(self, capacity, more, num_layers, beta):
+        """The one that the method's description tells."""
+        allocator = Pyramid(beta=beta, rounding="official")
+        spent = sum(layers(allocator, capacity, capacity + more, num_layers)) / num_layers
+        bound = min(num_layers / 2 - 1, capacity - capacity // beta)
+        assert 0 <= spent - capacity <= bound
+
+    @pytest.mark.parametrize(("num_layers", "overspent"), [(63, 0), (64, 31), (94, 31)])
+    def test_overspend_of_deep_models(self, num_layers, overspent):
+        """Up to 48 % of a budget of 64: with a step of 0 all layers get what the first has."""
+        official = layers(Pyramid(rounding="official"), 32, ENDLESS, num_layers)
+        assert sum(official) == (32 + overspent) * num_layers
+        assert overspent / 64 < 0.485
+
     @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 50), st.integers(1, 40))
     def test_total_bounds_and_order(self, capacity, more, num_layers, beta):
         num_candidates = capacity + more

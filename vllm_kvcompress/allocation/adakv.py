@@ -21,14 +21,16 @@ class AdaKV(Allocator):
     A head gets as many tokens as it has among the Hkv * b best of the layer, blended with the floor
     alpha * b. Source: Ada-KV, arXiv 2407.11550, with the defaults of the multimodal forks.
 
-    Adaptation notes: the layer's total is conserved to the token (``rounding="exact"``); the
-    released rounding is kept as ``"official"``. Under tensor parallelism a layer's total is shared
-    out among the KV heads of each rank, because a rank cannot lend its memory to another.
+    Adaptation notes: the layer's total is conserved to the token (``rounding="exact"``). Under
+    tensor parallelism a layer's total is shared out among the KV heads of each rank, because a rank
+    cannot lend its memory to another.
 
     Options:
         alpha: share of the nominal budget that every head gets for sure.
         normalize: first scale each head by the share of its mass that its own top b holds.
-        rounding: "exact" or "official".
+        rounding: "exact", or "official" for the released integers. What these lose of the layer's
+            total, up to a token per head, is not lost here: the heads share out the pages of the
+            nominal budget in proportion, at any block size.
     """
 
     name: ClassVar[str] = "adakv"

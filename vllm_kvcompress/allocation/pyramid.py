@@ -17,13 +17,16 @@ class Pyramid(StaticAllocator):
     All heads of a layer get the same number; no layer gets more than the prompt offers.
     Source: PyramidKV, arXiv 2406.02069.
 
-    Adaptation notes: the model's total is conserved to the token (``rounding="exact"``); the
-    released integer step, which overspends by up to 16.8 %, is kept as ``"official"``. The schedule
-    follows the length of each prompt; the released code keeps that of the first prompt it sees.
+    Adaptation notes: the model's total is conserved to the token (``rounding="exact"``). The
+    released integer step is kept as ``"official"``; it spends up to min(L / 2 - 1, b - b div beta)
+    tokens per head more than b, 48 % of a budget of 64 from 64 layers on: compare it with others at
+    equal kept tokens, not at equal budgets. The schedule follows the length of each prompt; the
+    released code keeps that of the first prompt it sees.
 
     Options:
         beta: how many times smaller than the nominal budget the top layer's is.
-        rounding: "exact" or "official".
+        rounding: "exact", or "official" for the released integers; their sum is rounded up to
+            whole blocks per head, and the layers share out what that adds.
     """
 
     name: ClassVar[str] = "pyramid"

@@ -32,7 +32,8 @@ class SparseMM(StaticAllocator):
     Options:
         head_scores: path of the JSON file of head scores; required.
         rho: share of the nominal budget that every head gets for sure.
-        rounding: "exact" or "official".
+        rounding: "exact", or "official" for the released integers; their sum is rounded up to
+            whole blocks per head, and the heads share out what that adds, at any block size.
         allow_uniform_fallback: budget evenly if the file is of another model or all zero.
     """
 
