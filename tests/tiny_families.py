@@ -16,6 +16,12 @@
 | internvl3          | InternVLForConditionalGeneration       | tiles and thumbnail              |
 | gemma3-images      | Gemma3ForConditionalGeneration         | attends to images in both        |
 |                    |                                        | directions; no image processor   |
+| gemma4             | Gemma4ForCausalLM                      | full layers with wider heads, and |
+|                    |                                        | fewer KV heads, than sliding ones |
+| cohere2            | Cohere2ForCausalLM                     | full layers without RoPE         |
+| exaone4            | Exaone4ForCausalLM                     | the same; query and key norms    |
+
+The last three are text-only and have layers with a sliding window beside full ones.
 
 Tokenizer, chat template and rules for weights are those of tiny_models.py; in a prompt, an image is
 always `<|vision_start|><|image_pad|><|vision_end|>`. Two layers, four query heads, two KV heads,
@@ -29,6 +35,7 @@ import tiny_models
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     IMAGE,
+    SLIDING_WINDOW,
     VIDEO,
     VISION_END,
     VISION_START,
@@ -40,8 +47,14 @@ from tiny_models import (
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -324,6 +337,50 @@ def _gemma3_images(recipe: Recipe, folder: Path) -> None:
     save(Gemma3ForConditionalGeneration(config), recipe, folder)
 
 
+def _gemma4(recipe: Recipe, folder: Path) -> None:
+    config = Gemma4TextConfig(
+        **recipe.text_config
+        | {"num_key_value_heads": recipe.query_heads, "tie_word_embeddings": True},
+        head_dim=recipe.head_dim,
+        global_head_dim=2 * recipe.head_dim,
+        num_global_key_value_heads=recipe.kv_heads,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=_layer_types(recipe),
+    )
+    save(Gemma4ForCausalLM(config), recipe, folder)
+
+
+def _cohere2(recipe: Recipe, folder: Path) -> None:
+    config = Cohere2Config(
+        **recipe.text_config | {"tie_word_embeddings": True},
+        sliding_window=SLIDING_WINDOW,
+        layer_types=_layer_types(recipe),
+        rope_parameters=ROPE,
+        logit_scale=1.0,
+    )
+    save(Cohere2ForCausalLM(config), recipe, folder)
+
+
+def _exaone4(recipe: Recipe, folder: Path) -> None:
+    config = Exaone4Config(
+        **recipe.text_config,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=_layer_types(recipe),
+        rope_parameters=ROPE,
+    )
+    save(Exaone4ForCausalLM(config), recipe, folder)
+
+
+def _layer_types(recipe: Recipe) -> list[str]:
+    """Every second layer attends fully, the last one among them."""
+    return [
+        "full_attention" if (recipe.layers - layer) % 2 else "sliding_attention"
+        for layer in range(recipe.layers)
+    ]
+
+
 def _tower() -> dict[str, int]:
     """Settings that the vision towers of LLaVA and InternVL have in common."""
     return {
@@ -399,6 +456,8 @@ FAMILIES = (
     "internvl3",
 )
 
+SLIDING_FAMILIES = ("gemma4", "cohere2", "exaone4")
+
 tiny_models.FAMILIES.update(
     {
         "mistral": _mistral,
@@ -409,9 +468,12 @@ tiny_models.FAMILIES.update(
         "llava-onevision": _llava_onevision,
         "internvl3": _internvl3,
         "gemma3-images": _gemma3_images,
+        "gemma4": _gemma4,
+        "cohere2": _cohere2,
+        "exaone4": _exaone4,
     }
 )
 
 
 if __name__ == "__main__":
-    tiny_models.main(make, FAMILIES)
+    tiny_models.main(make, FAMILIES + SLIDING_FAMILIES)

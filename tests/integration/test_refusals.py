@@ -392,10 +392,10 @@ def test_attention_without_the_usual_parts(checkpoint, monkeypatch):
     """A model that rotates in another way is refused by name of the layer."""
     original = attention_inputs.install
 
-    def install(model, vllm_config):
+    def install(model, *args):
         for module in model.modules():
             module._modules.pop("rotary_emb", None)
-        original(model, vllm_config)
+        original(model, *args)
 
     monkeypatch.setattr(attention_inputs, "install", install)
     with (

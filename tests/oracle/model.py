@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,9 +35,11 @@ class Oracle:
 
     def __init__(self, model_dir: str) -> None:
         config = transformers.AutoConfig.from_pretrained(model_dir)
+        if config.model_type == "cohere2":
+            config.sliding_window += 1  # vLLM says that they were trained so
         model_cls = getattr(transformers, config.architectures[0])
         self.model = model_cls.from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation="eager"
+            model_dir, config=config, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.model_dir = model_dir
         # only the language model is diverted; a vision tower stays on the eager path
@@ -52,6 +55,7 @@ class Oracle:
         self._layers: list[torch.nn.Module] = []  # attention modules that are compressed
         self._captured: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # q, k, v
         self._hidden: dict[int, np.ndarray] = {}  # by the model's own layer index
+        self._unrotated: set[int] = set()  # compressed layers without RoPE
         self._scale = 0.0
         self._evicted: list[torch.Tensor] | None = None  # [L] of [Hkv, P]; None while in prefill
 
@@ -109,6 +113,8 @@ class Oracle:
 
     def _rotate(self, layer: int, vectors: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """RoPE of vectors [H, N, D] at positions [C, N], C = 3 under M-RoPE, else 1."""
+        if layer in self._unrotated:
+            return vectors
         module = self._layers[layer]
         source = sys.modules[type(module).__module__]
         x = torch.from_numpy(vectors).float()[None]
@@ -119,7 +125,10 @@ class Oracle:
         kind = [kinds[module.layer_idx]] if hasattr(self._rotary, "layer_types") else []
         with torch.inference_mode():
             cos, sin = self._rotary(x, ids, *kind)
-            return source.apply_rotary_pos_emb(x, x, cos, sin)[0][0].numpy()
+            rotate = source.apply_rotary_pos_emb
+            if len(inspect.signature(rotate).parameters) == 4:  # Gemma 4 turns q and k one by one
+                return rotate(x, cos, sin)[0].numpy()
+            return rotate(x, x, cos, sin)[0][0].numpy()
 
     def _prompt_inputs(self, token_ids: Sequence[int], images: Any) -> dict[str, torch.Tensor]:
         """Model inputs of the prefill with explicit positions, [1, P] or M-RoPE [3, 1, P]."""
@@ -141,6 +150,9 @@ class Oracle:
         result = self.model(**inputs, use_cache=True)
         q, k, v = (np.stack(tensors) for tensors in zip(*self._captured, strict=True))
         hidden = np.stack([self._hidden[module.layer_idx] for module in self._layers])
+        raw_q = np.stack([self._project(layer, x) for layer, x in enumerate(hidden)])
+        # some models leave RoPE out where they attend fully
+        self._unrotated = {i for i, raw in enumerate(raw_q) if np.allclose(raw, q[i], atol=1e-4)}
         image_token = getattr(self.model.config, "image_token_id", None)
         prompt = Prompt(
             q=q,
@@ -152,9 +164,10 @@ class Oracle:
             else (),
             positions=inputs["position_ids"].flatten(0, -2).numpy(),
             hidden=hidden,
-            raw_q=np.stack([self._project(layer, x) for layer, x in enumerate(hidden)]),
+            raw_q=raw_q,
             project=self._project,
             rotate=self._rotate,
+            layers=[module.layer_idx for module in self._layers],
         )
         return result, prompt
 

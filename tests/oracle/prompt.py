@@ -32,6 +32,7 @@ class Prompt:
         hidden: [L, P, d] what each attention layer reads (behind its norm).
         raw_q: [L, Hq, P, D] after norm, before RoPE.
         project, rotate: the model's own.
+        layers: [L] index of each in the model; left out: all are here.
     """
 
     q: np.ndarray
@@ -44,6 +45,7 @@ class Prompt:
     raw_q: np.ndarray | None = None
     project: Project | None = None
     rotate: Rotate | None = None
+    layers: Sequence[int] | None = None
 
     @property
     def num_layers(self) -> int:

@@ -25,7 +25,8 @@ def proxy_queries(prompt: Prompt, layer: int, cfg: OracleConfig) -> np.ndarray:
     """Queries [Hq, N, D] of noise around the prompt's own layer inputs, at later positions."""
     inputs = prompt.hidden[layer][-cfg.stat_ctx :].astype(np.float64)
     axis = None if presets(cfg)[0] == "scalar" else 0
-    generator = torch.Generator().manual_seed(cfg.seed + LAYER_SEED * layer)
+    index = layer if prompt.layers is None else prompt.layers[layer]
+    generator = torch.Generator().manual_seed(cfg.seed + LAYER_SEED * index)
     noise = torch.randn(cfg.proxies, inputs.shape[-1], generator=generator).numpy()
     proxies = inputs.mean(axis=axis) + cfg.gamma * inputs.std(axis=axis, ddof=1) * noise
     steps = np.arange(cfg.proxies) % (cfg.proxies // cfg.groups) + 1

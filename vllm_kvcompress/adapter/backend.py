@@ -177,10 +177,18 @@ def _as_numbers(queries: torch.Tensor, layer: _AttentionLayer, dtype: torch.dtyp
     return queries.to(dtype) * layer._q_scale_float
 
 
+def compressed_modules(vllm_config: VllmConfig) -> list[Attention]:
+    """The compressed attention layers of an engine's worker, once its model is built."""
+    return [
+        module
+        for module in vllm_config.compilation_config.static_forward_context.values()
+        if isinstance(module, Attention) and isinstance(module.impl, CompressedImpl)
+    ]
+
+
 def layers_of(vllm_config: VllmConfig) -> "CompressedLayers":
     """What the compressed layers of an engine's worker share, once its KV cache is initialized."""
-    for module in vllm_config.compilation_config.static_forward_context.values():
-        if isinstance(module, Attention) and isinstance(module.impl, CompressedImpl):
-            assert module.impl.layers is not None, "the metadata builder has made it"
-            return module.impl.layers
-    raise AssertionError("a compressing engine has compressed layers")
+    impl = compressed_modules(vllm_config)[0].impl
+    assert isinstance(impl, CompressedImpl)
+    assert impl.layers is not None, "the metadata builder has made it"
+    return impl.layers

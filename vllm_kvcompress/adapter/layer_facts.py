@@ -57,6 +57,11 @@ class LayerFacts:
         self.position_of = {name: index for index, name in enumerate(names)}
         self.device, self.layout = device, layout
         impl = self.modules[0].impl
+        if len({module.num_heads for module in self.modules}) > 1:
+            raise KVCompressionError(
+                "KV compression takes all layers together, but the full-attention layers of this "
+                "model have different numbers of query heads: serve it without --kv-compression."
+            )
         self.num_heads, self.num_kv_heads = impl.num_heads, num_kv_heads
         self.softcap = compatibility.soft_cap(self.modules[0])
         self.scale = torch.tensor(

@@ -13,6 +13,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.layer_facts import LayerFacts
+from vllm_kvcompress.adapter.lora import RequestAdapters
 from vllm_kvcompress.adapter.parallel import mean_over_heads, mean_over_replicas, rank_heads
 from vllm_kvcompress.adapter.telemetry import WorkerTelemetry, labels_of
 from vllm_kvcompress.adapter.waiting import WaitingPrompts
@@ -22,7 +23,12 @@ from vllm_kvcompress.config import Candidates
 from vllm_kvcompress.kernels import PageLayout
 from vllm_kvcompress.orders import ATTRIBUTE, CompressionOrder, StepOrders
 from vllm_kvcompress.page_state import HeadPageState
-from vllm_kvcompress.pipeline import CompressionPipeline, FinishedPrefills, PromptBatch
+from vllm_kvcompress.pipeline import (
+    CompressionPipeline,
+    FinishedPrefills,
+    LayerStack,
+    PromptBatch,
+)
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.request_slots import RequestSlots
@@ -40,6 +46,7 @@ class CompressedLayers:
         step_brings_rows: whether the running step brings tokens that a method looks at. It must not
             be replayed from a full graph then, where our Python does not run.
         order_of: requests of a batch, without padding, from its common metadata; the worker's.
+        adapters: of the requests; the worker's, None where there are none.
 
     Args:
         vllm_config: of the engine.
@@ -74,6 +81,7 @@ class CompressedLayers:
         self.telemetry = WorkerTelemetry(device, labels)
         self.step_brings_rows = False
         self.order_of: Callable[[CommonAttentionMetadata], Sequence[str]] | None = None
+        self.adapters: RequestAdapters | None = None
         self.configure(spec.planner)
 
     def configure(self, planner: BlockPlanner) -> None:
@@ -194,8 +202,12 @@ class CompressedLayers:
     def compress(self, orders: Sequence[CompressionOrder]) -> None:
         """Compress these prompts in all layers; afterwards they attend to their head pages."""
         orders = [order for order in orders if order.req_id in self.slots]
-        for start in range(0, len(orders), self._prompts_together):
-            self._compress(orders[start : start + self._prompts_together])
+        together = self._prompts_together
+        adapters = self._projecting_adapters
+        if adapters is not None and adapters.count([o.req_id for o in orders]) > adapters.most:
+            together = 1  # there is no room for all of their adapters at a time
+        for start in range(0, len(orders), together):
+            self._compress(orders[start : start + together])
 
     def _compress(self, orders: Sequence[CompressionOrder]) -> None:
         req_ids = [order.req_id for order in orders]
@@ -203,7 +215,7 @@ class CompressedLayers:
         with self.telemetry.compression():
             prompts = self._prompts(slots, orders)
             num_rows = max(order.plan.num_rows for order in orders)
-            count = self.pipeline.compress(prompts, self.waiting.stack(req_ids, num_rows))
+            count = self.pipeline.compress(prompts, self._stack(req_ids, num_rows))
             self.telemetry.record(
                 count,
                 tokens_per_page=self.block_size / (self.num_layers * self.num_kv_heads),
@@ -216,6 +228,17 @@ class CompressedLayers:
         self.waiting.release(req_ids)
         for req_id in req_ids:
             del self.plans[req_id]
+
+    @property
+    def _projecting_adapters(self) -> RequestAdapters | None:
+        """The adapters, where a method projects rows of its own through them."""
+        return self.adapters if Need.HIDDEN_MOMENTS in self.config.needs else None
+
+    def _stack(self, req_ids: Sequence[str], num_rows: int) -> LayerStack:
+        adapters, slots = self._projecting_adapters, None
+        if adapters is not None:
+            slots = self.facts.upload(adapters.slots(req_ids))
+        return self.waiting.stack(req_ids, num_rows, slots)
 
     def _prompts(self, slots: np.ndarray, orders: Sequence[CompressionOrder]) -> FinishedPrefills:
         plans = [order.plan for order in orders]
@@ -272,7 +295,7 @@ class CompressedLayers:
         nobody = np.array([self.state.num_slots])
         order = CompressionOrder("", plan, [0] * -(-length // self.block_size))
         self.waiting.fill_for_warm_up("")
-        stack = self.waiting.stack([""], plan.num_rows)
+        stack = self._stack([""], plan.num_rows)
         self.pipeline.compress(self._prompts(nobody, [order]), stack)
         self.waiting = self._no_prompts()  # attention may bring queries of another type
         self.state.reset(self.facts.upload(nobody))

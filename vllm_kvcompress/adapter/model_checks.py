@@ -7,6 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 
+from vllm_kvcompress.adapter.backend import compressed_modules
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.page_state import table_ids
@@ -46,12 +47,10 @@ def check_files(vllm_config: VllmConfig, spec: CompressedSpec) -> None:
     Raises:
         KVCompressionError: one was made for another model.
     """
-    parallel = vllm_config.parallel_config
-    heads = vllm_config.model_config.get_num_attention_heads(parallel)
+    heads = compressed_modules(vllm_config)[0].num_heads  # of this rank; the layers are alike
+    ranks = vllm_config.parallel_config.tensor_parallel_size
     try:
-        spec.planner.config.allocation.check_model(
-            spec.num_layers, heads * parallel.tensor_parallel_size
-        )
+        spec.planner.config.allocation.check_model(spec.num_layers, heads * ranks)
     except ValueError as error:
         raise KVCompressionError(f"{spec.planner.config.allocator}: {error}.") from error
 
@@ -70,7 +69,7 @@ def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) ->
     max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
     num_seqs = vllm_config.scheduler_config.max_num_seqs * spec.num_kv_heads
     config, model = spec.config, vllm_config.model_config
-    num_heads = model.get_num_attention_heads(vllm_config.parallel_config)
+    num_heads = compressed_modules(vllm_config)[0].num_heads
     hidden_size = model.get_hidden_size()
     assert isinstance(model.dtype, torch.dtype), "vLLM has resolved it"
     per_token = bytes_per_token(

@@ -11,13 +11,20 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.attention import attention as attention_layer
+from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from vllm_kvcompress.adapter import compatibility
-from vllm_kvcompress.adapter.compression_config import current_compression_config
+from vllm_kvcompress.adapter.backend import compressed_modules
+from vllm_kvcompress.adapter.compression_config import (
+    compression_config,
+    current_compression_config,
+)
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.waiting import bytes_per_layer
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
@@ -95,38 +102,67 @@ def _name(dtype: torch.dtype) -> str:
 
 
 class SpecFields(NamedTuple):
-    """Fields of ``CompressedSpec`` that depend on the engine; see there."""
+    """Fields of ``CompressedSpec`` that depend on the engine; see there.
+
+    Those of the layers are known when the model is built, see ``describe_layers``.
+    """
 
     config: KVCompressionConfig
-    model_kv_heads: int
-    entry_bytes: int
     max_entries: int
+    model_kv_heads: int = 0
+    entry_bytes: int = 0
 
 
 def spec_fields(vllm_config: VllmConfig, config: KVCompressionConfig) -> SpecFields:
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    dtype = model.dtype
+    return SpecFields(config, vllm_config.scheduler_config.max_num_seqs)
+
+
+def describe_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Let the specs of the compressed layers tell what only built layers know.
+
+    Other layers of the model may have other heads, and so may its configuration.
+    """
+    config = compression_config(vllm_config)
+    if config is None:
+        return
+    model_config, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    dtype = model_config.dtype
     assert isinstance(dtype, torch.dtype), "vLLM has resolved it"
-    entry_bytes = bytes_per_layer(
-        config,
-        num_heads=model.get_num_attention_heads(parallel),
-        num_kv_heads=model.get_num_kv_heads(parallel),
-        head_size=model.get_head_size(),
-        hidden_size=model.get_hidden_size(),
-        max_length=model.max_model_len,
-        element_size=dtype.itemsize,
-    )
-    return SpecFields(
-        config,
-        model.get_total_num_kv_heads(),
-        entry_bytes,
-        vllm_config.scheduler_config.max_num_seqs,
-    )
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    for layer in compressed_modules(vllm_config):
+        model_heads = layer.num_kv_heads * ranks
+        if layer.num_kv_heads == 1 < ranks:  # several ranks may hold the same head
+            model_heads = _total_kv_heads(parents[layer]) or model_config.get_total_num_kv_heads()
+        entry_bytes = bytes_per_layer(
+            config,
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_size=layer.head_size,
+            hidden_size=model_config.get_hidden_size(),
+            max_length=model_config.max_model_len,
+            element_size=dtype.itemsize,
+        )
+        fields = spec_fields(vllm_config, config)._replace(
+            model_kv_heads=model_heads, entry_bytes=entry_bytes
+        )
+        layer.attn_backend = _with_fields(layer.attn_backend.__bases__[0], fields)
 
 
-@functools.cache
+def _total_kv_heads(attention: nn.Module) -> int | None:
+    """KV heads over all ranks of an attention module that projects them together, else None."""
+    for child in attention.children():
+        plain = child.base_layer if isinstance(child, BaseLinearLayerWithLoRA) else child
+        if isinstance(plain, QKVParallelLinear):
+            return plain.total_num_kv_heads
+    return None
+
+
 def compressed(backend: type[AttentionBackend], fields: SpecFields) -> type[AttentionBackend]:
     """Our subclass of ``backend``, one of the supported, for an engine with these fields."""
     module, cls_name = _SUPPORTED[backend.get_name()]
-    cls = getattr(importlib.import_module(module), cls_name)
-    return type(cls_name, (cls,), {"extra": fields._asdict()})
+    return _with_fields(getattr(importlib.import_module(module), cls_name), fields)
+
+
+@functools.cache
+def _with_fields(cls: type[AttentionBackend], fields: SpecFields) -> type[AttentionBackend]:
+    return type(cls.__name__, (cls,), {"extra": fields._asdict()})

@@ -102,7 +102,8 @@ _CONFIGURATION = _symbols(
     "vllm.config",
     ("VllmConfig", Use.HELD,
      "additional_config attention_config cache_config compilation_config device_config "
-     "kv_transfer_config model_config parallel_config scheduler_config speculative_config "
+     "kv_transfer_config lora_config model_config parallel_config scheduler_config "
+     "speculative_config "
      "use_v2_model_runner",
      "where our config travels; compatibility"),
     ("get_current_vllm_config", Use.CALLED, "", "the engine whose layers are being built"),
@@ -114,10 +115,7 @@ _CONFIGURATION = _symbols(
      "compatibility; labels of metrics"),
     ("ModelConfig.get_total_num_kv_heads", Use.CALLED, "self",
      "budgets that span heads count those of all ranks"),
-    ("ModelConfig.get_num_kv_heads", Use.CALLED, "self parallel_config", "bytes kept per prompt"),
-    ("ModelConfig.get_num_attention_heads", Use.CALLED, "self parallel_config",
-     "bytes kept per prompt"),
-    ("ModelConfig.get_head_size", Use.CALLED, "self", "bytes kept per prompt"),
+    ("ModelConfig.get_head_size", Use.CALLED, "self", "compatibility"),
     ("ModelConfig.get_hidden_size", Use.CALLED, "self", "bytes kept per prompt"),
     ("ParallelConfig", Use.HELD,
      "data_parallel_index decode_context_parallel_size pipeline_parallel_size "
@@ -132,7 +130,7 @@ _CONFIGURATION = _symbols(
      "cudagraph_mode max_cudagraph_capture_size static_forward_context",
      "buffers of a per-head batch; the layers and their caches"),
     ("AttentionConfig", Use.HELD, "use_non_causal", "compatibility"),
-    ("DeviceConfig", Use.HELD, "device_type", "are there kernels for it?"),
+    ("DeviceConfig", Use.HELD, "device device_type", "where buffers are; are there kernels?"),
 )  # fmt: skip
 
 _SCHEDULER = (
@@ -218,8 +216,12 @@ _ATTENTION = (
          "head_size dtype kv_cache_dtype has_sink use_mm_prefix use_per_head_quant_scales "
          "attn_type has_sliding_window",
          "gives full-attention layers our subclass of their backend"),
-        ("Attention", Use.HELD, "kv_cache", "caches of all layers"),
+        ("Attention", Use.HELD, "attn_backend head_size kv_cache num_heads num_kv_heads",
+         "caches of all layers, and what specs tell of them"),
+        ("Attention.forward", Use.WRAPPED, "self query", "while a layer is tried at start"),
     ),
+    *_symbols("vllm.model_executor.layers.linear",
+              ("QKVParallelLinear", Use.HELD, "total_num_kv_heads", "heads of all ranks")),
     *_symbols("vllm.model_executor.models.utils",
               ("extract_layer_index", Use.CALLED, "layer_name", "order of layers")),
     *_symbols(
@@ -296,7 +298,8 @@ _BACKENDS = (
 _WORKER = (
     *_symbols(
         "vllm.v1.worker.gpu_model_runner",
-        ("GPUModelRunner", Use.HELD, "attn_groups input_batch", "runner V1: order of a batch"),
+        ("GPUModelRunner", Use.HELD, "attn_groups input_batch requests",
+         "runner V1: order of a batch, and its requests"),
         ("GPUModelRunner._determine_batch_execution_and_padding", Use.WRAPPED,
          "self num_tokens num_reqs force_uniform_decode",
          "keeps steps that need our Python out of full graphs"),
@@ -309,10 +312,12 @@ _WORKER = (
     *_symbols(
         "vllm.v1.worker.gpu_input_batch",
         ("InputBatch", Use.HELD, "num_reqs req_ids", "runner V1: order of a batch"),
+        ("CachedRequestState", Use.HELD, "lora_request", "runner V1: a request's adapter"),
     ),
     *_symbols(
         "vllm.v1.worker.gpu.model_runner",
-        ("GPUModelRunner", Use.HELD, "attn_groups req_states", "runner V2: order of a batch"),
+        ("GPUModelRunner", Use.HELD, "attn_groups lora_state req_states",
+         "runner V2: order of a batch, and its adapters"),
         ("GPUModelRunner.gather_batch_req_state", Use.REPLACED, "self scheduler_output dummy_run",
          "keeps steps that need our Python out of full graphs",
          "tuple['BatchReqState | None', int | None]"),
@@ -342,6 +347,22 @@ _WORKER = (
     ),
 )  # fmt: skip
 
+_ADAPTERS = (
+    *_symbols("vllm.lora.layers",
+              ("LoRAMapping", Use.HELD, "index_mapping prompt_mapping is_prefill", "no request")),
+    *_symbols("vllm.lora.layers.base_linear", ("BaseLinearLayerWithLoRA", Use.HELD,
+              "base_layer lora_a_stacked lora_b_stacked output_slices", "projects our own rows")),
+    *_symbols("vllm.lora.request", ("LoRARequest", Use.HELD, "lora_int_id", "of a request")),
+    *_symbols("vllm.lora.worker_manager",
+              ("WorkerLoRAManager", Use.HELD, "_adapter_manager", "where adapters are"),
+              ("WorkerLoRAManager.set_active_adapters", Use.CALLED, "self requests mapping",
+               "brings those back that are not")),
+    *_symbols("vllm.lora.model_manager",
+              ("LoRAModelManager", Use.HELD, "lora_index_to_id", "where adapters are")),
+    *_symbols("vllm.v1.worker.gpu.lora_utils",
+              ("LoraState", Use.HELD, "lora_requests", "runner V2: a request's adapter")),
+)  # fmt: skip
+
 SYMBOLS = (
     *_COMMAND_LINE,
     *_REGISTRY,
@@ -350,35 +371,18 @@ SYMBOLS = (
     *_ATTENTION,
     *_BACKENDS,
     *_WORKER,
+    *_ADAPTERS,
 )
 
 CALLS = (
-    Call(
-        "vllm.model_executor.layers.attention.attention",
-        "Attention.__init__",
-        "get_attn_backend",
-        ("attn_type", "has_sliding_window"),
-        "selection tells the layers apart by these",
-    ),
-    Call(
-        "vllm.v1.core.sched.scheduler",
-        "Scheduler.schedule",
-        "_mamba_block_aligned_split",
-        (),
-        "requests that return from preemption stop where they were compressed",
-    ),
-    Call(
-        "vllm.v1.core.kv_cache_coordinator",
-        "UnitaryKVCacheCoordinator.find_longest_cache_hit",
-        "find_longest_cache_hit",
-        ("block_hashes", "max_length"),
-        "our manager lowers max_length",
-    ),
-    Call(
-        "vllm.v1.engine.async_llm",
-        "AsyncLLM._add_streaming_input_request",
-        "process_inputs",
-        ("resumable",),
-        "tells prompts that grow",
-    ),
-)
+    Call("vllm.model_executor.layers.attention.attention", "Attention.__init__",
+         "get_attn_backend", ("attn_type", "has_sliding_window"),
+         "selection tells the layers apart by these"),
+    Call("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "_mamba_block_aligned_split", (),
+         "requests that return from preemption stop where they were compressed"),
+    Call("vllm.v1.core.kv_cache_coordinator", "UnitaryKVCacheCoordinator.find_longest_cache_hit",
+         "find_longest_cache_hit", ("block_hashes", "max_length"),
+         "our manager lowers max_length"),
+    Call("vllm.v1.engine.async_llm", "AsyncLLM._add_streaming_input_request", "process_inputs",
+         ("resumable",), "tells prompts that grow"),
+)  # fmt: skip

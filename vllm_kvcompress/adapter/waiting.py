@@ -62,6 +62,10 @@ class WaitingPrompts:
         self.entries = RequestSlots(num_entries)
         self.stats = PrefillStats(len(facts), num_entries, max_length, config.needs)
         self._queries: torch.Tensor | None = None  # [L, entries * rows, Hq, D]
+        self._rotating = 0  # a layer that rotates, if any does: it knows positions
+        if config.needs & attention_inputs.CAPTURED:
+            rotates = [attention_inputs.inputs_of(m).rotary_emb is not None for m in facts.modules]
+            self._rotating = rotates.index(True) if any(rotates) else 0
 
     def entries_of(self, req_ids: Sequence[str]) -> np.ndarray:
         """Entries [len(req_ids)] int64 of requests; those that have none get one."""
@@ -125,16 +129,20 @@ class WaitingPrompts:
             if Need.HIDDEN_MOMENTS in stats.needs:
                 stats.add_hidden(rows, layer_idx, inputs.hidden)
             if Need.QUERY_MOMENTS in stats.needs:
-                heads = inputs.queries.unflatten(1, (facts.num_heads, -1))
-                stats.add_queries(rows, layer_idx, heads)
-            if layer_idx == 0:  # the same in all layers
+                if inputs.rotary_emb is not None:
+                    queries = inputs.queries.unflatten(1, (facts.num_heads, -1))
+                stats.add_queries(rows, layer_idx, queries)
+            if layer_idx == self._rotating:  # the same in all layers
                 stats.set_positions(rows, inputs.positions)
 
-    def stack(self, req_ids: Sequence[str], num_rows: int) -> LayerStack:
+    def stack(
+        self, req_ids: Sequence[str], num_rows: int, adapter_slots: torch.Tensor | None = None
+    ) -> LayerStack:
         """All that the layers hand over for N finished prompts.
 
         Args:
             num_rows: Q, last positions whose queries are looked at.
+            adapter_slots: [N], see ``lora.RequestAdapters.slots``; None without adapters.
         """
         facts = self.facts
         pages, layer_pages = facts.pages
@@ -153,6 +161,7 @@ class WaitingPrompts:
                 self.stats.last_positions(entries),
                 facts.num_heads,
                 facts.layout.head_size,
+                adapter_slots,
             )
         if facts.float8 is not None:
             extra["key_scale"] = facts.float8_scales["key"]

@@ -9,9 +9,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvcompress.adapter import attention_inputs, model_checks, runners
+from vllm_kvcompress.adapter import attention_inputs, model_checks, runners, selection
 from vllm_kvcompress.adapter.backend import layers_of
 from vllm_kvcompress.adapter.layers import CompressedLayers
+from vllm_kvcompress.adapter.lora import RequestAdapters
 from vllm_kvcompress.adapter.telemetry import last_words
 
 
@@ -28,7 +29,10 @@ class CompressedWorker(Worker):
     @last_words
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Called after the weights are loaded and before memory is profiled."""
-        attention_inputs.install(self.model_runner.get_model(), self.vllm_config)
+        runner, has_adapters = self.model_runner, self.vllm_config.lora_config is not None
+        lora_manager = runner.lora_manager if has_adapters else None
+        selection.describe_layers(runner.get_model(), self.vllm_config)
+        attention_inputs.install(runner.get_model(), self.vllm_config, lora_manager)
         specs = super().get_kv_cache_spec()
         assert self.device is not None, "the worker has been initialized"
         if self._reserved is None and self.device.type != "cpu":
@@ -49,6 +53,9 @@ class CompressedWorker(Worker):
         runners.check_whole_blocks(self.model_runner, spec.block_size)
         self.compressed_layers = layers_of(self.vllm_config)
         self.compressed_layers.order_of = partial(runners.request_order, self.model_runner)
+        lora = self.vllm_config.lora_config
+        if lora is not None:
+            self.compressed_layers.adapters = RequestAdapters(self.model_runner, lora.max_loras)
         runners.veto_full_graphs(self.model_runner, self.compressed_layers)
         facts = self.compressed_layers.facts
         assert facts.pages, "raises where the layers are not at equal distances"
