@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/compatibility.md and `vllm-kvcompress models` say what the rules and vLLM's sources do."""
 
-import json
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import tiny_families
 import tiny_models
-from vllm.transformers_utils import model_arch_config_convertor
 
 from vllm_kvcompress.adapter import model_table
 from vllm_kvcompress.adapter.compatibility import ENGINE_RULES, MODEL_RULES
@@ -79,16 +78,15 @@ def test_what_ran_is_what_tests_serve():
     """Architectures of the project's own checkpoints, but for those that tests see refused."""
     tables = (tiny_models.__doc__ or "") + (tiny_families.__doc__ or "")
     made = set(re.findall(r"^\| \S+ +\| (\w+)", tables, re.MULTILINE)) & MODULES.keys()
-    example = json.loads((ROOT / "examples/tiny-docvqa/model/config.json").read_text())
-    served = {a for a in {*made, *example["architectures"]} if ROWS[a].served != "no"}
-    assert served == model_table.RAN.keys()
+    assert {a for a in made if ROWS[a].served != "no"} == model_table.RAN.keys()
     for file in model_table.RAN.values():
         assert (ROOT / "tests" / "integration" / file).is_file()
 
 
 def test_models_that_attend_in_both_directions():
     """vLLM lists them by model type, where no configuration says so itself."""
-    source = Path(model_arch_config_convertor.__file__).read_text()
+    spec = importlib.util.find_spec("vllm.transformers_utils.model_arch_config_convertor")
+    source = Path(spec.origin).read_text()
     (listed,) = re.findall(r"MM_PREFIX_LM_MODELS = \(([^)]*)\)", source)
     assert re.findall(r'"(\w+)"', listed) == [
         "bagel", "gemma3", "molmo2", "moondream3", "paligemma",

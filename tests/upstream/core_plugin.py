@@ -15,6 +15,7 @@ hits of long prompts differ by design.
 
 import dataclasses
 import inspect
+import logging
 import os
 from pathlib import Path
 
@@ -39,6 +40,9 @@ from vllm_kvcompress.metrics import Labels
 BUDGETS = {"covering": "100%", "real": 64}
 CHECKPOINTS = Path(__file__).resolve().parents[2] / ".cache" / "models"
 MODELS = {
+    "Qwen/Qwen1.5-7B": (tiny_models, "llama"),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (tiny_families, "qwen2.5-vl"),
+    "Qwen/Qwen3-0.6B": (tiny_models, "llama"),
     "facebook/opt-125m": (tiny_models, "llama"),
     "llava-hf/llava-1.5-7b-hf": (tiny_families, "llava-next-mistral"),
 }
@@ -61,6 +65,15 @@ def pytest_configure(config):
     if chosen in BUDGETS:
         settings = {"method": "snapkv", "budget": BUDGETS[chosen], "window": 16}
         replace(KVCompressionConfig.parse(settings))
+
+
+@pytest.fixture
+def caplog_vllm(caplog):
+    """As in vLLM's own conftest, which needs packages that these tests do not."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def replace(compression: KVCompressionConfig) -> None:

@@ -223,7 +223,7 @@ MODEL_RULES = (
         ),
         mark=r"use_bidirectional_attention\b",
         condition="`use_bidirectional_attention` is `vision`",
-        except_for=("Gemma3ForCausalLM", "Gemma4ForCausalLM"),
+        except_for=("Gemma4ForCausalLM",),
         text_only=True,
     ),
     ModelRule(

@@ -27,7 +27,6 @@ RAN = {
     "MistralForCausalLM": "test_families.py",
     "Qwen2VLForConditionalGeneration": "test_families.py",
     "Qwen2_5_VLForConditionalGeneration": "test_families.py",
-    "Qwen3VLForConditionalGeneration": "test_real_budget.py",
     "Qwen3VLMoeForConditionalGeneration": "test_families.py",
 }
 """Architectures that tests serve, and the file in tests/integration that does."""
@@ -78,7 +77,7 @@ def multimodal_models() -> dict[str, str]:
 def _modules(architectures: set[str]) -> dict[str, str]:
     return {
         name: registry.ModelRegistry.models[name].module_name
-        for name in sorted(architectures, key=str.lower)
+        for name in sorted(architectures, key=lambda name: (name.lower(), name))
     }
 
 
