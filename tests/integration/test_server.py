@@ -146,10 +146,7 @@ def test_log(server, pages):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (
-            ("--kv-budget", "96", "--pipeline-parallel-size", "2", "--enable-dbo"),
-            "micro-batching: ",
-        ),
+        (("--pipeline-parallel-size", "2"), "set --pipeline-parallel-size 1."),
         (("--max-model-len", "3585"), "--max-model-len 3584 or less"),
     ],
     ids=["by its configuration", "by a worker"],
