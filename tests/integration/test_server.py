@@ -154,7 +154,10 @@ def test_log(server, pages):
 def test_a_refusal_is_the_last_line(checkpoint, flags, reason):
     """Whoever looks at the end of the log sees why: vLLM itself says only that a process failed."""
     output = ends_with_error(checkpoint("llama", layers=2), "--kv-compression", "shiftkv", *flags)
-    assert reason in output.strip().splitlines()[-1], output[-3000:]
+    # Python's resource tracker, a process of its own, may warn at any time
+    lines = [line for line in output.strip().splitlines() if "resource_tracker" not in line]
+    lines = [line for line in lines if not line.lstrip().startswith("warnings.warn")]
+    assert reason in lines[-1], output[-3000:]
 
 
 def test_bad_method_does_not_start(docvqa):

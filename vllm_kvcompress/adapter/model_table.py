@@ -75,10 +75,14 @@ def multimodal_models() -> dict[str, str]:
 
 
 def _modules(architectures: set[str]) -> dict[str, str]:
-    return {
-        name: registry.ModelRegistry.models[name].module_name
-        for name in sorted(architectures, key=lambda name: (name.lower(), name))
-    }
+    names = sorted(architectures, key=lambda name: (name.lower(), name))
+    return {name: _module(name) for name in names}
+
+
+def _module(architecture: str) -> str:
+    model = registry.ModelRegistry.models[architecture]
+    assert isinstance(model, registry._LazyRegisteredModel), "vLLM's own"
+    return model.module_name
 
 
 def rows(modules: dict[str, str]) -> list[Row]:
@@ -140,7 +144,7 @@ def _sources(module: str) -> dict[str, str]:
         ]
         known = registry.ModelRegistry.models
         named = _NAMED_MODELS.findall(source)
-        missing += [known[model].module_name for model in named if model in known]
+        missing += [_module(model) for model in named if model in known]
     return found
 
 

@@ -8,6 +8,7 @@ every layer of an engine that does not compress.
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,7 @@ def _advice(head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, **ot
         return f"compression runs on CUDA and on CPUs, {compatibility.WITHOUT}"
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
+    validate: Callable[..., list[str]] = FlashAttentionBackend.validate_configuration
     half = dtype if dtype.itemsize == 2 else torch.bfloat16
     as_dtype = f"--dtype {_name(half)}"
     as_cache = f"--kv-cache-dtype {_name(half)}"  # auto may be what the checkpoint asks for
@@ -77,7 +79,7 @@ def _advice(head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, **ot
         ((as_dtype,), (half, kv_cache_dtype)),
         ((as_dtype, as_cache), (half, _name(half))),
     ):
-        problems = FlashAttentionBackend.validate_configuration(
+        problems = validate(
             head_size=head_size,
             dtype=changed[0],
             kv_cache_dtype=changed[1],

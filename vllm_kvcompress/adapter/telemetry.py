@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,23 +45,9 @@ def _leave(directory: str, owner: int) -> None:
     # whoever has an engine in this very process has seen the error itself
     others = [path for path in Path(directory).glob("*.refusal") if path.stem != str(owner)]
     # after vLLM's own last words, which only say that a process failed
-    if others:
-        _end_resource_tracker()
     for refusal in {path.read_text() for path in others}:
         print(refusal, file=sys.stderr, flush=True)
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def _end_resource_tracker(patience_s: float = 5.0) -> None:
-    """Python's process that tells of what others have left behind would speak after us."""
-    tracker = resource_tracker._resource_tracker  # type: ignore[attr-defined]
-    if tracker._fd is None:
-        return
-    os.close(tracker._fd)
-    tracker._fd = None
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline and os.waitpid(tracker._pid, os.WNOHANG)[0] == 0:
-        time.sleep(0.05)
 
 
 def last_words(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +69,9 @@ def last_words(method: Callable[..., Any]) -> Callable[..., Any]:
 def labels_of(vllm_config: VllmConfig) -> Labels:
     """Labels of an engine's series; its processes have been told its index."""
     index = vllm_config.parallel_config.data_parallel_index
-    return Labels(str(index), vllm_config.model_config.served_model_name)
+    name = vllm_config.model_config.served_model_name
+    assert isinstance(name, str), "vLLM has resolved it"
+    return Labels(str(index), name)
 
 
 class SchedulerTelemetry:
