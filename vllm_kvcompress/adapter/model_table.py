@@ -18,6 +18,9 @@ from vllm.model_executor.models import registry
 from vllm_kvcompress.adapter.compatibility import MODEL_RULES, ModelRule
 
 RAN = {
+    "Cohere2ForCausalLM": "test_attention_inputs.py",
+    "Exaone4ForCausalLM": "test_attention_inputs.py",
+    "Gemma4ForCausalLM": "test_attention_inputs.py",
     "Gemma3ForConditionalGeneration": "test_hybrid.py",
     "Gemma3ForCausalLM": "test_hybrid.py",
     "InternVLForConditionalGeneration": "test_families.py",
