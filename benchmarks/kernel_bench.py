@@ -66,8 +66,8 @@ FEWEST, MOST = 3, 40  # calls per entry
 Row = dict[str, object]
 
 FAILED = "failed: "
-HEADLINES = (("ours", 1), ("flash-attn", 8))
-"""Implementation and batch of rows that a summary shows."""
+HEADLINES = ("compress", "ours"), ("paged_decode", "flash-attn")
+"""Operation and implementation of rows that a summary shows."""
 
 
 class Machine(NamedTuple):
@@ -342,7 +342,8 @@ def main() -> None:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()})
             sink.flush()
             failures += str(row["note"]).startswith(FAILED)
-            shown = "== " if (row["implementation"], row["num"]) in HEADLINES else ""
+            what = str(row["operation"]).split()[0], row["implementation"]
+            shown = "== " if what in HEADLINES else ""
             print(f"{shown}{describe(row)}", flush=True)
     if failures:
         sys.exit(f"{failures} operations failed")

@@ -41,7 +41,7 @@ def build(tmp_path, **home):
     paths = os.pathsep.join([str(site), str(ROOT / "benchmarks")])
     env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
     now = time.monotonic()
-    run = Run(tmp_path, env | {"PYTHONPATH": paths} | home, now, now + 60)
+    run = Run(tmp_path, env | {"PYTHONPATH": paths} | home, now, now + 300)
     step = listed(tmp_path)[CUDA_BUILD]
     run.together([step, Step("uses it", [sys.executable, "-c", ""], 30, needs=step.name)])
     return run.outcomes
@@ -70,7 +70,7 @@ def test_no_compiler(tmp_path):
 def test_torch_without_cuda(tmp_path):
     """As it is here, and in a rehearsal."""
     now, env = time.monotonic(), os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
-    run = Run(tmp_path, env, now, now + 60)
+    run = Run(tmp_path, env, now, now + 300)
     run.together([listed(tmp_path)[CUDA_BUILD]])
     assert run.outcomes[0].outcome == "not run"
     assert run.outcomes[0].note == "this torch was built without CUDA"
