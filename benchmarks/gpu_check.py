@@ -93,8 +93,7 @@ def main() -> None:
     run = Run(folder, environment(args.rehearse), start, start + 60 * args.minutes * patience)
 
     def stop(*_: Any) -> None:  # what there is gets archived and told first
-        run.stop()
-        raise SystemExit(143)
+        run.stop()  # raising here would leave the runner's threads behind, and their processes
 
     signal.signal(signal.SIGTERM, stop)
     stages = LISTS[args.list](machine)
@@ -109,6 +108,8 @@ def main() -> None:
                 run.together(steps, jobs)
     finally:
         print(*run.summary(), sep="\n", flush=True)
+    if run.stopped:
+        sys.exit(143)
     sys.exit(
         any(o.outcome not in (EXPECTED.get(o.step, "passed"), "not run") for o in run.outcomes)
     )

@@ -72,6 +72,7 @@ class Run:
         folder: receives ``steps.csv``, ``summary.txt`` and ``logs/``, and what the steps write.
         start, end: on the monotonic clock; no step goes on after the end.
         outcomes: of the steps that are over.
+        stopped: somebody has asked for it.
     """
 
     folder: Path
@@ -79,6 +80,7 @@ class Run:
     start: float
     end: float
     outcomes: list[Outcome] = field(default_factory=list)
+    stopped: bool = False
     _started: dict[str, Future[Outcome]] = field(default_factory=dict)
     _processes: set[subprocess.Popen] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -138,6 +140,8 @@ class Run:
                 start_new_session=True,
             )
             self._processes.add(process)
+            if self.stopped:  # while it began
+                end_group(process)
             try:
                 return {0: "passed", NOT_RUN: "not run"}.get(process.wait(seconds), "failed")
             except subprocess.TimeoutExpired:
@@ -147,8 +151,8 @@ class Run:
                 end_group(process)
 
     def stop(self) -> None:
-        """End what runs; no further step begins."""
-        self.end = 0.0
+        """End what runs; no further step begins. ``together`` then returns soon."""
+        self.stopped, self.end = True, 0.0
         for process in list(self._processes):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

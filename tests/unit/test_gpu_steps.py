@@ -205,6 +205,7 @@ def test_a_stopped_check_leaves_an_archive_and_a_summary(tmp_path, monkeypatch):
     rest = process.communicate(timeout=30)[0]
     assert process.returncode == 143
     assert "fails-on-purpose: on purpose" in rest
+    assert "2 failed" in rest  # the other one was ended
     with tarfile.open(tmp_path / "gpu-first.tar.gz") as archive:
         assert any(name.endswith("logs/fails-on-purpose.txt") for name in archive.getnames())
 
