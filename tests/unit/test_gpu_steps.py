@@ -79,12 +79,13 @@ class TestSteps:
         }  # fmt: skip
         assert time.monotonic() < run.end + 5
 
-    def test_side_by_side(self, run):
-        wait = python("import time", "time.sleep(1.5)")
-        start = time.monotonic()
-        run.together([Step(f"step {n}", wait, 30) for n in range(4)], jobs=4)
-        assert time.monotonic() - start < 4
-        assert len(run.outcomes) == 4
+    def test_side_by_side(self, run, tmp_path):
+        """Four steps that wait for each other."""
+        meet = "import pathlib, sys, time; d = pathlib.Path(sys.argv[1]); (d / sys.argv[2]).touch()"
+        wait = "[time.sleep(0.05) for _ in iter(lambda: len([*d.glob('here*')]) < 4, False)]"
+        command = [*python(meet, wait), str(tmp_path)]
+        run.together([Step(f"step {n}", [*command, f"here{n}"], 60) for n in range(4)], jobs=4)
+        assert [outcome.outcome for outcome in run.outcomes] == ["passed"] * 4
 
     def test_cannot_run_here(self, run):
         """A step that says so, and what needs it, are told apart from what passed and failed."""
