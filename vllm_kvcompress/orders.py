@@ -16,7 +16,8 @@ class CompressionOrder(NamedTuple):
     Attributes:
         req_id: vLLM's id of the request.
         plan: what is kept of its prompt.
-        block_ids: of all the prompt's blocks, the partial last one included.
+        block_ids: of all the prompt's blocks, the partial last one included, as attention kernels
+            number them.
     """
 
     req_id: str

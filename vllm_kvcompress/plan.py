@@ -7,6 +7,9 @@ A prompt of P tokens with block size bs has m = P // bs full blocks and a tail o
     | returned to the pool,      | head pages of the kept     | as stock vLLM writes them
     | still hashed for reuse     | tokens, private, unhashed  |
 
+Blocks are those that attention kernels see. Where vLLM's pool deals in larger ones, those come back
+that lie wholly before the kept blocks.
+
 A *head page* is the part of a block that belongs to one KV head of one layer: block_size tokens.
 The n kept blocks hold n * num_kv_heads head pages per layer, which the heads share out: those of
 one layer among themselves, or those of all layers when the allocator moves budget across layers.
@@ -30,6 +33,7 @@ class PromptPlan:
     Attributes:
         num_full_blocks: m, full blocks of the prompt.
         num_kept_blocks: n, the last n of the m blocks, which hold the kept tokens.
+        num_freed_blocks: blocks of the pool that come back, see ``BlockPlanner.pool_block``.
         tail: tokens in the partial last block; always kept.
         capacity: nominal competing tokens that a head keeps.
         num_candidates: competing tokens as allocators count them.
@@ -48,6 +52,7 @@ class PromptPlan:
 
     num_full_blocks: int
     num_kept_blocks: int
+    num_freed_blocks: int
     tail: int
     capacity: int
     num_candidates: int
@@ -62,17 +67,13 @@ class PromptPlan:
     facts: PromptFacts
 
     @property
-    def num_freed_blocks(self) -> int:
-        return self.num_full_blocks - self.num_kept_blocks
-
-    @property
     def first_row(self) -> int:
         """First position whose token a method looks at."""
         return min(self.facts.length - self.num_rows, self.stats_from)
 
     @property
     def compresses(self) -> bool:
-        """False: the prompt fits its budget, and stays exactly as stock vLLM keeps it."""
+        """False: no block would come back, and the prompt stays exactly as stock vLLM keeps it."""
         return self.num_freed_blocks > 0
 
 
@@ -82,14 +83,16 @@ class BlockPlanner:
 
     Attributes:
         config: how prompts are compressed.
-        block_size: tokens per block.
+        block_size: tokens per block, as attention kernels see it.
         num_layers, num_kv_heads: compressed layers, and KV heads of the model over all ranks.
+        pool_block: how many of these make one block of vLLM's pool.
     """
 
     config: KVCompressionConfig
     block_size: int
     num_layers: int
     num_kv_heads: int
+    pool_block: int = 1
 
     @property
     def max_rows(self) -> int:
@@ -139,10 +142,14 @@ def _plan(planner: BlockPlanner, facts: PromptFacts) -> PromptPlan:
         pages = math.ceil((mean + num_protected - tail) / block_size)
         num_kept = min(num_full, max(1, pages, -(-num_protected_in_blocks // block_size)))
     first_row = min(length - num_rows, stats_from)
-    compresses = num_kept < num_full
+    num_freed = (num_full - num_kept) // planner.pool_block
+    if not num_freed:
+        num_kept = num_full
+    pool_tokens = planner.pool_block * block_size
     return PromptPlan(
         num_full_blocks=num_full,
         num_kept_blocks=num_kept,
+        num_freed_blocks=num_freed,
         tail=tail,
         capacity=capacity,
         num_candidates=num_candidates,
@@ -153,8 +160,8 @@ def _plan(planner: BlockPlanner, facts: PromptFacts) -> PromptPlan:
         instruction_len=instruction_len,
         stats_from=stats_from,
         moments_from=moments_from,
-        max_hit=min(num_full - num_kept, first_row // block_size) * block_size
-        if compresses
+        max_hit=min(num_freed, first_row // pool_tokens) * pool_tokens
+        if num_freed
         else max(length - 1, 0),
         facts=facts,
     )

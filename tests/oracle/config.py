@@ -68,6 +68,7 @@ class OracleConfig:
     candidates: str | None = None  # all | visual; None is the scorer's own default
     window: int = 32
     block_size: int = 32
+    pool_block: int = 1  # blocks that can only be freed together
     kernel: int = 5  # snapkv and all that build on its score
     pool: str = "avg"  # avg | max
     reduction: str = "mean"  # mean | max, over the query heads of a group

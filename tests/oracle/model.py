@@ -48,7 +48,8 @@ class Oracle:
         self.text_config = self.model.config.get_text_config()
         self.text_config._attn_implementation = name
         modules = dict(self.model.named_modules())
-        self._rotary = next(m for n, m in modules.items() if n.endswith(".rotary_emb"))
+        # models without one attend to keys as they are
+        self._rotary = next((m for n, m in modules.items() if n.endswith(".rotary_emb")), None)
         for module in modules.values():
             if hasattr(module, "q_proj") and hasattr(module, "layer_idx"):
                 module.register_forward_pre_hook(self._read_inputs, with_kwargs=True)

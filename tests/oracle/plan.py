@@ -70,7 +70,7 @@ def page_plan(
         math.ceil((mean - tail) / cfg.block_size),
         math.ceil(Fraction(fixed, cfg.block_size)),
     )
-    compressed = full > uniform and bool(budget.candidates.any())
+    compressed = full - uniform >= cfg.pool_block and bool(budget.candidates.any())
     return PagePlan(full, tail, uniform, compressed, fixed)
 
 

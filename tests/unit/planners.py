@@ -14,8 +14,9 @@ from vllm_kvcompress.scoring import SCORERS
 LAYERS, NUM_KV_HEADS = 3, 2
 
 
-def planner_of(block_size: int, **settings: Any) -> BlockPlanner:
-    return BlockPlanner(KVCompressionConfig.parse(settings), block_size, LAYERS, NUM_KV_HEADS)
+def planner_of(block_size: int, pool_block: int = 1, **settings: Any) -> BlockPlanner:
+    config = KVCompressionConfig.parse(settings)
+    return BlockPlanner(config, block_size, LAYERS, NUM_KV_HEADS, pool_block)
 
 
 def oracle_config(planner: BlockPlanner) -> oracle.OracleConfig:
@@ -30,6 +31,7 @@ def oracle_config(planner: BlockPlanner) -> oracle.OracleConfig:
         candidates="all" if config.candidates.value == "all" else "visual",
         window=config.window,
         block_size=planner.block_size,
+        pool_block=planner.pool_block,
         **config.options,
     )
 
@@ -64,4 +66,4 @@ def planners(draw, scorers=tuple(SCORERS), allocators=("uniform", "pyramid", "ad
     else:
         least = max(settings["window"] + 1, block_size)
         settings["budget"] = Budget(tokens=draw(st.integers(least, least + 500)))
-    return planner_of(block_size, **settings)
+    return planner_of(block_size, draw(st.sampled_from([1, 1, 3])), **settings)

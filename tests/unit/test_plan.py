@@ -17,7 +17,6 @@ from planners import LAYERS, NUM_KV_HEADS, oracle_config, planner_of, planners, 
 
 from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.allocation.uniform import Uniform
-from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN, PromptFacts
 from vllm_kvcompress.scoring import Need
 
@@ -86,8 +85,9 @@ def test_blocks_add_up(planner, facts):
     assert plan.num_full_blocks * planner.block_size + plan.tail == facts.length
     assert 0 <= plan.tail < planner.block_size
     assert 0 <= plan.num_kept_blocks <= plan.num_full_blocks
-    assert plan.num_freed_blocks + plan.num_kept_blocks == plan.num_full_blocks
-    assert plan.compresses == (plan.num_freed_blocks > 0)
+    dropped = plan.num_full_blocks - plan.num_kept_blocks
+    assert plan.num_freed_blocks == dropped // planner.pool_block
+    assert plan.compresses == (plan.num_freed_blocks > 0) == (dropped > 0)
 
 
 @given(planners(allocators=("uniform",)), prompts())
@@ -108,7 +108,7 @@ def test_kept_tokens_never_fall_below_the_budget(planner, facts):
 @given(planners(), prompts())
 def test_compaction_only_touches_recomputed_blocks(planner, facts):
     """No hit covers a row that is looked at, or a block that compaction writes; else it may."""
-    plan, size = planner.plan(facts), planner.block_size
+    plan, size = planner.plan(facts), planner.block_size * planner.pool_block
     if not plan.compresses:
         assert plan.max_hit == max(facts.length - 1, 0)
         return
@@ -185,7 +185,7 @@ def test_sums_over_the_prompt_bound_hits(settings, stats_from, max_hit):
 
 @given(planners(), prompts())
 def test_equal_planners_agree(planner, facts):
-    twin = BlockPlanner(planner.config, planner.block_size, LAYERS, NUM_KV_HEADS)
+    twin = replace(planner)
     assert hash(twin) == hash(planner)
     assert twin.plan(replace(facts)) == planner.plan(facts)
 
@@ -199,7 +199,8 @@ def test_longer_prompts_free_no_fewer_blocks(planner, one, two):
     short, long = (planner.plan(PromptFacts(n)) for n in sorted((one, two)))
     if planner.config.budget.tokens is not None:
         assert short.num_freed_blocks <= long.num_freed_blocks
-    assert short.num_kept_blocks <= long.num_kept_blocks + 1
+    if planner.pool_block == 1:
+        assert short.num_kept_blocks <= long.num_kept_blocks + 1
 
 
 @pytest.mark.parametrize(
@@ -218,6 +219,22 @@ def test_examples(length, full, kept, tail, max_hit):
     assert (plan.num_full_blocks, plan.num_kept_blocks, plan.tail) == (full, kept, tail)
     assert plan.max_hit == max_hit
     assert (plan.capacity, plan.num_protected, plan.num_candidates) == (32, 32, length - 32)
+
+
+@pytest.mark.parametrize(
+    ("length", "freed", "kept", "max_hit"),
+    [
+        (1119, 0, 34, 1118),  # 32 before the kept ones: not one block of the pool
+        (5000, 4, 2, 4 * 1056),  # 154 before the kept ones, which are inside the fifth
+        (4 * 1056 + 64, 4, 2, 4 * 1056),
+        (4 * 1056 + 63, 3, 2, 3 * 1056),  # a kept block reaches into the fourth
+    ],
+)
+def test_blocks_of_the_pool(length, freed, kept, max_hit):
+    """Of 1,056 tokens, of which attention kernels make 33."""
+    plan = planner_of(32, 33, method="snapkv", budget=64).plan(PromptFacts(length))
+    assert (plan.num_freed_blocks, plan.num_kept_blocks) == (freed, kept)
+    assert plan.max_hit == max_hit
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.attention import Attention
+from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from vllm_kvcompress.adapter import compatibility
@@ -28,6 +29,17 @@ class CompressedBackend:
     """
 
     extra: ClassVar[Mapping[str, Any]]
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec=None) -> list[int | MultipleOf]:
+        """One size, into which vLLM splits larger blocks: budgets need small head pages.
+
+        A backend that does not take it has its own way, and the worker checks what came of it.
+        """
+        sizes = super().get_supported_kernel_block_sizes(kv_cache_spec)  # type: ignore[misc]
+        wanted = cls.extra["kernel_block_size"]
+        bases = [size.base for size in sizes if isinstance(size, MultipleOf)]
+        return [wanted] if any(wanted % base == 0 for base in bases) else sizes
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

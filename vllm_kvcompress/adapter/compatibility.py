@@ -160,18 +160,10 @@ MODEL_RULES = (
         condition="`kv_lora_rank` is set",
     ),
     ModelRule(
-        "linear-attention, Mamba or short-convolution layers",
-        "the model has layers that keep a state instead of a KV cache (linear attention, Mamba, "
-        "short convolutions)",
-        lambda e: e.model.is_hybrid or e.model.is_attention_free,
-        mark=r"\b(IsHybrid|IsAttentionFree)\b",
-    ),
-    ModelRule(
-        "chunked local attention",
-        "the model has layers that attend to local chunks only",
-        lambda e: bool(e.text.get("attention_chunk_size")),
-        mark=r"\bChunkedLocalAttention\b",
-        condition="`attention_chunk_size` is set",
+        "linear-attention, Mamba or short-convolution layers alone",
+        "the model has no attention layers",
+        lambda e: e.model.is_attention_free,
+        mark=r"\bIsAttentionFree\b",
     ),
     ModelRule(
         "attention sinks",
@@ -301,11 +293,12 @@ ENGINE_RULES = (
                     and bool(e.cache.kv_cache_dtype_skip_layers))),
     Rule("fast prefill of layers that share KV", "layers that share KV",
          "remove --kv-sharing-fast-prefill", lambda e: e.cache.kv_sharing_fast_prefill),
-    Rule("sliding windows beside full attention without the hybrid KV cache manager",
-         "vLLM then keeps sliding-window layers like full ones, in one group",
+    Rule("sliding windows or chunks beside full attention without the hybrid KV cache manager",
+         "vLLM then keeps layers of local attention like full ones, in one group",
          "remove --disable-hybrid-kv-cache-manager",
          lambda e: (bool(e.scheduler.disable_hybrid_kv_cache_manager)
-                    and e.layer_types > {"sliding_attention"})),
+                    and len(e.layer_types) > 1
+                    and bool(e.layer_types & {"sliding_attention", "chunked_attention"}))),
     Rule("a budget below one block", "--kv-budget {budget} is smaller than one block",
          "set --kv-budget {block_size} or more, or a smaller --block-size than {block_size}",
          lambda e: (e.config.tokens_per_head is not None

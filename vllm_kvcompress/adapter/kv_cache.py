@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
@@ -35,6 +35,8 @@ class CompressedSpec(FullAttentionSpec):
 
     Attributes:
         config: how they are compressed.
+        kernel_block_size: tokens of a block as attention kernels see it. A block of the pool is
+            one of these, or several: vLLM makes it as large as the state of a Mamba layer.
         model_kv_heads: KV heads of the model, over all ranks.
         entry_bytes: what a worker keeps, per layer, of a prompt that waits for its compression.
         max_entries: most prompts that can wait at the same time.
@@ -42,6 +44,7 @@ class CompressedSpec(FullAttentionSpec):
     """
 
     config: KVCompressionConfig
+    kernel_block_size: int
     model_kv_heads: int
     entry_bytes: int = 0
     max_entries: int = 1
@@ -63,7 +66,14 @@ class CompressedSpec(FullAttentionSpec):
     @property
     def planner(self) -> BlockPlanner:
         assert self.num_layers, "plans are made from the spec of a group"
-        return BlockPlanner(self.config, self.block_size, self.num_layers, self.model_kv_heads)
+        assert self.block_size % self.kernel_block_size == 0, "whole kernel blocks"
+        return BlockPlanner(
+            self.config,
+            self.kernel_block_size,
+            self.num_layers,
+            self.model_kv_heads,
+            self.block_size // self.kernel_block_size,
+        )
 
     @classmethod
     def merge(cls, specs):
@@ -155,8 +165,10 @@ class CompressedManager(FullAttentionManager):
         """
         req_id, plan = tracked.request.request_id, tracked.plan
         blocks = self.req_to_blocks[req_id]
-        num_blocks = -(-tracked.request.num_prompt_tokens // self.block_size)
-        order = CompressionOrder(req_id, plan, [b.block_id for b in blocks[:num_blocks]])
+        num_blocks = -(-tracked.request.num_prompt_tokens // self.planner.block_size)
+        parts = range(self.planner.pool_block)
+        block_ids = [block.block_id * len(parts) + part for block in blocks for part in parts]
+        order = CompressionOrder(req_id, plan, block_ids[:num_blocks])
         held = sum(not block.is_null for block in blocks)
         before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(req_id, 0, plan.num_freed_blocks)
@@ -286,9 +298,21 @@ class CompressedKVCacheManager(KVCacheManager):
     def allocate_slots(self, request: Request, *args, **kwargs):
         """Before anybody is preempted or kept waiting for blocks, prompts are compressed."""
         blocks = super().allocate_slots(request, *args, **kwargs)
+        if blocks is None and self._waits_for_state(kwargs.get("new_computed_blocks")):
+            return None
         while blocks is None and self.relieve(request):
             blocks = super().allocate_slots(request, *args, **kwargs)
         return blocks
+
+    def _waits_for_state(self, hit: KVCacheBlocks | None) -> bool:
+        """The hit ends at a Mamba state that is computed in this very step: blocks do not help."""
+        return hit is not None and any(
+            blocks and blocks[-1].block_hash in manager.cached_blocks_this_step
+            for manager, blocks in zip(
+                self.coordinator.single_type_managers, hit.blocks, strict=True
+            )
+            if isinstance(manager, MambaManager)
+        )
 
 
 KVCacheSpecRegistry._ensure_registered()  # before ours: it fills an empty registry only

@@ -50,7 +50,7 @@ class CompressedLayers:
 
     Args:
         vllm_config: of the engine.
-        spec: of the group of layers.
+        spec: of the group of layers, with the block size that attention kernels see.
         modules: the attention layers by name.
         device: of the worker.
         layout: where a head page keeps its elements.

@@ -5,13 +5,22 @@ from collections.abc import Mapping
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_kvcompress.adapter.backend import compressed_modules
 from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.page_state import table_ids
 from vllm_kvcompress.prefill_stats import bytes_per_token
+
+UNCOMPRESSED_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
+"""Layers that may stand beside compressed ones, and stay as they are."""
 
 
 def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
@@ -22,23 +31,15 @@ def compressed_spec(kv_cache_config: KVCacheConfig) -> CompressedSpec:
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     found = [spec for spec in specs if isinstance(spec, CompressedSpec)]
-    others = {type(spec) for spec in specs} - {CompressedSpec, SlidingWindowSpec}
+    others = {type(spec) for spec in specs} - {CompressedSpec, *UNCOMPRESSED_SPECS}
     if len(found) != 1 or others or found[0].non_causal:
         names = ", ".join(type(spec).__name__ for spec in specs) or "none"
         raise KVCompressionError(
             "KV compression needs one group of like causal full-attention layers, beside which "
-            f"only sliding-window layers may stand; this model's cache groups are: {names}. Serve "
-            "it without --kv-compression."
+            "only sliding-window, chunked-attention and Mamba-like layers may stand; this model's "
+            f"cache groups are: {names}. Serve it without --kv-compression."
         )
-    spec = found[0]
-    budget = spec.planner.config.tokens_per_head
-    if budget is not None and budget < spec.block_size:
-        raise KVCompressionError(
-            f"--kv-budget {budget} is smaller than one block, and this model's hybrid "
-            f"cache has blocks of {spec.block_size} tokens: set --kv-budget {spec.block_size} or "
-            "more."
-        )
-    return spec
+    return found[0]
 
 
 def check_files(vllm_config: VllmConfig, spec: CompressedSpec) -> None:
@@ -66,7 +67,7 @@ def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) ->
         return 0
     spec = CompressedSpec.merge(found)
     kept = spec.num_entries * spec.entry_bytes * spec.num_layers
-    max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
+    max_blocks = -(-vllm_config.model_config.max_model_len // spec.kernel_block_size)
     num_seqs = vllm_config.scheduler_config.max_num_seqs * spec.num_kv_heads
     config, model = spec.config, vllm_config.model_config
     num_heads = compressed_modules(vllm_config)[0].num_heads

@@ -23,14 +23,19 @@ RAN = {
     "Gemma4ForCausalLM": "test_attention_inputs.py",
     "Gemma3ForConditionalGeneration": "test_hybrid.py",
     "Gemma3ForCausalLM": "test_hybrid.py",
+    "GraniteMoeHybridForCausalLM": "test_hybrid_families.py",
     "InternVLForConditionalGeneration": "test_families.py",
+    "Llama4ForCausalLM": "test_hybrid_families.py",
     "LlamaForCausalLM": "test_families.py",
     "LlavaNextForConditionalGeneration": "test_families.py",
     "LlavaOnevisionForConditionalGeneration": "test_families.py",
     "MistralForCausalLM": "test_families.py",
+    "NemotronHForCausalLM": "test_hybrid_families.py",
     "Qwen2VLForConditionalGeneration": "test_families.py",
     "Qwen2_5_VLForConditionalGeneration": "test_families.py",
+    "Qwen3NextForCausalLM": "test_hybrid_families.py",
     "Qwen3VLMoeForConditionalGeneration": "test_families.py",
+    "Qwen3_5ForConditionalGeneration": "test_hybrid_families.py",
 }
 """Architectures that tests serve, and the file in tests/integration that does."""
 
@@ -43,7 +48,12 @@ _PARTS = re.compile(r"\w(Model|ForCausalLM|DecoderLayer|Attention|ForConditional
 _TOWERS = re.compile(r"(?<!one)vision|vit|siglip|clip|whisper|audio|conformer|swin|radio|blip")
 _NAMED_MODELS = re.compile(r"architectures=\[\"(\w+)\"\]")
 _ANY_MODEL = re.compile(r"init_vllm_registered_model\(")
-_SLIDING = re.compile(r"per_layer_sliding_window|\bsliding_window=")
+_BESIDE = {
+    "sliding windows where configured": re.compile(r"per_layer_sliding_window|\bsliding_window="),
+    "chunks": re.compile(r"\bChunkedLocalAttention\b"),
+    "layers with a state": re.compile(r"\bIsHybrid\b"),
+}
+"""Layers that may stand beside full attention, and what tells them."""
 
 
 class Row(NamedTuple):
@@ -110,9 +120,8 @@ def _row(architecture: str, module: str) -> Row:
     served = "text only" if text_only else "yes"
     if any(condition and not rule.text_only for rule, condition in found):
         served = "depends"
-    kinds = "full"
-    if any(_SLIDING.search(source) for source in _sources(module).values()):
-        kinds = "full; sliding windows where configured"
+    sources = "\n".join(_sources(module).values())
+    kinds = "; ".join(["full", *(kind for kind, mark in _BESIDE.items() if mark.search(sources))])
     if any(_takes_any_model(source) for source in _sources(module).values()):
         kinds = "of its language model"
         served = "as its language model" if served == "yes" and architecture not in RAN else served

@@ -53,18 +53,18 @@ def veto_full_graphs(runner: Runner, layers: CompressedLayers) -> None:
     vars(runner)["gather_batch_req_state"] = MethodType(gather_v2, runner)
 
 
-def check_whole_blocks(runner: Runner, block_size: int) -> None:
-    """Attention kernels must see the blocks that the scheduler counts.
+def check_kernel_blocks(runner: Runner, block_size: int) -> None:
+    """Attention kernels must see blocks of the size that plans count in.
 
     Raises:
-        KVCompressionError: vLLM splits the blocks of the compressed layers for its kernels.
+        KVCompressionError: the backend of the compressed layers takes another size.
     """
     for groups in runner.attn_groups:
         for group in groups:
             seen = group.get_metadata_builder().kv_cache_spec
             if isinstance(seen, CompressedSpec) and seen.block_size != block_size:
                 raise KVCompressionError(
-                    f"KV compression needs attention kernels on whole blocks, but vLLM splits "
-                    f"blocks of {block_size} tokens into {seen.block_size} for this model: set "
-                    f"--block-size {seen.block_size}, or serve it without --kv-compression."
+                    f"KV compression needs attention kernels on blocks of {block_size} tokens, but "
+                    f"they get blocks of {seen.block_size} for this model: set --block-size "
+                    f"{seen.block_size}, or serve it without --kv-compression."
                 )

@@ -191,11 +191,12 @@ class _CompressedScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.compression = CompressionPolicy(self)
+        self._splits_for_mamba = self.need_mamba_block_aligned_split
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.compression.begin_step()
         # vLLM offers the one hook that ends a step at a chosen position to Mamba layers only
-        self.need_mamba_block_aligned_split = self.has_mamba_layers or self.compression.may_clip
+        self.need_mamba_block_aligned_split = self._splits_for_mamba or self.compression.may_clip
         output = super().schedule(*args, **kwargs)
         vars(output)[ATTRIBUTE] = self.compression.end_step(output)
         return output
@@ -203,7 +204,7 @@ class _CompressedScheduler(Scheduler):
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, *computed: int
     ) -> int:
-        if self.has_mamba_layers:
+        if self._splits_for_mamba:
             num_new_tokens = super()._mamba_block_aligned_split(request, num_new_tokens, *computed)
         start = request.num_computed_tokens + sum(computed)
         return self.compression.clip(request, start, num_new_tokens)

@@ -110,13 +110,16 @@ class SpecFields(NamedTuple):
     """
 
     config: KVCompressionConfig
+    kernel_block_size: int
     max_entries: int
     model_kv_heads: int = 0
     entry_bytes: int = 0
 
 
 def spec_fields(vllm_config: VllmConfig, config: KVCompressionConfig) -> SpecFields:
-    return SpecFields(config, vllm_config.scheduler_config.max_num_seqs)
+    # before vLLM makes blocks larger for the sake of other layers
+    block_size = vllm_config.cache_config.block_size
+    return SpecFields(config, block_size, vllm_config.scheduler_config.max_num_seqs)
 
 
 def describe_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
@@ -144,7 +147,7 @@ def describe_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
             max_length=model_config.max_model_len,
             element_size=dtype.itemsize,
         )
-        fields = spec_fields(vllm_config, config)._replace(
+        fields = SpecFields(**layer.attn_backend.extra)._replace(
             model_kv_heads=model_heads, entry_bytes=entry_bytes
         )
         layer.attn_backend = _with_fields(layer.attn_backend.__bases__[0], fields)

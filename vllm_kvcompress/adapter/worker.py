@@ -50,7 +50,7 @@ class CompressedWorker(Worker):
         spec = model_checks.compressed_spec(kv_cache_config)
         model_checks.check_files(self.vllm_config, spec)
         super().initialize_from_config(kv_cache_config)
-        runners.check_whole_blocks(self.model_runner, spec.block_size)
+        runners.check_kernel_blocks(self.model_runner, spec.kernel_block_size)
         self.compressed_layers = layers_of(self.vllm_config)
         self.compressed_layers.order_of = partial(runners.request_order, self.model_runner)
         lora = self.vllm_config.lora_config
