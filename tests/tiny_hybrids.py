@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny checkpoints of models whose full-attention layers stand beside layers with a state.
+"""Tiny checkpoints of models whose full-attention layers stand beside layers of other kinds.
 
     python tests/tiny_hybrids.py OUTDIR [family ...]
 
@@ -7,9 +7,9 @@
 |------------|---------------------------------|----------------------------------|----------------|
 | granite-4h | GraniteMoeHybridForCausalLM     | Mamba 2                          | float32        |
 | nemotron-h | NemotronHForCausalLM            | Mamba 2, and layers of MLP alone | float32        |
-| lfm2-vl    | Lfm2VlForConditionalGeneration  | short convolutions               | float32        |
 | qwen3.5    | Qwen3_5ForConditionalGeneration | gated delta net                  | bfloat16       |
 | qwen3-next | Qwen3NextForCausalLM            | gated delta net; experts         | bfloat16       |
+| llama4     | Llama4ForCausalLM               | attention within chunks          | float32        |
 
 Tokenizer and rules for weights are those of tiny_models.py. Six layers, of which 2 and 5 attend.
 """
@@ -19,20 +19,18 @@ from pathlib import Path
 
 import tiny_families
 import tiny_models
-from tiny_models import IMAGE, VIDEO, VISION_END, VISION_START, Recipe, save, token_id
+from tiny_models import Recipe, save
 from transformers import (
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
-    Lfm2Config,
-    Lfm2VlConfig,
-    Lfm2VlForConditionalGeneration,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     NemotronHConfig,
     NemotronHForCausalLM,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
-    Siglip2VisionConfig,
 )
 
 
@@ -75,45 +73,6 @@ def _nemotron_h(recipe: Recipe, folder: Path) -> None:
         n_groups=2,
     )
     save(NemotronHForCausalLM(config), recipe, folder)
-
-
-def _lfm2_vl(recipe: Recipe, folder: Path) -> None:
-    config = Lfm2VlConfig(
-        text_config=Lfm2Config(
-            **recipe.text_config,
-            layer_types=_layer_types(recipe, "conv"),
-            block_multiple_of=32,
-            block_dim=recipe.width,  # of published files; vLLM reads both
-            conv_dim=recipe.width,
-        ),
-        vision_config=Siglip2VisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_attention_heads=2,
-            num_hidden_layers=2,
-            num_patches=64,
-            patch_size=16,
-            vision_use_head=False,
-        ),
-        image_token_id=token_id(IMAGE),
-        projector_hidden_size=recipe.width,
-        tie_word_embeddings=False,
-    )
-    names = {
-        "image_token": IMAGE,
-        "image_start_token": VISION_START,
-        "image_end_token": VISION_END,
-        "image_thumbnail_token": VIDEO,
-    }
-    save(
-        Lfm2VlForConditionalGeneration(config),
-        recipe,
-        folder,
-        tiny_families._special_tokens("Lfm2VlProcessor", names),
-    )
-    image = {"image_processor_type": "Lfm2VlImageProcessor", "do_image_splitting": False}
-    size = {"min_image_tokens": 4, "max_image_tokens": 64, "encoder_patch_size": 16}
-    tiny_families._write_processor(folder, "Lfm2Vl", image=image | size, processor={})
 
 
 def _delta_net(recipe: Recipe) -> dict:
@@ -163,16 +122,32 @@ def _qwen3_next(recipe: Recipe, folder: Path) -> None:
     save(Qwen3NextForCausalLM(config), recipe, folder)
 
 
-WITH_IMAGES = ("lfm2-vl", "qwen3.5")
-FAMILIES = ("granite-4h", "nemotron-h", "lfm2-vl", "qwen3.5", "qwen3-next")
+def _llama4(recipe: Recipe, folder: Path) -> None:
+    layer_types = _layer_types(recipe, "chunked_attention")
+    config = Llama4TextConfig(
+        **recipe.text_config,
+        head_dim=recipe.head_dim,
+        intermediate_size_mlp=2 * recipe.width,
+        moe_layers=[],
+        interleave_moe_layer_step=0,
+        layer_types=layer_types,
+        # full attention has no rotary embedding
+        no_rope_layers=[int(kind != "full_attention") for kind in layer_types],
+        attention_chunk_size=64,
+        rope_parameters=tiny_families.ROPE,
+    )
+    save(Llama4ForCausalLM(config), recipe, folder)
+
+
+FAMILIES = ("granite-4h", "nemotron-h", "qwen3.5", "qwen3-next", "llama4")
 
 tiny_models.FAMILIES.update(
     {
         "granite-4h": _granite_4h,
         "nemotron-h": _nemotron_h,
-        "lfm2-vl": _lfm2_vl,
         "qwen3.5": _qwen3_5,
         "qwen3-next": _qwen3_next,
+        "llama4": _llama4,
     }
 )
 

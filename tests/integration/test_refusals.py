@@ -303,11 +303,14 @@ def test_models_by_their_configuration_alone(published, model):
         ("Gemma4ForCausalLM", "gemma4_text", {"num_kv_shared_layers": 0}),
         ("Qwen3NextForCausalLM", "qwen3_next", {}),
         ("Qwen3_5ForConditionalGeneration", "qwen3_5", {}),
-        ("GraniteMoeHybridForCausalLM", "granitemoehybrid",
-         {"layer_types": ["mamba", "attention"] * 16}),
+        (
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            {"layer_types": ["mamba", "attention"] * 16},
+        ),
         ("Lfm2ForCausalLM", "lfm2", {"layer_types": ["conv", "full_attention"] * 16}),
         ("Llama4ForConditionalGeneration", "llama4", {}),
-    ],  # fmt: skip
+    ],
     ids=lambda configuration: configuration[0],
 )
 def test_models_that_look_alike_but_are_served(published, configuration):

@@ -91,6 +91,7 @@ class Setup:
         return CompressedSpec.of(
             base,
             config=KVCompressionConfig.parse(self.settings),
+            kernel_block_size=BLOCK,
             model_kv_heads=2,
             num_layers=2,
             entry_bytes=(1 << 19) // self.entries,

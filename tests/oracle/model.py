@@ -30,7 +30,8 @@ class OracleOutput(NamedTuple):
 class Oracle:
     """Greedy reference decoder of one checkpoint (float32, CPU, one request at a time).
 
-    Layers with a sliding window are never compressed; a layer index here counts the others.
+    Layers with a sliding window, or whose attention ends at chunks, are never compressed; a layer
+    index here counts the others.
     """
 
     def __init__(self, model_dir: str) -> None:
@@ -58,6 +59,7 @@ class Oracle:
         self._hidden: dict[int, np.ndarray] = {}  # by the model's own layer index
         self._unrotated: set[int] = set()  # compressed layers without RoPE
         self._scale = 0.0
+        self._length = 0  # tokens so far
         self._evicted: list[torch.Tensor] | None = None  # [L] of [Hkv, P]; None while in prefill
 
     def _read_inputs(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -84,10 +86,14 @@ class Oracle:
             raise NotImplementedError("the oracle knows plain causal attention only")
         rows, cols = query.shape[2], key.shape[2]
         group = query.shape[1] // key.shape[1]
-        distance = torch.arange(cols - rows, cols)[:, None] - torch.arange(cols)
+        columns = torch.arange(self._length - cols, self._length)  # caches of chunks are short
+        distance = columns[-rows:, None] - columns
         hidden = distance < 0
+        chunk = self._chunk_size(module)
         if sliding_window is not None:
             hidden |= distance >= sliding_window
+        elif chunk is not None:
+            hidden |= columns[-rows:, None] // chunk != columns // chunk
         elif self._evicted is None:
             self._layers.append(module)
             self._captured.append(tuple(x[0].numpy().copy() for x in (query, key, value)))
@@ -101,6 +107,12 @@ class Oracle:
         logits = (query @ keys.transpose(2, 3)) * scaling
         weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         return (weights @ values).transpose(1, 2).contiguous(), weights
+
+    def _chunk_size(self, module: torch.nn.Module) -> int | None:
+        """Tokens of the chunks that a layer attends in."""
+        kinds = getattr(self.text_config, "layer_types", None) or ()
+        is_chunked = len(kinds) > 0 and kinds[module.layer_idx] == "chunked_attention"
+        return self.text_config.attention_chunk_size if is_chunked else None
 
     def _project(self, layer: int, inputs: np.ndarray) -> np.ndarray:
         """Queries [Hq, N, D] of inputs [N, d]: bias and norm included, RoPE not."""
@@ -148,6 +160,7 @@ class Oracle:
     def _prefill(self, inputs: dict[str, torch.Tensor]) -> tuple[Any, Prompt]:
         """The model's answer to the prompt, its cache included, and what methods see of it."""
         self._evicted, self._captured, self._layers, self._hidden = None, [], [], {}
+        self._length = inputs["input_ids"].shape[1]
         result = self.model(**inputs, use_cache=True)
         q, k, v = (np.stack(tensors) for tensors in zip(*self._captured, strict=True))
         hidden = np.stack([self._hidden[module.layer_idx] for module in self._layers])
@@ -222,6 +235,7 @@ class Oracle:
             out.top5.append({token: float(logp[token]) for token in best})
             if len(out.token_ids) >= max_tokens:
                 return out
+            self._length += 1
             result = self.model(
                 input_ids=torch.tensor([[best[0]]]),
                 position_ids=position,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_families
+import tiny_hybrids
 import tiny_models
 
 from vllm_kvcompress.adapter import model_table
@@ -76,7 +77,7 @@ def test_conditions_are_told():
 
 def test_what_ran_is_what_tests_serve():
     """Architectures of the project's own checkpoints, but for those that tests see refused."""
-    tables = (tiny_models.__doc__ or "") + (tiny_families.__doc__ or "")
+    tables = "".join(m.__doc__ or "" for m in (tiny_models, tiny_families, tiny_hybrids))
     made = set(re.findall(r"^\| \S+ +\| (\w+)", tables, re.MULTILINE)) & MODULES.keys()
     assert {a for a in made if ROWS[a].served != "no"} == model_table.RAN.keys()
     for file in model_table.RAN.values():

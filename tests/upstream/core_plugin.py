@@ -130,6 +130,7 @@ def compressed(config: KVCacheConfig, compression: KVCompressionConfig) -> KVCac
             spec = CompressedSpec.of(
                 spec,
                 config=compression,
+                kernel_block_size=spec.block_size,
                 model_kv_heads=spec.num_kv_heads,
                 max_entries=256,
                 num_layers=len(group.layer_names),

@@ -147,7 +147,7 @@ def describe_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
             max_length=model_config.max_model_len,
             element_size=dtype.itemsize,
         )
-        fields = SpecFields(**layer.attn_backend.extra)._replace(
+        fields = SpecFields(**vars(layer.attn_backend)["extra"])._replace(
             model_kv_heads=model_heads, entry_bytes=entry_bytes
         )
         layer.attn_backend = _with_fields(layer.attn_backend.__bases__[0], fields)
