@@ -78,7 +78,13 @@ from transformers import (
 VISION_WIDTH = 32
 PATCH = 14  # pixels
 TILE = 112  # pixels; side of what the vision towers of LLaVA and InternVL see at once
-ROPE = {"rope_type": "default", "rope_theta": 1e6}
+
+
+def plain_rope() -> dict[str, str | float]:
+    """RoPE settings; a new dictionary each time, because configurations add to theirs."""
+    return {"rope_type": "default", "rope_theta": 1e6}
+
+
 NORMALISATION = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
@@ -99,7 +105,7 @@ def _mistral_config(recipe: Recipe) -> MistralConfig:
         **recipe.text_config,
         head_dim=recipe.head_dim,
         sliding_window=None,
-        rope_parameters=ROPE,
+        rope_parameters=plain_rope(),
     )
 
 
@@ -264,7 +270,7 @@ def _llava_next_mistral(recipe: Recipe, folder: Path) -> None:
 def _llava_onevision(recipe: Recipe, folder: Path) -> None:
     pinpoints = [[rows * TILE, columns * TILE] for rows in (1, 2, 3) for columns in (1, 2, 3)]
     config = LlavaOnevisionConfig(
-        text_config=Qwen2Config(**recipe.text_config, rope_parameters=ROPE),
+        text_config=Qwen2Config(**recipe.text_config, rope_parameters=plain_rope()),
         vision_config=SiglipVisionConfig(**_tower(), num_hidden_layers=2, vision_use_head=False),
         image_token_index=token_id(IMAGE),
         video_token_index=token_id(VIDEO),
@@ -295,7 +301,7 @@ def _internvl3(recipe: Recipe, folder: Path) -> None:
     tower = _tower() | {"image_size": [TILE, TILE], "patch_size": [PATCH, PATCH]}
     tokens_per_tile = (TILE // PATCH) ** 2 // 4
     config = InternVLConfig(
-        text_config=Qwen2Config(**recipe.text_config, rope_parameters=ROPE),
+        text_config=Qwen2Config(**recipe.text_config, rope_parameters=plain_rope()),
         vision_config=InternVLVisionConfig(**tower, num_hidden_layers=2, attention_bias=True),
         image_token_id=token_id(IMAGE),
         image_seq_length=tokens_per_tile,
@@ -357,7 +363,7 @@ def _cohere2(recipe: Recipe, folder: Path) -> None:
         **recipe.text_config | {"tie_word_embeddings": True},
         sliding_window=SLIDING_WINDOW,
         layer_types=_layer_types(recipe),
-        rope_parameters=ROPE,
+        rope_parameters=plain_rope(),
         logit_scale=1.0,
     )
     save(Cohere2ForCausalLM(config), recipe, folder)
@@ -368,7 +374,7 @@ def _exaone4(recipe: Recipe, folder: Path) -> None:
         **recipe.text_config,
         sliding_window=SLIDING_WINDOW,
         layer_types=_layer_types(recipe),
-        rope_parameters=ROPE,
+        rope_parameters=plain_rope(),
     )
     save(Exaone4ForCausalLM(config), recipe, folder)
 

@@ -117,7 +117,7 @@ def _qwen3_next(recipe: Recipe, folder: Path) -> None:
         num_experts_per_tok=2,
         moe_intermediate_size=recipe.head_dim,
         shared_expert_intermediate_size=recipe.width,
-        rope_parameters=tiny_families.ROPE,
+        rope_parameters=tiny_families.plain_rope(),
     )
     save(Qwen3NextForCausalLM(config), recipe, folder)
 
@@ -134,7 +134,7 @@ def _llama4(recipe: Recipe, folder: Path) -> None:
         # full attention has no rotary embedding
         no_rope_layers=[int(kind != "full_attention") for kind in layer_types],
         attention_chunk_size=64,
-        rope_parameters=tiny_families.ROPE,
+        rope_parameters=tiny_families.plain_rope(),
     )
     save(Llama4ForCausalLM(config), recipe, folder)
 
