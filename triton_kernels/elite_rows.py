@@ -229,7 +229,9 @@ def last_row_logits(
         [R, Hq, Q] float32.
     """
     num, num_rows, num_q_heads, _ = queries.shape
-    inputs, numbers, sizes = _arguments(queries, prompts, prompt_lens, scale, softcap)
+    inputs, numbers, sizes = query_rows.arguments(
+        queries, prompts, prompt_lens, scale, softcap, _TILE
+    )
     logits = queries.new_empty((num, num_q_heads, num_rows), dtype=torch.float32)
     _last_logits_kernel[(num * num_q_heads, triton.cdiv(num_rows, _TILE["BLOCK_T"]))](
         *inputs, instruction_len.contiguous(), logits, *numbers, **sizes
@@ -258,7 +260,9 @@ def elite_attention(
     """
     num, num_rows, num_q_heads, _ = queries.shape
     length = prompts.block_table.shape[1] * prompts.layout.block_size
-    inputs, numbers, sizes = _arguments(queries, prompts, prompt_lens, scale, softcap)
+    inputs, numbers, sizes = query_rows.arguments(
+        queries, prompts, prompt_lens, scale, softcap, _TILE
+    )
     inputs += (elite.contiguous().view(torch.uint8), segment.contiguous())
     sizes["BLOCK_I"] = max(16, triton.next_power_of_2(num_rows))
 
@@ -276,34 +280,3 @@ def elite_attention(
         *inputs, lse, mean, *numbers, **sizes
     )
     return mean
-
-
-def _arguments(
-    queries: torch.Tensor,
-    prompts: PromptPages,
-    prompt_lens: torch.Tensor,
-    scale: torch.Tensor,
-    softcap: float,
-) -> tuple[tuple[torch.Tensor | None, ...], tuple[float, ...], dict[str, int | bool]]:
-    """What all kernels take: tensors, numbers, and constants with the number of warps."""
-    pages, block_table, num_kv_heads, layout = prompts[:4]
-    _, num_rows, num_q_heads, head_size = queries.shape
-    inputs = (
-        queries.contiguous(),
-        pages,
-        block_table.contiguous(),
-        prompt_lens.contiguous(),
-        scale,
-        prompts.key_scale,
-    )
-    numbers = (softcap, num_rows, num_q_heads, num_kv_heads, block_table.shape[1])
-    sizes = _TILE | {
-        "HEAD_SIZE": head_size,
-        "PAGE_TOKENS": layout.block_size,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-        "HAS_SOFTCAP": softcap != 0,
-        "EXACT": queries.dtype == torch.float32,
-        # products in float32 would spill registers
-        "num_warps": 8 if queries.dtype == torch.float32 else 4,
-    }
-    return inputs, numbers, sizes

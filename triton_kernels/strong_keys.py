@@ -13,22 +13,38 @@ from vllm_kvcompress.kernels.reference import PromptPages
 from vllm_kvcompress.kernels.reference_rows import log_share
 
 
+@triton.jit
+def _tile_logits(
+    b_q, pages_ptr, table_ptr, i_row, i_head, start, end, last_seen, scale, softcap, num_kv_heads,
+    num_blocks, HEAD_SIZE: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Logits [rows, keys] of the keys from ``start`` on, and which of them a row sees."""
+    o_key = start + tl.arange(0, BLOCK_T)
+    b_k = paged_keys.load_keys(
+        pages_ptr, table_ptr, i_row, i_head, o_key, o_key < end, num_kv_heads, num_blocks,
+        HEAD_SIZE, PAGE_TOKENS, BLOCK_D,
+    )  # fmt: skip
+    b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
+    return b_z, o_key[None, :] <= last_seen[:, None]
+
+
 @triton.jit(do_not_specialize=["num_blocks"])
 def _strong_keys_kernel(
     q_ptr,  # [R, Q, Hq, D]
     pages_ptr,  # [num_pages, block_size * 2 * D]
     table_ptr,  # [R, B] int64
     prompt_lens_ptr,  # [R] int64
-    instruction_len_ptr,  # [R] int64
     scale_ptr,  # [R] float32
     key_scale_ptr,  # [R] float32, or None
+    instruction_len_ptr,  # [R] int64
     counts_ptr,  # [R, Hq, Q] int32
     softcap,
-    least,  # log of the threshold
     num_rows,  # Q
     num_q_heads,
     num_kv_heads,
     num_blocks,
+    least,  # log of the threshold
     HEAD_SIZE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -54,25 +70,19 @@ def _strong_keys_kernel(
     )
     b_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     for start in range(0, end, BLOCK_T):
-        o_key = start + tl.arange(0, BLOCK_T)
-        b_k = paged_keys.load_keys(
-            pages_ptr, table_ptr, i_row, i_head, o_key, o_key < end, num_kv_heads, num_blocks,
-            HEAD_SIZE, PAGE_TOKENS, BLOCK_D,
+        b_z, sees = _tile_logits(
+            b_q, pages_ptr, table_ptr, i_row, i_head, start, end, last_seen, scale, softcap,
+            num_kv_heads, num_blocks, HEAD_SIZE, PAGE_TOKENS, BLOCK_D, BLOCK_T, HAS_SOFTCAP, EXACT,
         )  # fmt: skip
-        b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
-        b_z = tl.where(o_key[None, :] <= last_seen[:, None], b_z, float("-inf"))
-        b_max = tl.maximum(b_max, tl.max(b_z, 1))
+        b_max = tl.maximum(b_max, tl.max(tl.where(sees, b_z, float("-inf")), 1))
     b_least = b_max + least
     b_count = tl.zeros((BLOCK_R,), tl.int32)
     for start in range(0, end, BLOCK_T):
-        o_key = start + tl.arange(0, BLOCK_T)
-        b_k = paged_keys.load_keys(
-            pages_ptr, table_ptr, i_row, i_head, o_key, o_key < end, num_kv_heads, num_blocks,
-            HEAD_SIZE, PAGE_TOKENS, BLOCK_D,
+        b_z, sees = _tile_logits(
+            b_q, pages_ptr, table_ptr, i_row, i_head, start, end, last_seen, scale, softcap,
+            num_kv_heads, num_blocks, HEAD_SIZE, PAGE_TOKENS, BLOCK_D, BLOCK_T, HAS_SOFTCAP, EXACT,
         )  # fmt: skip
-        b_z = paged_keys.logits(b_q, b_k, scale, softcap, HAS_SOFTCAP, EXACT)
-        strong = (o_key[None, :] <= last_seen[:, None]) & (b_z >= b_least[:, None])
-        b_count += tl.sum(strong.to(tl.int32), 1)
+        b_count += tl.sum((sees & (b_z >= b_least[:, None])).to(tl.int32), 1)
     p_counts = counts_ptr + (i_row * num_q_heads + o_qhead) * num_rows + o_row
     tl.store(p_counts, tl.where(m_r, b_count, 0), mask=inside)
 
@@ -95,34 +105,16 @@ def strong_key_counts(
     Returns:
         [R, Hq, Q] int32.
     """
-    pages, block_table, num_kv_heads, layout = prompts[:4]
-    num, num_rows, num_q_heads, head_size = queries.shape
+    num, num_rows, num_q_heads, _ = queries.shape
     counts = queries.new_empty((num, num_q_heads, num_rows), dtype=torch.int32)
-    exact = queries.dtype == torch.float32  # small tiles, whose products do not spill registers
-    tile = 32 if exact else 64
-    rows = num_rows * (num_q_heads // num_kv_heads)
-    _strong_keys_kernel[(num * num_kv_heads, triton.cdiv(rows, tile))](
-        queries.contiguous(),
-        pages,
-        block_table.contiguous(),
-        prompt_lens.contiguous(),
-        instruction_len.contiguous(),
-        scale,
-        prompts.key_scale,
-        counts,
-        softcap,
-        log_share(threshold),
-        num_rows,
-        num_q_heads,
-        num_kv_heads,
-        block_table.shape[1],
-        HEAD_SIZE=head_size,
-        PAGE_TOKENS=layout.block_size,
-        BLOCK_D=max(16, triton.next_power_of_2(head_size)),
-        BLOCK_R=tile,
-        BLOCK_T=16 if exact else tile,
-        HAS_SOFTCAP=softcap != 0,
-        EXACT=exact,
-        num_warps=8 if exact else 4,
+    # small tiles of float32, whose products do not spill registers
+    exact = queries.dtype == torch.float32
+    tile = {"BLOCK_R": 32, "BLOCK_T": 16} if exact else {"BLOCK_R": 64, "BLOCK_T": 64}
+    inputs, numbers, sizes = query_rows.arguments(
+        queries, prompts, prompt_lens, scale, softcap, tile
+    )
+    rows = num_rows * (num_q_heads // prompts.num_kv_heads)
+    _strong_keys_kernel[(num * prompts.num_kv_heads, triton.cdiv(rows, tile["BLOCK_R"]))](
+        *inputs, instruction_len.contiguous(), counts, *numbers, log_share(threshold), **sizes
     )
     return counts

@@ -80,6 +80,7 @@ class TestStrongKeys:
         )
         self.check(found, expected)
 
+    @pytest.mark.usefixtures("cpp")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_native(self, rows, heads, softcap, threshold, dtype):
         (lengths, texts, num_rows), (num_q_heads, num_kv_heads, head_size, size) = rows, heads
@@ -95,6 +96,7 @@ class TestStrongKeys:
         self.check(found, naive(*case, threshold=threshold))
 
 
+@pytest.mark.usefixtures("cpp")
 def test_instructions_that_do_not_fit_are_refused():
     prompts = prompts_of([64], 1, 8, 16, torch.float32, torch.Generator().manual_seed(4))
     queries, scale = torch.zeros(1, 6, 1, 8), torch.ones(1)
