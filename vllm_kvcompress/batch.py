@@ -44,8 +44,9 @@ class StepBatch:
         for i, plan in enumerate(self.plans):
             if plan is None:
                 continue
-            end = min(starts[i] + lens[i], plan.facts.length)
-            if end > max(starts[i], plan.first_row):
+            end = starts[i] + lens[i]
+            if plan.looks_at(starts[i], end):
+                end = min(end, plan.facts.length)
                 found.append(PromptChunk(i, int(self.query_starts[i]), starts[i], end, plan))
         return found
 

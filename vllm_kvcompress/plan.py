@@ -71,6 +71,10 @@ class PromptPlan:
         """First position whose token a method looks at."""
         return min(self.facts.length - self.num_rows, self.stats_from)
 
+    def looks_at(self, start: int, end: int) -> bool:
+        """Whether a method looks at a prompt token at a position in [start, end)."""
+        return min(end, self.facts.length) > max(start, self.first_row)
+
     @property
     def compresses(self) -> bool:
         """False: no block would come back, and the prompt stays exactly as stock vLLM keeps it."""

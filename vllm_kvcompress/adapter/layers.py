@@ -175,10 +175,7 @@ class CompressedLayers:
         assert self._num_computed is not None, "a step is running"
         for req_id, plan in self.plans.items():
             start = self._num_computed.get(req_id)
-            if start is None or start >= plan.facts.length:
-                continue
-            end = min(start + num_scheduled_tokens[req_id], plan.facts.length)
-            if end > plan.first_row:
+            if start is not None and plan.looks_at(start, start + num_scheduled_tokens[req_id]):
                 return True
         return False
 

@@ -94,8 +94,7 @@ class CompressionPolicy:
         boundary = self.boundaries.get(request.request_id, prompt_end)
         if boundary is not None and start < boundary:
             num_new_tokens = min(num_new_tokens, boundary - start)
-        first_row = plan.first_row
-        if start + num_new_tokens <= first_row or start >= request.num_prompt_tokens:
+        if not plan.looks_at(start, start + num_new_tokens):
             return num_new_tokens
         compressed = self.manager.compressed
         self._took_entry.append(tracked)
@@ -104,7 +103,7 @@ class CompressionPolicy:
         if self._compress_largest(Outcome.PRESSURE, needs_entry=True):
             compressed.take_entry(tracked)
             return num_new_tokens
-        return max(0, first_row - start)
+        return max(0, plan.first_row - start)
 
     def end_step(self, output: SchedulerOutput) -> StepOrders:
         """What the workers must know of this step."""
