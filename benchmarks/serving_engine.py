@@ -254,7 +254,7 @@ class Engine:
         prompt = self.scheduler.requests[request].num_prompt_tokens
         after_pages = computed - prompt // size * size  # tail and answer, as vLLM writes them
 
-        (slot,) = shared.slots.of([request])
+        (slot,) = shared.state_slots([request])
         kept = shared.state.page_count[:, slot].expand(layers, heads) * size + after_pages
         budget = shared.config.budget
         asked = budget.tokens if budget.ratio is None else math.ceil(budget.ratio * prompt)

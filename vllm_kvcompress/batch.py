@@ -21,7 +21,7 @@ class StepBatch:
 
     Attributes:
         req_ids: vLLM's ids.
-        slots: int64, state slots.
+        slots: int64, state slots; nobody's for requests that have not been compressed.
         compressed: bool, whether the request has been compressed.
         plans: of prompts that are going to be compressed, else None.
         num_computed: int64, C.

@@ -13,8 +13,9 @@ MOST_IDS = 1 << 26
 class HeadPageState:
     """Head pages of all requests, on the device, indexed by request slot.
 
-    Slot ``num_slots`` belongs to nobody: padding rows point there. A slot without compression has
-    num_full_blocks 0, num_kept_blocks 1 and page_count 0, which makes its table that of its blocks.
+    Slot ``num_slots`` belongs to nobody: it stands for requests without compression and for padding
+    rows. It has num_full_blocks 0, num_kept_blocks 1 and page_count 0, which makes a table that of
+    the request's blocks. What other slots hold means nothing until a request is compressed.
 
     Attributes:
         num_full_blocks, num_kept_blocks: [S + 1] int32, m and n of the request's prompt.
@@ -25,17 +26,12 @@ class HeadPageState:
         self, num_slots: int, num_layers: int, num_kv_heads: int, device: torch.device
     ) -> None:
         self.num_slots = num_slots
-        self._unchanged = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
-        self._blocks = self._unchanged.repeat(1, num_slots + 1)
+        self._blocks = torch.zeros((2, num_slots + 1), dtype=torch.int32, device=device)
+        self._blocks[1] = 1
         self.num_full_blocks, self.num_kept_blocks = self._blocks
         shape = (2, num_layers, num_slots + 1, num_kv_heads)
         self._pages = torch.zeros(shape, dtype=torch.int32, device=device)
         self.page_count, self.page_start = self._pages
-
-    def reset(self, slots: torch.Tensor) -> None:
-        """Set N requests to uncompressed: new ones, whose slots others had before."""
-        self._blocks[:, slots] = self._unchanged
-        self._pages.index_fill_(2, slots, 0)
 
     def store(
         self,

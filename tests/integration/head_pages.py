@@ -36,7 +36,7 @@ def held_pages(stepper: Stepper, name: str) -> HeldPages:
     llm = stepper.llm
     layers = compressed_layers(llm)
     req_id = stepper.internal[name]
-    (slot,) = layers.slots.of([req_id])
+    (slot,) = layers.state_slots([req_id])
     request = stepper.request(name)
     length = request.num_computed_tokens - request.num_in_flight_tokens
     width = -(-length // layers.block_size)

@@ -37,18 +37,9 @@ class TestHeadPageState:
         assert state.page_count[0].tolist() == [[2, 2], [0, 0], [1, 3], [0, 0]]
         assert state.page_start[0, 2].tolist() == [11, 13]
 
-    def test_a_new_request_in_an_old_slot_starts_over(self):
-        state = self.stored(2)
-        state.reset(torch.tensor([2]))
-        assert state.num_full_blocks.tolist() == [6, 0, 0, 0]
-        assert state.num_kept_blocks.tolist() == [3, 1, 1, 1]
-        assert state.page_count[:, 2].eq(0).all()
-        assert state.page_start[:, 2].eq(0).all()
-        assert state.page_count[:, 0].tolist() == [[2, 2], [3, 3]]
-
 
 class TestPageTables:
-    def test_a_slot_that_was_never_used_lists_its_blocks(self):
+    def test_nobodys_slot_lists_all_blocks(self):
         buffers = PageTables(HeadPageState(3, 2, NUM_KV_HEADS, CPU), 3, 4)
         rows = torch.tensor([3]), int32(4, 7, 2)[None], int32(9)
         tables, kv_len = buffers.fill(*rows, 0, 2)

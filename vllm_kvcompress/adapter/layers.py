@@ -155,17 +155,22 @@ class CompressedLayers:
         assert self._num_computed is not None, "a step is running"
         assert self.order_of is not None, "the worker has said how"
         req_ids = self.order_of(cam)
-        slots = self.slots.of(req_ids)
+        slots = self.state_slots(req_ids)
         starts = cam.query_start_loc_cpu.numpy()[: len(req_ids) + 1].astype(np.int64)
         return StepBatch(
             req_ids=req_ids,
             slots=slots,
-            compressed=self.is_compressed[slots],
+            compressed=slots < self.state.num_slots,
             plans=[self.plans.get(req_id) for req_id in req_ids],
             num_computed=np.array([self._num_computed[req_id] for req_id in req_ids], np.int64),
             query_lens=starts[1:] - starts[:-1],
             query_starts=starts[:-1],
         )
+
+    def state_slots(self, req_ids: Sequence[str]) -> np.ndarray:
+        """Slots of requests in the page state; nobody's for those that are not compressed."""
+        slots = self.slots.of(req_ids)
+        return np.where(self.is_compressed[slots], slots, self.state.num_slots)
 
     def most_held(self, batch: StepBatch) -> np.ndarray:
         """Bound [R] on the tokens that a head of each request attends to."""
@@ -186,12 +191,7 @@ class CompressedLayers:
             return
         for req_id in req_ids:
             self.plans.pop(req_id, None)
-        freed = self.slots.release(req_ids)
-        dirty = freed[self.is_compressed[freed]]
-        if dirty.size:
-            self.is_compressed[dirty] = False
-            self._tokens_freed[dirty] = 0
-            self.state.reset(self.facts.upload(dirty))
+        self.is_compressed[self.slots.release(req_ids)] = False
         self.waiting.release(req_ids)
 
     # compression
@@ -282,17 +282,15 @@ class CompressedLayers:
     def warm_up(self, max_model_len: int) -> None:
         """Compress a made-up prompt, so that no request waits for kernels to be compiled.
 
-        All its blocks are vLLM's null block, which nobody reads, and its slot is nobody's.
+        All its blocks are vLLM's null block, which nobody reads; no request has its slot yet.
         """
         length, window = max_model_len - 1, self.config.window
         visual = ((1, length - window - 1),) if length > window + 2 else ()
         plan = self.planner.plan(PromptFacts(length, visual))
         if not plan.compresses:
             return
-        nobody = np.array([self.state.num_slots])
         order = CompressionOrder("", plan, [0] * -(-length // self.block_size))
         self.waiting.fill_for_warm_up("")
         stack = self._stack([""], plan.num_rows)
-        self.pipeline.compress(self._prompts(nobody, [order]), stack)
+        self.pipeline.compress(self._prompts(np.array([0]), [order]), stack)
         self.waiting = self._no_prompts()  # attention may bring queries of another type
-        self.state.reset(self.facts.upload(nobody))
