@@ -353,7 +353,7 @@ def _gemma4(recipe: Recipe, folder: Path) -> None:
         attention_k_eq_v=True,
         hidden_size_per_layer_input=0,
         sliding_window=SLIDING_WINDOW,
-        layer_types=_layer_types(recipe),
+        layer_types=layer_types(recipe),
     )
     save(Gemma4ForCausalLM(config), recipe, folder)
 
@@ -362,7 +362,7 @@ def _cohere2(recipe: Recipe, folder: Path) -> None:
     config = Cohere2Config(
         **recipe.text_config | {"tie_word_embeddings": True},
         sliding_window=SLIDING_WINDOW,
-        layer_types=_layer_types(recipe),
+        layer_types=layer_types(recipe),
         rope_parameters=plain_rope(),
         logit_scale=1.0,
     )
@@ -373,13 +373,13 @@ def _exaone4(recipe: Recipe, folder: Path) -> None:
     config = Exaone4Config(
         **recipe.text_config,
         sliding_window=SLIDING_WINDOW,
-        layer_types=_layer_types(recipe),
+        layer_types=layer_types(recipe),
         rope_parameters=plain_rope(),
     )
     save(Exaone4ForCausalLM(config), recipe, folder)
 
 
-def _layer_types(recipe: Recipe) -> list[str]:
+def layer_types(recipe: Recipe) -> list[str]:
     """Every second layer attends fully, the last one among them."""
     return [
         "full_attention" if (recipe.layers - layer) % 2 else "sliding_attention"

@@ -3,8 +3,10 @@
 
 import functools
 import random
+from pathlib import Path
 
 import pytest
+import tiny_shared_kv
 from engine import (
     Method,
     Stepper,
@@ -25,6 +27,7 @@ from oracle import Oracle, OracleConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
     "snapkv": Method("snapkv", 64),
     "bacon+adakv": Method("bacon+adakv", 96, options=(("alpha", 0.0), ("mode", "rel"))),
@@ -172,6 +175,18 @@ def test_storm(model):
         assert len(done) > 25
         wanted = expected(model, method)
         assert_same([stepper.done[n] for n in done], [wanted[int(n) % 6] for n in done])
+
+
+def test_layers_that_share_kv():
+    """This runner groups the layers itself."""
+    model = str(tiny_shared_kv.make("gemma4-e2b", ROOT / ".cache" / "models"))
+    method = METHODS["bacon+adakv"]
+    with engine(model, method, max_num_batched_tokens=64, **SETTINGS) as llm:
+        answers = generate(llm, PROMPTS, PARAMS)
+        repeated = generate(llm, PROMPTS, PARAMS)
+    tolerance = measured_tolerance(model, PROMPTS, **SETTINGS)
+    assert_same(answers, expected(model, method), tolerance)
+    assert_same(repeated, expected(model, method), tolerance)
 
 
 def test_images(docvqa, make_page):

@@ -115,29 +115,6 @@ def test_heads_are_those_of_the_compressed_layers(model):
         assert kept.nbytes == layers.num_layers * layers.num_entries * spec.entry_bytes
 
 
-TWO_RANKS = """
-import json
-from engine import Method, engine, generate
-from test_attention_inputs import PROMPTS
-if __name__ == "__main__":
-    with engine({model!r}, Method("snapkv", 96), tensor_parallel_size=2, max_num_seqs=4) as llm:
-        print(json.dumps([[a.token_ids, a.logprobs] for a in generate(llm, PROMPTS)]))
-"""
-
-
-def test_one_head_of_the_compressed_layers_on_two_ranks(checkpoint):
-    """Both ranks keep the same tokens for the one KV head that full layers of this model have.
-
-    Each scores it with its own query heads; the configuration's KV heads, of which each rank has
-    two, are those of sliding layers.
-    """
-    folder = checkpoint("gemma4", layers=4, query_heads=4, kv_heads=1, sharpness=0.5)
-    found = result_of(run_python(TWO_RANKS.format(model=folder), timeout=600))
-    config = OracleConfig(budget=96, scorer="snapkv")
-    expected = [oracle(folder).generate(prompt, 8, config) for prompt in PROMPTS]
-    assert_same([Answer(*answer) for answer in found], expected, tolerance(folder))
-
-
 def test_other_ways_to_make_queries_are_refused(checkpoint, monkeypatch):
     """What a layer does is tried when the engine starts, not believed."""
 

@@ -171,7 +171,7 @@ def test_operations_without_a_kernel(checkpoint):
 
 def built(**properties) -> SimpleNamespace:
     """What a layer shows of itself; without properties there is nothing against it."""
-    none = {"sinks": None, "alibi_slopes": None, "kv_sharing_target_layer_name": None}
+    none = {"sinks": None, "alibi_slopes": None}
     return SimpleNamespace(**none | {"kv_cache_dtype": "auto"} | properties)
 
 
@@ -182,7 +182,6 @@ def test_attention_features():
     every = {
         "sinks": ("sinks", torch.zeros(2)),
         "ALiBi": ("alibi_slopes", [0.5]),
-        "another layer": ("kv_sharing_target_layer_name", "layers.0"),
         "nvfp4": ("kv_cache_dtype", "nvfp4"),
     }
     for text, (name, value) in every.items():
@@ -211,10 +210,9 @@ def test_scales_of_single_heads():
 
 @pytest.mark.parametrize(
     ("extra", "text"),
-    [({"alibi_slopes": [0.5, 0.25]}, "ALiBi"), ({"sinks": torch.zeros(2)}, "sinks"),
-     ({"kv_sharing_target_layer_name": "layers.0"}, "another layer")],
-    ids=["alibi", "sinks", "kv-sharing"],
-)  # fmt: skip
+    [({"alibi_slopes": [0.5, 0.25]}, "ALiBi"), ({"sinks": torch.zeros(2)}, "sinks")],
+    ids=["alibi", "sinks"],
+)
 def test_attention_layers(checkpoint, extra, text):
     """The layer itself refuses, when vLLM builds it."""
     arguments = {
@@ -251,7 +249,6 @@ MODELS = {
     "sinks": ("GptOssForCausalLM", "gpt_oss", {}, "sinks"),
     "granite's sinks": ("GraniteForCausalLM", "granite",
                         {"layer_types": ["sliding_attention", "full_attention"] * 16}, "sinks"),
-    "shared": ("Gemma3nForCausalLM", "gemma3n_text", {}, "another layer"),
     "alibi": ("BloomForCausalLM", "bloom", {}, "ALiBi"),
     "images": ("PaliGemmaForConditionalGeneration", "paligemma", {}, TEXT_ONLY),
     "images of Gemma 3": ("Gemma3ForConditionalGeneration", "gemma3", {}, TEXT_ONLY),
@@ -300,7 +297,8 @@ def test_models_by_their_configuration_alone(published, model):
         ("GraniteForCausalLM", "granite", {}),
         ("GraniteMoeHybridForCausalLM", "granitemoehybrid", {"layer_types": ["attention"] * 32}),
         ("MistralForCausalLM", "mistral", {}),
-        ("Gemma4ForCausalLM", "gemma4_text", {"num_kv_shared_layers": 0}),
+        ("Gemma3nForCausalLM", "gemma3n_text", {}),
+        ("Gemma4ForCausalLM", "gemma4_text", {"num_kv_shared_layers": 20}),
         ("Qwen3NextForCausalLM", "qwen3_next", {}),
         ("Qwen3_5ForConditionalGeneration", "qwen3_5", {}),
         (

@@ -30,8 +30,8 @@ class OracleOutput(NamedTuple):
 class Oracle:
     """Greedy reference decoder of one checkpoint (float32, CPU, one request at a time).
 
-    Layers with a sliding window, or whose attention ends at chunks, are never compressed; a layer
-    index here counts the others.
+    Layers with a sliding window, or whose attention ends at chunks, are never compressed, and those
+    that read the cache of another have none; a layer index here counts the others.
     """
 
     def __init__(self, model_dir: str) -> None:
@@ -90,16 +90,19 @@ class Oracle:
         distance = columns[-rows:, None] - columns
         hidden = distance < 0
         chunk = self._chunk_size(module)
+        reads = getattr(module, "is_kv_shared_layer", False)
         if sliding_window is not None:
             hidden |= distance >= sliding_window
         elif chunk is not None:
             hidden |= columns[-rows:, None] // chunk != columns // chunk
-        elif self._evicted is None:
+        elif self._evicted is None and not reads:
             self._layers.append(module)
             self._captured.append(tuple(x[0].numpy().copy() for x in (query, key, value)))
             self._scale = scaling
-        else:
-            evicted = self._evicted[self._layers.index(module)].repeat_interleave(group, dim=0)
+        elif self._evicted is not None:
+            # readers take the last cache of their kind
+            owner = len(self._layers) - 1 if reads else self._layers.index(module)
+            evicted = self._evicted[owner].repeat_interleave(group, dim=0)
             hidden = hidden.repeat(query.shape[1], 1, 1)
             hidden[:, :, : evicted.shape[1]] |= evicted[:, None, :]
         keys = key.repeat_interleave(group, dim=1)

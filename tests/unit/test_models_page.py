@@ -9,6 +9,7 @@ import pytest
 import tiny_families
 import tiny_hybrids
 import tiny_models
+import tiny_shared_kv
 
 from vllm_kvcompress.adapter import model_table
 from vllm_kvcompress.adapter.compatibility import ENGINE_RULES, MODEL_RULES
@@ -71,13 +72,14 @@ def test_rows(architecture, served, attention):
 
 
 def test_conditions_are_told():
-    assert "`num_kv_shared_layers` is above 0" in ROWS["Gemma3nForCausalLM"].remark
+    assert "`alibi` is set" in ROWS["FalconForCausalLM"].remark
     assert "text only where `use_bidirectional" in ROWS["Gemma4ForConditionalGeneration"].remark
 
 
 def test_what_ran_is_what_tests_serve():
     """Architectures of the project's own checkpoints, but for those that tests see refused."""
-    tables = "".join(m.__doc__ or "" for m in (tiny_models, tiny_families, tiny_hybrids))
+    generators = (tiny_models, tiny_families, tiny_hybrids, tiny_shared_kv)
+    tables = "".join(module.__doc__ or "" for module in generators)
     made = set(re.findall(r"^\| \S+ +\| (\w+)", tables, re.MULTILINE)) & MODULES.keys()
     assert {a for a in made if ROWS[a].served != "no"} == model_table.RAN.keys()
     for file in model_table.RAN.values():

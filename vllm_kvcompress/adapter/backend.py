@@ -73,6 +73,7 @@ class CompressedImpl:
     scale: float
     logits_soft_cap: float
     kv_cache_dtype: str
+    kv_sharing_target_layer_name: str | None
     layers: "CompressedLayers | None" = None
     """Shared by all compressed layers; set by the first metadata builder."""
     _per_head: "CompressedImpl | None" = None
@@ -133,7 +134,9 @@ class CompressedImpl:
         meta: CompressedMetadata,
         dtype: torch.dtype,
     ) -> None:
-        """``dtype``: of the model."""
+        """``dtype``: of the model. Layers that read another's cache leave nothing behind."""
+        if self.kv_sharing_target_layer_name is not None:
+            return
         layers = self.layers
         assert layers is not None
         layer_idx = layers.facts.position_of[layer.layer_name]
@@ -190,11 +193,16 @@ def _as_numbers(queries: torch.Tensor, layer: _AttentionLayer, dtype: torch.dtyp
 
 
 def compressed_modules(vllm_config: VllmConfig) -> list[Attention]:
-    """The compressed attention layers of an engine's worker, once its model is built."""
+    """The compressed attention layers of an engine's worker, once its model is built.
+
+    Layers that read the cache of one of them are not among them.
+    """
     return [
         module
         for module in vllm_config.compilation_config.static_forward_context.values()
-        if isinstance(module, Attention) and isinstance(module.impl, CompressedImpl)
+        if isinstance(module, Attention)
+        and isinstance(module.impl, CompressedImpl)
+        and module.kv_sharing_target_layer_name is None
     ]
 
 

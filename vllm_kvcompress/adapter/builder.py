@@ -333,13 +333,17 @@ class CompressedBuilder:
         """The platform's metadata by layer; layers ask in their order.
 
         Layers that are all alike share one table, made here. Others get theirs where the first of
-        as many as fit into memory asks, so that a graph sees them made.
+        as many as fit into memory asks, so that a graph sees them made. A layer that reads the
+        cache of an earlier one may come back to tables that have been overwritten.
         """
         uniform = self.layers.uniform
         at_once = self.tables.layers_at_once(len(slots))
         prepared: list[Any] = []
+        first_prepared = -1
 
         def fill(layer_idx: int) -> None:
+            nonlocal first_prepared
+            first_prepared = layer_idx
             num_layers = min(at_once, self.tables.num_layers - layer_idx)
             layer_pages = 0 if uniform else self.layers.facts.pages.layer_pages
             rows = slots, block_table, seq_lens
@@ -357,8 +361,9 @@ class CompressedBuilder:
             if uniform:
                 return prepared[0]
             index = layer_idx % at_once
-            if index == 0:  # also where tables were made before: a graph has to see it again
-                fill(layer_idx)
+            # at 0 also where tables were made before: a graph has to see it again
+            if index == 0 or first_prepared != layer_idx - index:
+                fill(layer_idx - index)
             return prepared[index]
 
         if uniform:

@@ -77,7 +77,6 @@ class AttentionImpl(Protocol):
 
     alibi_slopes: Any
     kv_cache_dtype: str
-    kv_sharing_target_layer_name: str | None
     sinks: Any
 
 
@@ -182,14 +181,6 @@ MODEL_RULES = (
         condition="`param_sink_number` is above 0",
     ),
     ModelRule(
-        "layers that share KV",
-        "a layer reads the KV cache of another layer",
-        lambda e: bool(e.text.get("num_kv_shared_layers")),
-        layer=lambda impl: impl.kv_sharing_target_layer_name is not None,
-        mark=r"\bnum_kv_shared_layers\b",
-        condition="`num_kv_shared_layers` is above 0",
-    ),
-    ModelRule(
         "ALiBi",
         "ALiBi slopes depend on the position inside the cache",
         lambda e: e.model.uses_alibi or e.is_one_of(["Step1ForCausalLM"]),
@@ -291,7 +282,8 @@ ENGINE_RULES = (
          "remove --kv-cache-dtype-skip-layers",
          lambda e: (e.cache.cache_dtype in FLOAT8_TYPES
                     and bool(e.cache.kv_cache_dtype_skip_layers))),
-    Rule("fast prefill of layers that share KV", "layers that share KV",
+    Rule("fast prefill of layers that share KV",
+         "fast prefill skips prompt tokens in layers that share KV",
          "remove --kv-sharing-fast-prefill", lambda e: e.cache.kv_sharing_fast_prefill),
     Rule("sliding windows or chunks beside full attention without the hybrid KV cache manager",
          "vLLM then keeps layers of local attention like full ones, in one group",

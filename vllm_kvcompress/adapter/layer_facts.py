@@ -32,10 +32,13 @@ class AllPages(NamedTuple):
 class LayerFacts:
     """The compressed layers of a worker's model, in their order.
 
+    A layer that reads the cache of another has no position of its own: its queries attend to the
+    head pages of the layer whose cache it reads.
+
     Attributes:
-        modules: the attention layers.
+        modules: the attention layers that have a cache.
         layer_indices: of each in the model.
-        position_of: from a layer's name to its position among the compressed ones.
+        position_of: from a layer's name to the position of its cache among the compressed ones.
         num_heads, num_kv_heads: Hq and Hkv of this rank.
         scale: [L] float32 device, of the logits; ``softcap`` is the same in all layers.
         dtype: of the model.
@@ -50,18 +53,25 @@ class LayerFacts:
         device: torch.device,
         layout: PageLayout,
     ) -> None:
-        names = sorted(modules, key=extract_layer_index)
-        self.modules = [modules[name] for name in names]
-        compatibility.check_layers(self.modules)
-        self.layer_indices = tuple(extract_layer_index(name) for name in names)
-        self.position_of = {name: index for index, name in enumerate(names)}
-        self.device, self.layout = device, layout
-        impl = self.modules[0].impl
-        if len({module.num_heads for module in self.modules}) > 1:
+        readers = {
+            name: module.kv_sharing_target_layer_name
+            for name, module in modules.items()
+            if module.kv_sharing_target_layer_name is not None
+        }
+        names = sorted(modules.keys() - readers.keys(), key=extract_layer_index)
+        # vLLM makes builders of their own for layers with other numbers of query heads
+        if len({m.num_heads for m in modules.values()}) > 1 or {*readers.values()} - {*names}:
             raise KVCompressionError(
                 "KV compression takes all layers together, but the full-attention layers of this "
                 "model have different numbers of query heads: serve it without --kv-compression."
             )
+        self.modules = [modules[name] for name in names]
+        compatibility.check_layers(self.modules)
+        self.layer_indices = tuple(extract_layer_index(name) for name in names)
+        self.position_of = {name: index for index, name in enumerate(names)}
+        self.position_of |= {name: self.position_of[owner] for name, owner in readers.items()}
+        self.device, self.layout = device, layout
+        impl = self.modules[0].impl
         self.num_heads, self.num_kv_heads = impl.num_heads, num_kv_heads
         self.softcap = compatibility.soft_cap(self.modules[0])
         self.scale = torch.tensor(

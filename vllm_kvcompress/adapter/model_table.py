@@ -23,6 +23,7 @@ RAN = {
     "Gemma4ForCausalLM": "test_attention_inputs.py",
     "Gemma3ForConditionalGeneration": "test_hybrid.py",
     "Gemma3ForCausalLM": "test_hybrid.py",
+    "Gemma3nForCausalLM": "test_shared_kv.py",
     "GraniteMoeHybridForCausalLM": "test_hybrid_families.py",
     "InternVLForConditionalGeneration": "test_families.py",
     "Llama4ForCausalLM": "test_hybrid_families.py",
@@ -52,6 +53,7 @@ _BESIDE = {
     "sliding windows where configured": re.compile(r"per_layer_sliding_window|\bsliding_window="),
     "chunks": re.compile(r"\bChunkedLocalAttention\b"),
     "layers with a state": re.compile(r"\bIsHybrid\b"),
+    "layers that read the cache of others": re.compile(r"\bkv_sharing_target_layer_name=kv_"),
 }
 """Layers that may stand beside full attention, and what tells them."""
 

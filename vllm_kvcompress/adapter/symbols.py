@@ -218,7 +218,8 @@ _ATTENTION = (
          "head_size dtype kv_cache_dtype has_sink use_mm_prefix use_per_head_quant_scales "
          "attn_type has_sliding_window",
          "gives full-attention layers our subclass of their backend"),
-        ("Attention", Use.HELD, "attn_backend head_size kv_cache num_heads num_kv_heads",
+        ("Attention", Use.HELD,
+         "attn_backend head_size kv_cache kv_sharing_target_layer_name num_heads num_kv_heads",
          "caches of all layers, and what specs tell of them"),
         ("Attention.forward", Use.WRAPPED, "self query", "while a layer is tried at start"),
     ),
