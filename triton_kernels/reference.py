@@ -21,7 +21,9 @@ from vllm_kvcompress.kernels.reference_rows import (
 )
 from vllm_kvcompress.kernels.reference_scores import (
     bacon_calibrate,
+    bacon_coherence,
     bacon_evidence,
+    bacon_persistence,
     head_counts,
     pool_prefix,
     select_tokens,
@@ -312,7 +314,9 @@ __all__ = [
     "as_bytes",
     "as_stored",
     "bacon_calibrate",
+    "bacon_coherence",
     "bacon_evidence",
+    "bacon_persistence",
     "block_ids",
     "cover_votes",
     "elite_attention",

@@ -84,13 +84,9 @@ def bacon_calibrate(
     outside = _outside(base, num_candidates)
     base, value = base.masked_fill(outside, 0.0), evidence
     if mode != "e":
-        coherence = pool_prefix(evidence, num_candidates, local_k)
-        if mode == "rel":
-            neighbours = pool_prefix(base, num_candidates, local_k)
-            coherence = coherence * neighbours / (neighbours + base + EPS)
-        value = value + coherence
+        value = value + bacon_coherence(base, evidence, num_candidates, mode, local_k)
     if mode in ("elt", "rel"):
-        value = value + _persistence(trace, len(base), trace_r, attenuated=mode == "rel")
+        value = value + bacon_persistence(trace, len(base), trace_r, mode)
     top = (topk_frac * capacity.double()).long().clamp_min(1).minimum(num_candidates)
     base_mean, base_std = _top_statistics(base, num_candidates, top)
     value_mean, value_std = _top_statistics(value, num_candidates, top)
@@ -100,16 +96,42 @@ def bacon_calibrate(
     return (base + strength[:, :, None] * value).masked_fill(outside, float("-inf"))
 
 
-def _persistence(trace: torch.Tensor, num_rows: int, reach: int, attenuated: bool) -> torch.Tensor:
-    """What the layers before each row's own agree on, [R, Hkv, T]; 0 where there is none."""
+def bacon_coherence(
+    base: torch.Tensor,
+    evidence: torch.Tensor,
+    num_candidates: torch.Tensor,
+    mode: str,
+    local_k: int,
+) -> torch.Tensor:
+    """How much evidence lies around each token, [R, Hkv, T].
+
+    Args:
+        base, evidence: B and E of :func:`bacon_evidence`, with B = 0 at t >= n.
+        mode: "rel" attenuates it where the token's own B is high beside its neighbours'.
+    """
+    coherence = pool_prefix(evidence, num_candidates, local_k)
+    if mode == "rel":
+        neighbours = pool_prefix(base, num_candidates, local_k)
+        coherence = coherence * neighbours / (neighbours + base + EPS)
+    return coherence
+
+
+def bacon_persistence(trace: torch.Tensor, num_rows: int, trace_r: int, mode: str) -> torch.Tensor:
+    """What the layers before each row's own agree on, [R, Hkv, T]; 0 where there is none.
+
+    Args:
+        trace, trace_r: of :func:`bacon_calibrate`.
+        num_rows: R.
+        mode: "rel" takes the deviation of these layers off.
+    """
     rows = []
     for layer in range(len(trace) - num_rows // trace.shape[1], len(trace)):
-        seen = trace[max(layer - reach, 0) : layer]
+        seen = trace[max(layer - trace_r, 0) : layer]
         if not len(seen):
             rows.append(torch.zeros_like(trace[layer]))
             continue
         mean = seen.mean(0)
-        if attenuated:
+        if mode == "rel":
             mean = (mean - seen.std(0, correction=0)).clamp_min(0)
         rows.append(mean)
     return torch.cat(rows)
