@@ -5,7 +5,6 @@ Knows tensors, not vLLM.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
@@ -14,26 +13,15 @@ from vllm_kvcompress.allocation import Allocator, BudgetRequest, Scope, pages_fr
 from vllm_kvcompress.kernels import PromptPages
 from vllm_kvcompress.merging import Merge, MergeContext
 from vllm_kvcompress.page_state import HeadPageState, page_starts
-from vllm_kvcompress.pipeline_inputs import FinishedPrefills, LayerStack, PromptBatch
+from vllm_kvcompress.pipeline_inputs import (
+    FinishedPrefills,
+    LayerStack,
+    PromptBatch,
+    ScoredLayers,
+)
 from vllm_kvcompress.scoring import Scorer, Scores, ScoringContext
 from vllm_kvcompress.scoring.base import local_mean, rows_of
 from vllm_kvcompress.workspace import DEFAULT_BYTES, RowShape, Workspace
-
-
-class _Group(NamedTuple):
-    """Consecutive layers that are scored together, [first, last) of the stack.
-
-    Attributes:
-        batch: plans of the rows, [R] each.
-        final: [R, Hkv, T] ranking scores.
-    """
-
-    first: int
-    last: int
-    ctx: ScoringContext
-    batch: PromptBatch
-    final: torch.Tensor
-
 
 __all__ = ["CompressionPipeline", "FinishedPrefills", "LayerStack", "PromptBatch"]
 
@@ -158,7 +146,7 @@ class CompressionPipeline:
 
     def _score(
         self, prompts: FinishedPrefills, stack: LayerStack, layers_together: int
-    ) -> Iterator[tuple[_Group, Scores]]:
+    ) -> Iterator[tuple[ScoredLayers, Scores]]:
         """Score group by group; the base scores are -inf where nothing competes."""
         num_layers, num = len(stack.layers), len(prompts.block_table)
         batch = PromptBatch(*torch.stack(prompts.batch).repeat(1, num_layers).unbind())
@@ -176,7 +164,7 @@ class CompressionPipeline:
                 before = ctx.positions < (rows.prompt_lens - rows.num_recent)[:, None]
                 competes = before if competes is None else competes & before
                 base = base.masked_fill(~competes[:, None], float("-inf"))
-            yield _Group(first, last, ctx, rows, final), Scores(base, final)
+            yield ScoredLayers(first, last, ctx, rows, final), Scores(base, final)
 
     def _context(
         self, prompts: FinishedPrefills, stack: LayerStack, batch: PromptBatch
@@ -282,7 +270,7 @@ class CompressionPipeline:
         self,
         prompts: FinishedPrefills,
         stack: LayerStack,
-        groups: list[_Group],
+        groups: list[ScoredLayers],
         kept: torch.Tensor,
         count: torch.Tensor,
         start: torch.Tensor,
@@ -322,7 +310,7 @@ class CompressionPipeline:
     def _stage(
         self,
         prompts: FinishedPrefills,
-        group: _Group,
+        group: ScoredLayers,
         kept: torch.Tensor,
         count: torch.Tensor,
         start: torch.Tensor,
@@ -344,7 +332,7 @@ class CompressionPipeline:
         slots = count * self.layout.block_size
         max_slots = prompts.max_pages * self.layout.block_size
         if self.merge is None:
-            chosen = kernels.select_tokens(final, slots, candidates, in_pages, max_slots)
+            chosen = self._select(group, final, slots, candidates, in_pages, max_slots)
             staged = pages[:-1].view(len(prompts.block_table), -1, pages.shape[1])
             kernels.stage_tokens(ctx.prompts, chosen, count, start, staged)
             return
@@ -364,10 +352,22 @@ class CompressionPipeline:
             slots=slots,
         )
         tokens = self.merge.num_tokens(merge_ctx)
-        merge_ctx.kept = kernels.select_tokens(final, tokens, candidates, in_pages, max_slots)
+        merge_ctx.kept = self._select(group, final, tokens, candidates, in_pages, max_slots)
         entries = kernels.as_stored(ctx.prompts, *self.merge.merge(merge_ctx))
         ctx.release()
         self._place(entries, count, start, pages, len(prompts.block_table))
+
+    def _select(
+        self,
+        group: ScoredLayers,
+        final: torch.Tensor,
+        tokens: torch.Tensor,
+        candidates: torch.Tensor,
+        in_pages: torch.Tensor,
+        max_slots: int,
+    ) -> torch.Tensor:
+        """What heads keep in their pages, see ``kernels.select_tokens``."""
+        return kernels.select_tokens(final, tokens, candidates, in_pages, max_slots)
 
     def _place(
         self,

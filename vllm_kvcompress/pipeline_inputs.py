@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pipeline is given: N finished prompts, and what L layers kept of them."""
+"""What the pipeline is given: N finished prompts, what L layers kept of them; and their scores."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from vllm_kvcompress.scoring import HiddenMoments, QueryMoments, QueryProjector
+from vllm_kvcompress.scoring import HiddenMoments, QueryMoments, QueryProjector, ScoringContext
 from vllm_kvcompress.scoring.base import rows_of
 
 
@@ -110,3 +110,18 @@ class LayerStack(NamedTuple):
             moments=None if moments is None else QueryMoments(*map(some, moments)),
             projector=None if self.projector is None else self.projector.of_prompts(prompts),
         )
+
+
+class ScoredLayers(NamedTuple):
+    """Consecutive layers that are scored together, [first, last) of the stack.
+
+    Attributes:
+        batch: plans of the rows, [R] each.
+        final: [R, Hkv, T] ranking scores.
+    """
+
+    first: int
+    last: int
+    ctx: ScoringContext
+    batch: PromptBatch
+    final: torch.Tensor

@@ -26,7 +26,15 @@ MAY_IMPORT = {
     "": {"adapter"},  # register() alone
     "adapter": FOUNDATIONS
     | {"adapter", "allocation", "batch", "config", "kernels", "merging", "metrics", "orders"}
-    | {"page_state", "pipeline", "pipeline_inputs", "plan", "prefill_stats", "scoring"},
+    | {
+        "page_state",
+        "pipeline",
+        "pipeline_inputs",
+        "plan",
+        "prefill_stats",
+        "recording",
+        "scoring",
+    },
     "tools": {
         "adapter",
         "allocation",
@@ -40,6 +48,7 @@ MAY_IMPORT = {
     "metrics": {"policy"},
     "pipeline": {"allocation", "kernels", "merging", "page_state", "pipeline_inputs", "scoring"}
     | {"workspace"},
+    "recording": {"kernels", "pipeline", "pipeline_inputs", "scoring"},
     "pipeline_inputs": {"scoring"},
     "prefill_stats": {"kernels", "scoring"},
     "orders": {"plan"},
@@ -63,6 +72,7 @@ DEVICE_PARTS = (
     "scoring",
     "allocation",
     "merging",
+    "recording",
     "kernels",
 )
 
