@@ -15,6 +15,7 @@ from vllm_kvcompress.adapter.kv_cache import CompressedSpec
 from vllm_kvcompress.adapter.layer_facts import LayerFacts
 from vllm_kvcompress.adapter.lora import RequestAdapters
 from vllm_kvcompress.adapter.parallel import mean_over_heads, mean_over_replicas, rank_heads
+from vllm_kvcompress.adapter.recorder import Recorder
 from vllm_kvcompress.adapter.telemetry import WorkerTelemetry, labels_of
 from vllm_kvcompress.adapter.waiting import WaitingPrompts
 from vllm_kvcompress.allocation import Scope, StaticAllocator
@@ -43,10 +44,12 @@ class CompressedLayers:
     theirs is kept for their compression.
 
     Attributes:
+        heads: [Hkv] int64, indices in the model of this rank's KV heads.
         step_brings_rows: whether the running step brings tokens that a method looks at. It must not
             be replayed from a full graph then, where our Python does not run.
         order_of: requests of a batch, without padding, from its common metadata; the worker's.
         adapters: of the requests; the worker's, None where there are none.
+        recorder: remembers how one prompt is compressed; None unless somebody asks.
 
     Args:
         vllm_config: of the engine.
@@ -75,13 +78,14 @@ class CompressedLayers:
         self._max_length = max_blocks * self.block_size
         parallel = vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size
-        self._heads = rank_heads(spec.model_kv_heads, self.num_kv_heads, ranks)
+        self.heads = rank_heads(spec.model_kv_heads, self.num_kv_heads, ranks)
         self._mean_over_replicas = mean_over_replicas(spec.model_kv_heads, ranks)
         labels = labels_of(vllm_config) if parallel.rank == 0 else None
         self.telemetry = WorkerTelemetry(device, labels)
         self.step_brings_rows = False
         self.order_of: Callable[[CommonAttentionMetadata], Sequence[str]] | None = None
         self.adapters: RequestAdapters | None = None
+        self.recorder: Recorder | None = None
         self.configure(spec.planner)
 
     def configure(self, planner: BlockPlanner) -> None:
@@ -111,7 +115,7 @@ class CompressedLayers:
             self.facts.layout,
             self.state,
             mean_over_heads=mean_over_heads,
-            first_head=int(self._heads[0]),
+            first_head=int(self.heads[0]),
             mean_over_replicas=self._mean_over_replicas,
             workspace_bytes=self.config.workspace_mib << 20,
         )
@@ -203,6 +207,8 @@ class CompressedLayers:
         adapters = self._projecting_adapters
         if adapters is not None and adapters.count([o.req_id for o in orders]) > adapters.most:
             together = 1  # there is no room for all of their adapters at a time
+        if self.recorder is not None:
+            together = 1
         for start in range(0, len(orders), together):
             self._compress(orders[start : start + together])
 
@@ -212,7 +218,11 @@ class CompressedLayers:
         with self.telemetry.compression():
             prompts = self._prompts(slots, orders)
             num_rows = max(order.plan.num_rows for order in orders)
-            count = self.pipeline.compress(prompts, self._stack(req_ids, num_rows))
+            stack = self._stack(req_ids, num_rows)
+            if self.recorder is not None and self.recorder.wants(req_ids[0]):
+                count = self.recorder.compress(self.pipeline, prompts, stack, orders[0].plan)
+            else:
+                count = self.pipeline.compress(prompts, stack)
             self.telemetry.record(
                 count,
                 tokens_per_page=self.block_size / (self.num_layers * self.num_kv_heads),
@@ -262,7 +272,7 @@ class CompressedLayers:
         if isinstance(self.pipeline.allocator, StaticAllocator):
             budgets = np.array([self.planner.head_budgets(plan) for plan in plans])
             extra["head_budgets"] = self.facts.upload(
-                np.ascontiguousarray(budgets[:, :, self._heads])
+                np.ascontiguousarray(budgets[:, :, self.heads])
             )
         return FinishedPrefills(
             batch=PromptBatch(*columns.t().contiguous()),

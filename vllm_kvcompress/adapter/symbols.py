@@ -6,66 +6,14 @@ them is there with the names relied on, and that ``adapter/`` imports nothing el
 vLLM, run that test on its sources, then repair ``adapter/`` and this list together.
 """
 
-import enum
-from typing import NamedTuple
+from vllm_kvcompress.adapter.symbol import Call, Symbol, Use
+from vllm_kvcompress.adapter.symbol import symbols_of as _symbols
 
 END_TO_END_VERSIONS = ("0.32.0",)
 """Versions that the whole test suite ran on."""
 
 CONTRACT_VERSIONS = ("0.32.0", "0.33.0")
 """Versions whose sources satisfy this list."""
-
-
-class Use(enum.Enum):
-    """How a symbol is used, which says what may not change about it."""
-
-    HELD = "a class or an object: it has these attributes"
-    CALLED = "a function: it has these parameters in this order, and needs no others"
-    WRAPPED = "a function that we wrap: it has these parameters in this order; we pass on the rest"
-    REPLACED = "a function that we override: these are all its parameters, self or cls included"
-
-
-class Symbol(NamedTuple):
-    """Something of vLLM.
-
-    Attributes:
-        module: where it is found; it may be imported there.
-        name: qualified name inside the module.
-        use: how we use it.
-        relies_on: names of attributes or parameters, see ``use``.
-        reason: what it is good for.
-        returns: the annotated result, where its shape matters.
-    """
-
-    module: str
-    name: str
-    use: Use
-    relies_on: tuple[str, ...]
-    reason: str
-    returns: str | None = None
-
-
-class Call(NamedTuple):
-    """A call inside vLLM whose form we rely on.
-
-    Attributes:
-        module, caller: function that contains the call.
-        callee: last name of what is called.
-        keywords: passed by keyword.
-        reason: what it is good for.
-    """
-
-    module: str
-    caller: str
-    callee: str
-    keywords: tuple[str, ...]
-    reason: str
-
-
-def _symbols(module: str, *rows: tuple) -> tuple[Symbol, ...]:
-    """Symbols of one module; names are given as one string, separated by spaces."""
-    return tuple(Symbol(module, name, use, tuple(names.split()), *rest)
-                 for name, use, names, *rest in rows)  # fmt: skip
 
 
 _COMMAND_LINE = (
@@ -119,8 +67,10 @@ _CONFIGURATION = _symbols(
     ("ModelConfig.get_hidden_size", Use.CALLED, "self", "bytes kept per prompt"),
     ("ParallelConfig", Use.HELD,
      "data_parallel_index decode_context_parallel_size pipeline_parallel_size "
-     "prefill_context_parallel_size rank tensor_parallel_size use_ubatching worker_cls",
-     "compatibility; the first rank counts; a rank's heads; names our worker; labels of metrics"),
+     "prefill_context_parallel_size rank tensor_parallel_size use_ubatching worker_cls "
+     "worker_extension_cls",
+     "compatibility; the first rank counts; a rank's heads; names our worker and what it answers "
+     "to; labels of metrics"),
     ("CacheConfig", Use.HELD,
      "block_size cache_dtype kv_cache_dtype_skip_layers kv_sharing_fast_prefill", "compatibility"),
     ("SchedulerConfig", Use.HELD,
@@ -372,6 +322,20 @@ _ADAPTERS = (
               ("LoraState", Use.HELD, "lora_requests", "runner V2: a request's adapter")),
 )  # fmt: skip
 
+_QUESTION = (
+    *_symbols("vllm.entrypoints.llm",
+              ("LLM", Use.HELD, "chat collective_rpc get_default_sampling_params llm_engine",
+               "asks one question, and its workers how they compressed"),
+              ("LLM.chat", Use.CALLED, "self messages sampling_params use_tqdm", "the same"),
+              ("LLM.collective_rpc", Use.CALLED, "self method args", "the same")),
+    *_symbols("vllm.v1.engine.llm_engine",
+              ("LLMEngine", Use.HELD, "engine_core", "an engine is ended when it has answered")),
+    *_symbols("vllm.v1.engine.core_client",
+              ("EngineCoreClient", Use.HELD, "shutdown", "the same")),
+    *_symbols("vllm.entrypoints.serve.dev.rpc.api_router",
+              ("collective_rpc", Use.HELD, "", "the same of a running server")),
+)  # fmt: skip
+
 SYMBOLS = (
     *_COMMAND_LINE,
     *_REGISTRY,
@@ -381,6 +345,7 @@ SYMBOLS = (
     *_BACKENDS,
     *_WORKER,
     *_ADAPTERS,
+    *_QUESTION,
 )
 
 CALLS = (
