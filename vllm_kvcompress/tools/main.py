@@ -29,11 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure how visual each head of a model is, for allocators that ask for it",
         add_help=False,
     )
+    commands.add_parser(
+        "explain",
+        help="show on an image which visual tokens are kept, and why",
+        add_help=False,
+    )
     args, rest = parser.parse_known_args(argv)
     if args.command == "mend-cpu-env":
         return cpu_env.main(rest)
     if args.command == "calibrate-heads":
         return calibrate_heads.main(rest)
+    if args.command == "explain":
+        from vllm_kvcompress.tools import explain  # imports torch
+
+        return explain.main(rest)
     if args.command == "models":
         from vllm_kvcompress.tools import models  # imports vLLM, which the others can do without
 
