@@ -9,6 +9,9 @@ import pytest
 from servers import DEADLINE_S, Server, body, ends_with_error
 from subprocesses import HERE
 
+from vllm_kvcompress.adapter.recorder import EXTENSION
+from vllm_kvcompress.tools import explain
+
 BUDGET, BLOCK_SIZE = 128, 32
 
 
@@ -17,7 +20,8 @@ def server(docvqa):
     running = Server(
         docvqa,
         "--kv-compression", "bacon", "--kv-budget", str(BUDGET), "--kv-window", "32",
-        "--kv-compression-config", '{"kernel": 9}',
+        "--kv-compression-config", '{"kernel": 9}', "--worker-extension-cls", EXTENSION,
+        VLLM_SERVER_DEV_MODE="1",
     )  # fmt: skip
     try:
         running.wait_until_ready()
@@ -57,6 +61,26 @@ def test_answers_about_pages(server, pages):
     assert gained("seconds_count") == len(pages)
     assert 0 < gained("seconds_sum") < 60
     assert gained('seconds_bucket{le="+Inf"}') == len(pages)
+
+
+def test_explained(server, pages, docvqa, tmp_path):
+    """The server says of one of its requests how it was compressed."""
+    image = tmp_path / "page.png"
+    pages[0].image.save(image)
+    address = f"http://127.0.0.1:{server.port}"
+    arguments = ["--server", address, "--image", str(image), "--question", pages[0].question]
+    explained = explain.explain(explain.parser().parse_args(arguments))
+    (column,) = explained.columns
+    assert explained.model == docvqa
+    assert column.answer.strip() == pages[0].answer
+    assert column.title == f"bacon, budget {BUDGET} tokens, window 32"
+    assert "kernel 9" in column.details
+    kept = column.prompt.kept.sum(axis=2)
+    assert (kept == kept[0, 0]).all()
+    assert BUDGET <= kept[0, 0] < BUDGET + BLOCK_SIZE
+    # where a digit is lost, the answer is too: at this budget some head keeps each of them
+    assert explained.on_grid(column.prompt.kept).any(axis=(0, 1)).sum() > 100
+    assert server.chat(pages[1])["choices"][0]["message"]["content"] == pages[1].answer
 
 
 def test_short_prompt_is_kept_whole(server):
