@@ -91,7 +91,9 @@ def _packed(record: PromptRecord, length: int) -> str:
     """The maps of the prompt's own tokens, a base64 text of numpy's archive."""
     maps = {} if record.maps is None else record.maps._asdict()
     tensors = {"kept": record.kept, "final": record.final, **maps}
-    arrays = {name: _on_host(tensor[..., :length]) for name, tensor in tensors.items()}
+    arrays: dict[str, Any] = {
+        name: _on_host(tensor[..., :length]) for name, tensor in tensors.items()
+    }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return base64.b64encode(buffer.getvalue()).decode()

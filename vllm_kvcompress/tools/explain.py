@@ -141,8 +141,8 @@ def explain(args: argparse.Namespace) -> Explanation:
             return one_question.ask(model, messages, compression, args.max_tokens, args.engine_args)
 
         for settings in _methods(args):
-            reply = ask(settings)
-            columns.append(_column(reply.text, reply.reports, "engine of this process"))
+            answer = ask(settings)
+            columns.append(_column(answer.text, answer.reports, "engine of this process"))
         if args.full_cache:
             full_answer = ask(None).text
     grid = _grid(args, model, messages, image, columns)

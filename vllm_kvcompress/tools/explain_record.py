@@ -92,7 +92,7 @@ class PromptMaps:
     def coverage(self) -> "Coverage":
         """How much each head keeps, and of what."""
         visual = self.is_visual
-        shares = {}
+        shares: dict[str, np.ndarray] = {}
         for name in ("window", "last"):
             if name in self.maps:
                 shares[name] = _share(self.maps[name][..., visual], self.kept[..., visual])
