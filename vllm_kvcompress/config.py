@@ -2,7 +2,6 @@
 """What the user asked for: parsing and every check that needs no engine."""
 
 import dataclasses
-import difflib
 import enum
 import functools
 import json
@@ -17,6 +16,14 @@ from vllm_kvcompress.merging import MERGES, Merge
 from vllm_kvcompress.policy import ALWAYS, When
 from vllm_kvcompress.presets import PRESETS
 from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
+from vllm_kvcompress.registry import (
+    Method,
+    classes_of,
+    option_names,
+    suggest,
+    unknown,
+)
+from vllm_kvcompress.registry import load as load_outside_methods
 from vllm_kvcompress.scoring import SCORERS, Need, Scorer
 
 CONFIG_KEY = "kv_compression"
@@ -49,13 +56,6 @@ class KVCompressionError(ValueError):
         """One message that lists every reason, so that one restart is enough."""
         lines = "\n".join(f"  - {reason}" for reason in reasons)
         return cls(f"KV compression cannot start:\n{lines}")
-
-
-def _suggest(word: str, valid: list[str]) -> str:
-    """``; did you mean 'x'?`` for the nearest valid word, and the list of all of them."""
-    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{hint} Valid: {', '.join(valid)}."
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class KVCompressionConfig:
         Raises:
             KVCompressionError: lists every unknown name and bad value at once.
         """
-        reasons: list[str] = []
+        reasons = list(load_outside_methods())
         method = raw.get("method")
         if not isinstance(method, str) or not method:
             missing = "no method: set --kv-compression METHOD, for example bacon, or "
@@ -177,28 +177,27 @@ class KVCompressionConfig:
         names += ("uniform", "none")[len(names) - 1 :]
         for kind, table, name in zip(("scorer", "allocator", "merge"), tables, names, strict=False):
             if name not in table:
-                known = table if kind != "scorer" else {*table, *PRESETS}
-                reasons.append(f"unknown {kind} {name!r}.{_suggest(name, sorted(known))}")
+                reasons.append(unknown(kind, name, table, stands_alone="+" not in method))
         budget, window = _take_sizes(raw, reasons)
         when, workspace_mib = _take_serving(raw, reasons)
         if reasons:  # options can only be checked against methods that exist
             raise KVCompressionError.from_reasons(reasons)
 
         scorer, allocator, merge = names[:3]
-        methods = _classes(scorer, allocator, merge)
+        methods = classes_of(scorer, allocator, merge)
         default = Candidates.VISUAL if SCORERS[scorer].visual_only else Candidates.ALL
         candidates = _take_candidates(raw, default, reasons)
         options = _take_options(raw, methods, reasons)
         valid = ["method", "budget", "window", "candidates", "when", "workspace_mib"]
-        valid += [name for m in methods for name in _option_names(m)]
+        valid += [name for m in methods for name in option_names(m)]
         chosen = "+".join(names[:2] if merge == "none" else names[:3])
-        reasons += [f"unknown key {key!r} for {chosen}.{_suggest(key, valid)}" for key in raw]
+        reasons += [f"unknown key {key!r} for {chosen}.{suggest(key, valid)}" for key in raw]
         if not reasons:
-            if options.get("text_prior") and not options.get("text_hard_cap"):
-                candidates = Candidates.AFTER_TEXT
             config = cls(
                 scorer, allocator, merge, budget, window, candidates, when, workspace_mib, options
             )
+            if config.scoring.text_first:
+                config = dataclasses.replace(config, candidates=Candidates.AFTER_TEXT)
             reasons += [*_combination_reasons(config), *_size_reasons(config)]
         if reasons:
             raise KVCompressionError.from_reasons(reasons)
@@ -258,20 +257,8 @@ class KVCompressionConfig:
             self.window, MAX_INSTRUCTION_LEN if Need.INSTRUCTION_QUERIES in self.needs else 1
         )
 
-    def _options_of(self, method: "type[Method]") -> dict[str, Any]:
-        return {name: self.options[name] for name in _option_names(method) if name in self.options}
-
-
-Method = Scorer | Allocator | Merge
-
-
-def _classes(scorer: str, allocator: str, merge: str) -> list[type[Method]]:
-    found: list[type[Method]] = [SCORERS[scorer], ALLOCATORS[allocator]]
-    return found if merge == "none" else [*found, MERGES[merge]]
-
-
-def _option_names(method: type[Method]) -> list[str]:
-    return [f.name for f in dataclasses.fields(method)]
+    def _options_of(self, method: type[Method]) -> dict[str, Any]:
+        return {name: self.options[name] for name in option_names(method) if name in self.options}
 
 
 def _take_sizes(raw: dict[str, Any], reasons: list[str]) -> tuple[Budget, int]:
@@ -319,7 +306,7 @@ def _take_options(
     """Move the options of the methods out of ``raw`` and let each method check its own."""
     taken: dict[str, Any] = {}
     for method in methods:
-        options = {name: raw[name] for name in _option_names(method) if name in raw}
+        options = {name: raw[name] for name in option_names(method) if name in raw}
         try:
             method(**options)
         except (TypeError, ValueError) as error:
@@ -343,24 +330,27 @@ def _size_reasons(config: KVCompressionConfig) -> list[str]:
 
 def _combination_reasons(config: KVCompressionConfig) -> list[str]:
     """Methods that do not go together."""
-    scorer, allocator = config.scoring, config.allocation
-    moves_heads = config.allocator in ("adakv", "sparsemm")
+    scorer, allocator, merge = config.scoring, config.allocation, config.merging
+    shared = " or ".join(name for name, cls in SCORERS.items() if cls.shared_sets)
+    lenient = " or ".join(
+        name for name, cls in MERGES.items() if not (cls.needs_shared_sets or cls.needs_weights)
+    )
     checks = (
         (allocator.scope is Scope.LAYER and not scorer.countable,
          f"{config.scorer} has no scores that {config.allocator} could count across heads: use "
          "another allocator, such as uniform"),
-        (moves_heads and scorer.shared_sets,
+        (not allocator.per_layer and scorer.shared_sets,
          f"{config.scorer} keeps the same tokens for all heads of a layer, so {config.allocator} "
          "cannot give heads different budgets: use another allocator, such as uniform"),
-        (config.merge == "elastic" and not scorer.shared_sets,
-         "merge elastic joins dropped tokens to neighbours that all heads keep: use scorer elastic "
-         "or prefixkv, or merge lookm"),
-        (config.merge == "recycle" and not scorer.weighs,
-         f"merge recycle weighs dropped tokens by their scores, and those of {config.scorer} are "
-         "no weights: use another scorer, or merge lookm"),
-        (config.candidates is Candidates.VISUAL and config.options.get("text_hard_cap"),
+        (merge is not None and merge.needs_shared_sets and not scorer.shared_sets,
+         f"merge {config.merge} joins dropped tokens to neighbours that all heads keep: use scorer "
+         f"{shared}, or merge {lenient}"),
+        (merge is not None and merge.needs_weights and not scorer.weighs,
+         f"merge {config.merge} weighs dropped tokens by their scores, and those of "
+         f"{config.scorer} are no weights: use another scorer, or merge {lenient}"),
+        (config.candidates is Candidates.VISUAL and scorer.ranks_text_first,
          'text_hard_cap lets text compete: set "candidates": "all"'),
-        (config.candidates is Candidates.ALL and scorer.visual_only and not scorer.reconstruction,
+        (config.candidates is Candidates.ALL and not scorer.scores_text,
          f'{config.scorer} scores visual tokens only: set "candidates": "visual"'),
     )  # fmt: skip
     return [reason + "." for refused, reason in checks if refused]

@@ -13,7 +13,7 @@ from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.merging import MERGES
 from vllm_kvcompress.scoring import SCORERS
-from vllm_kvcompress.scoring.das import BASES
+from vllm_kvcompress.scoring.das import bases
 
 ONE_SET_PER_LAYER = ("elastic", "prefixkv")
 NO_WEIGHTS = ("keydiff", "streaming")
@@ -68,7 +68,7 @@ def test_product(head_scores, scorer, allocator, merge):
     check(reasons(scorer, allocator, merge), head_scores, scorer, allocator, merge)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", bases())
 @pytest.mark.parametrize(("allocator", "merge"), itertools.product(ALLOCATORS, ("none", *MERGES)))
 def test_das_is_refused_what_its_base_is(head_scores, base, allocator, merge):
     parts = [part.replace(f"{base} ", "das ") for part in reasons(base, allocator, merge)]

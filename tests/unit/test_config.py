@@ -192,7 +192,16 @@ class TestRefusals:
         assert text.count("\n  - ") == 1
 
     def test_a_preset_is_a_whole_method(self):
-        assert "unknown scorer 'pyramidkv'" in reasons_of(method="pyramidkv+adakv")
+        text = reasons_of(method="pyramidkv+adakv")
+        assert "unknown scorer 'pyramidkv': it is a preset, which stands for snapkv+pyramid" in text
+        assert "Did you mean" not in text
+        assert text.split("Valid: ")[1].removesuffix(".").split(", ") == sorted(SCORERS)
+
+    def test_presets_are_not_suggested_for_parts(self):
+        text = reasons_of(method="pyramidkw+adakv")
+        assert "unknown scorer 'pyramidkw'." in text
+        assert "pyramidkv" not in text
+        assert "Did you mean 'pyramidkv'?" in reasons_of(method="pyramidkw")
 
     @pytest.mark.parametrize(
         ("method", "options", "reason"),

@@ -128,7 +128,7 @@ class TestProperties:
 
 class TestRefused:
     def test_products_are_the_set(self):
-        names = [axis[:3] for axis in refused.AXES.values()]
+        names = [axis[:3] for axis in refused.axes().values()]
         every = [*itertools.product(*names)]
         for step in (1, 2, 3, 5, 7):
             some = set(every[::step])
@@ -136,8 +136,8 @@ class TestRefused:
             assert sorted(c for row in rows for c in itertools.product(*row)) == sorted(some)
 
     def test_the_whole_is_one_product(self):
-        every = set(itertools.product(*refused.AXES.values()))
-        assert refused.products(every) == [[*refused.AXES.values()]]
+        every = set(itertools.product(*refused.axes().values()))
+        assert refused.products(every) == [[*refused.axes().values()]]
 
     def test_every_combination_was_tried(self, head_scores):
         found = refused.refused_combinations(head_scores)

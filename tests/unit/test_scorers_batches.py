@@ -9,7 +9,7 @@ import torch
 from scorer_inputs import context, random_prompt, together
 
 from vllm_kvcompress.scoring import SCORERS, LayerTrace, Need
-from vllm_kvcompress.scoring.das import BASES, DAS
+from vllm_kvcompress.scoring.das import DAS, bases
 from vllm_kvcompress.scoring.expected import Expected
 from vllm_kvcompress.scoring.h2o import H2O
 from vllm_kvcompress.scoring.mixkv import MixKV
@@ -21,7 +21,7 @@ EVERY_SCORER = [
     ShiftKV(proxies=12, groups=3, preset="paper", stat_ctx=10),
     ShiftKV(proxies=12, groups=3, llava_compat=True),
     *(MixKV(diversity=d) for d in ("flat", "attn", "keydiff", "vnorm", "knorm")),
-    *(DAS(base=base) for base in BASES if base != "shiftkv"),
+    *(DAS(base=base) for base in bases() if base != "shiftkv"),
     DAS(base="shiftkv", base_options={"proxies": 12, "groups": 3}, reference="global"),
     H2O(variant="observed"),
     Expected(horizon=5, covariance=False, vnorm=False),

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from vllm_kvcompress.scoring import SCORERS, Need
-from vllm_kvcompress.scoring.das import BASES, DAS
+from vllm_kvcompress.scoring.das import DAS, bases
 from vllm_kvcompress.scoring.mixkv import MixKV
 
 
@@ -92,15 +92,15 @@ def test_missing_ratio_table(tmp_path):
 
 
 def test_das_needs_what_its_base_needs():
-    assert DAS.needs == Need.SEGMENTS | BASES["snapkv"].needs
-    for name, base in BASES.items():
+    assert DAS.needs == Need.SEGMENTS | bases()["snapkv"].needs
+    for name, base in bases().items():
         das = DAS(base=name)
         assert das.needs == Need.SEGMENTS | base.needs
         assert das.shared_sets == base.shared_sets
         assert das.countable == base.countable
         assert das.recent_fraction == base.recent_fraction
         assert das.num_recent(32, 100) == base().num_recent(32, 100)
-    assert DAS.needs == Need.SEGMENTS | BASES["snapkv"].needs
+    assert DAS.needs == Need.SEGMENTS | bases()["snapkv"].needs
     assert DAS(base="expected", base_options={"sinks": 7}).stats_from(100) == 7
 
 

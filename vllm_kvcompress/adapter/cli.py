@@ -20,6 +20,7 @@ from vllm_kvcompress.config import (
 )
 from vllm_kvcompress.merging import MERGES
 from vllm_kvcompress.presets import PRESETS
+from vllm_kvcompress.registry import outside_names
 from vllm_kvcompress.scoring import SCORERS
 
 CPU_BLOCK_SIZE = 32
@@ -54,7 +55,7 @@ def _add_flags(original):
             help=f"Turn compression on. Presets: {', '.join(sorted(PRESETS))}. "
             f"Scorers: {', '.join(sorted(SCORERS))}. "
             f"Allocators: {', '.join(sorted(ALLOCATORS))} (default: uniform). "
-            f"Merges: {', '.join(sorted(MERGES))} (default: none).",
+            f"Merges: {', '.join(sorted(MERGES))} (default: none).{_of_other_packages()}",
         )
         group.add_argument(
             "--kv-budget",
@@ -88,6 +89,12 @@ def _add_flags(original):
         return parser
 
     return add_cli_args
+
+
+def _of_other_packages() -> str:
+    """Their names; servers that do not compress run none of their code."""
+    names = outside_names()
+    return f" Of other packages: {', '.join(names)}." if names else ""
 
 
 def _move_flags(original):

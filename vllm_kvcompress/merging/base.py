@@ -50,6 +50,8 @@ class Merge(abc.ABC):
         cost: as ``Scorer.cost``.
         reconstruction: no formula was published; the method is our proposal.
         needs_segments: reads ``MergeContext.segment``.
+        needs_shared_sets: all heads of a layer must keep the same tokens.
+        needs_weights: scores must be weights (``Scorer.weighs``).
     """
 
     name: ClassVar[str]
@@ -57,6 +59,8 @@ class Merge(abc.ABC):
     cost: ClassVar[str]
     reconstruction: ClassVar[bool] = False
     needs_segments: ClassVar[bool] = False
+    needs_shared_sets: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
 
     def num_tokens(self, ctx: MergeContext) -> torch.Tensor:
         """How many of a head's slots hold tokens, [R, Hkv] int64; the merge fills the others."""

@@ -31,6 +31,7 @@ class Elastic(Merge):
     name: ClassVar[str] = "elastic"
     source: ClassVar[str] = "Elastic Cache, arXiv 2407.18121"
     cost: ClassVar[str] = "2*L*Hkv*P*D"
+    needs_shared_sets: ClassVar[bool] = True
 
     sinks: int = 1
 

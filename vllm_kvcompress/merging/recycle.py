@@ -33,6 +33,7 @@ class Recycle(Merge):
     cost: ClassVar[str] = "2*L*Hkv*P*D and a sort of L*Hkv*P scores"
     reconstruction: ClassVar[bool] = True
     needs_segments: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
 
     bins: int = 1
 

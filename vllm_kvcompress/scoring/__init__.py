@@ -4,6 +4,7 @@
 from vllm_kvcompress.scoring.aircache import AirCache
 from vllm_kvcompress.scoring.bacon import Bacon
 from vllm_kvcompress.scoring.base import (
+    SCORERS,
     HiddenMoments,
     LayerTrace,
     Need,
@@ -25,7 +26,7 @@ from vllm_kvcompress.scoring.shiftkv import ShiftKV
 from vllm_kvcompress.scoring.snapkv import SnapKV
 from vllm_kvcompress.scoring.streaming import Streaming
 
-SCORERS: dict[str, type[Scorer]] = {
+SCORERS |= {
     scorer.name: scorer
     for scorer in (
         SnapKV,

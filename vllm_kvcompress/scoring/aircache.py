@@ -37,6 +37,7 @@ class AirCache(Scorer):
     cost: ClassVar[str] = "2*L*Hq*I*P*D"
     needs: ClassVar[Need] = Need.KEYS | Need.INSTRUCTION_QUERIES | Need.SEGMENTS
     visual_only: ClassVar[bool] = True
+    scores_text: ClassVar[bool] = False
 
     elite: float = 0.9
     elite_scope: str = "head"

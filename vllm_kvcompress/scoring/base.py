@@ -280,9 +280,12 @@ class Scorer(abc.ABC):
         needs: stored or read for the scorer; nothing else is.
         reconstruction: no formula was published; the method is our proposal.
         visual_only: only visual tokens compete unless the user says otherwise.
+        scores_text: text has scores as well, so the user may say otherwise.
         shared_sets: all heads of a layer keep the same tokens.
         countable: the base score can be counted on across heads (adakv).
         weighs: final scores are finite and not negative, so that they can weigh tokens.
+        never_negative: no score is negative, though a few may be infinite, so that a factor raises
+            it (das).
         recent_fraction: share of a head's kept tokens that are its most recent ones, 0 for none.
     """
 
@@ -292,14 +295,26 @@ class Scorer(abc.ABC):
     needs: ClassVar[Need]
     reconstruction: ClassVar[bool] = False
     visual_only: ClassVar[bool] = False
+    scores_text: ClassVar[bool] = True
     shared_sets: ClassVar[bool] = False
     countable: ClassVar[bool] = True
     weighs: ClassVar[bool] = True
+    never_negative: ClassVar[bool] = False
     recent_fraction: ClassVar[float] = 0.0
 
     def num_recent(self, window: int, kept: int) -> int:
         """How many last prompt tokens are always kept. ``kept``: nominal tokens per head."""
         return window
+
+    @property
+    def text_first(self) -> bool:
+        """All text is kept, and visual tokens compete for what it leaves of the budget."""
+        return False
+
+    @property
+    def ranks_text_first(self) -> bool:
+        """Text has to compete, because the scores put it before all visual tokens."""
+        return False
 
     @property
     def lookahead(self) -> int:
@@ -321,3 +336,7 @@ class Scorer(abc.ABC):
     @abc.abstractmethod
     def score(self, ctx: ScoringContext) -> Scores:
         """Score every row of the context."""
+
+
+SCORERS: dict[str, type[Scorer]] = {}
+"""By name: those of this package, and what ``vllm_kvcompress.registry`` adds."""

@@ -9,19 +9,14 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_kvcompress.options import require_choice, require_range
-from vllm_kvcompress.scoring.bacon import Bacon
-from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
-from vllm_kvcompress.scoring.elastic import Elastic
-from vllm_kvcompress.scoring.expected import Expected
-from vllm_kvcompress.scoring.h2o import H2O
-from vllm_kvcompress.scoring.mixkv import MixKV
-from vllm_kvcompress.scoring.postvision import PostVision
-from vllm_kvcompress.scoring.shiftkv import ShiftKV
+from vllm_kvcompress.scoring.base import SCORERS, Need, Scorer, Scores, ScoringContext
 from vllm_kvcompress.scoring.snapkv import SnapKV
 from vllm_kvcompress.workspace import RowShape
 
-_NEVER_NEGATIVE = (SnapKV, Bacon, MixKV, ShiftKV, H2O, Expected, Elastic, PostVision)
-BASES: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in _NEVER_NEGATIVE}
+
+def bases() -> dict[str, type[Scorer]]:
+    """Scores that can be raised, by name."""
+    return {name: scorer for name, scorer in SCORERS.items() if scorer.never_negative}
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class DAS(Scorer):
     reference: str = "running"
 
     def __post_init__(self) -> None:
-        require_choice("base", self.base, tuple(BASES))
+        require_choice("base", self.base, tuple(bases()))
         if not isinstance(self.base_options, Mapping):
             raise ValueError(f"base_options must be a mapping, got {self.base_options!r}")
         for name, low in (("eta", 0), ("kmax", 1)):
@@ -69,7 +64,7 @@ class DAS(Scorer):
 
     @cached_property
     def scorer(self) -> Scorer:
-        return BASES[self.base](**self.base_options)
+        return bases()[self.base](**self.base_options)
 
     @property
     def lookahead(self) -> int:

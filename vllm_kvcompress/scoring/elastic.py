@@ -26,6 +26,7 @@ class Elastic(Scorer):
     source: ClassVar[str] = "Elastic Cache, arXiv 2407.18121"
     cost: ClassVar[str] = "as h2o"
     needs: ClassVar[Need] = Need.KEY_ATTENTION_SUMS
+    never_negative: ClassVar[bool] = True
     shared_sets: ClassVar[bool] = True
     countable: ClassVar[bool] = False
 

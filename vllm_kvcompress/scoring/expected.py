@@ -38,6 +38,7 @@ class Expected(Scorer):
     source: ClassVar[str] = "Expected Attention, arXiv 2510.00636"
     cost: ClassVar[str] = "2*L*Hq*P*D^2 while prefilling, as much again at the end"
     needs: ClassVar[Need] = Need.KEYS | Need.VALUES | Need.QUERY_MOMENTS
+    never_negative: ClassVar[bool] = True
 
     horizon: int = 512
     sinks: int = 4

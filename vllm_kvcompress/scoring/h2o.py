@@ -32,6 +32,7 @@ class H2O(Scorer):
     source: ClassVar[str] = "H2O, arXiv 2306.14048"
     cost: ClassVar[str] = "2*L*Hq*P^2*D"
     needs: ClassVar[Need] = Need.KEY_ATTENTION_SUMS
+    never_negative: ClassVar[bool] = True
 
     variant: str = "sum"
     recent_share: float = 0.0
@@ -47,6 +48,14 @@ class H2O(Scorer):
             if not self.text_prior:
                 raise ValueError("text_hard_cap limits text_prior: set text_prior too")
             object.__setattr__(self, "needs", self.needs | Need.SEGMENTS)  # shadows the class's
+
+    @property
+    def text_first(self) -> bool:
+        return self.text_prior and not self.text_hard_cap
+
+    @property
+    def ranks_text_first(self) -> bool:
+        return self.text_hard_cap
 
     def num_recent(self, window: int, kept: int) -> int:
         # exactly: floats make 28.999... of 0.29 * 100

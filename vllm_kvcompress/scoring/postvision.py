@@ -25,6 +25,7 @@ class PostVision(Scorer):
     source: ClassVar[str] = "VL-Cache, arXiv 2410.23317"
     cost: ClassVar[str] = "2*L*Hq*I*P*D"
     needs: ClassVar[Need] = Need.KEYS | Need.INSTRUCTION_QUERIES
+    never_negative: ClassVar[bool] = True
     recent_fraction: ClassVar[float] = 0.1
 
     def num_recent(self, window: int, kept: int) -> int:

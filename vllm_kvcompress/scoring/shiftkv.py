@@ -49,6 +49,7 @@ class ShiftKV(Scorer):
     source: ClassVar[str] = "MM-ShiftKV, arXiv 2607.22586"
     cost: ClassVar[str] = "as snapkv, 2*L*N*Hq*D*(d + P), L*Hkv*NG covers; N proxies, NG groups"
     needs: ClassVar[Need] = SnapKV.needs | Need.LAST_QUERY | Need.HIDDEN_MOMENTS
+    never_negative: ClassVar[bool] = True
 
     preset: str = "released"
     proxies: int = 512

@@ -37,6 +37,7 @@ class SnapKV(Scorer):
     source: ClassVar[str] = "SnapKV, arXiv 2404.14469"
     cost: ClassVar[str] = "2*L*Hq*W*P*D"
     needs: ClassVar[Need] = Need.KEYS | Need.WINDOW_QUERIES
+    never_negative: ClassVar[bool] = True
 
     kernel: int = 5
     pool: str = "avg"

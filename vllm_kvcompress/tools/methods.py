@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_kvcompress.allocation import ALLOCATORS, Allocator, Scope
-from vllm_kvcompress.config import Candidates, KVCompressionConfig, Method
+from vllm_kvcompress.config import Candidates, KVCompressionConfig
 from vllm_kvcompress.merging import MERGES, Merge
 from vllm_kvcompress.presets import PRESETS
 from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN
+from vllm_kvcompress.registry import Method, load, needs_head_scores
 from vllm_kvcompress.scoring import SCORERS, Need, Scorer
-from vllm_kvcompress.tools.refused import AXES, products, refused_combinations
+from vllm_kvcompress.tools.refused import axes, products, refused_combinations
 
 _NEEDS = {
     Need.KEYS: "keys",
@@ -233,7 +234,7 @@ def markdown(head_scores: str) -> str:
     rows = [row_of(method) for _, method in _tables()]
     refused = refused_combinations(head_scores)
     refused_rows = [
-        [*map(_choice, names, AXES.values()), reason]
+        [*map(_choice, names, axes().values()), reason]
         for reason, where in refused.reasons.items()
         for names in products(where)
     ]
@@ -250,7 +251,7 @@ def markdown(head_scores: str) -> str:
             [(f"`{row.method}`", *(cell.replace("*", r"\*") for cell in row[1:])) for row in rows],
         ),
         _REFUSED.format(tried=refused.tried, served=refused.served),
-        table((*AXES, "reason"), refused_rows),
+        table((*axes(), "reason"), refused_rows),
         "## Details\n\nOptions are given by name in `--kv-compression-config`.\n",
     ]
     for kind, method in _tables():
@@ -264,7 +265,7 @@ def markdown(head_scores: str) -> str:
 
 def _preset_row(name: str, head_scores: str) -> tuple[str, ...]:
     raw: dict[str, Any] = {"method": name}
-    if "sparsemm" in PRESETS[name].settings["method"]:
+    if needs_head_scores(PRESETS[name].settings["method"]):
         raw["head_scores"] = head_scores
     config = KVCompressionConfig.parse(raw)
     parts = (config.scoring, config.allocation, config.merging)
@@ -292,11 +293,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vllm-kvcompress methods", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="print docs/methods.md")
-    if parser.parse_args(argv).markdown:
-        print(generated_page(), end="")
-    else:
-        print(describe())
-    return 0
+    args = parser.parse_args(argv)
+    faults = load()
+    print(generated_page() if args.markdown else describe() + "\n", end="")
+    print(*faults, sep="\n", end="", file=sys.stderr)
+    return 1 if faults else 0
 
 
 def generated_page() -> str:

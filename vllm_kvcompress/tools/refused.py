@@ -9,20 +9,23 @@ from typing import NamedTuple
 from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.config import Candidates, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.merging import MERGES
+from vllm_kvcompress.registry import needs_head_scores
 from vllm_kvcompress.scoring import SCORERS
-
-AXES = {
-    "scorer": tuple(SCORERS),
-    "allocator": tuple(ALLOCATORS),
-    "merge": ("none", *MERGES),
-    "candidates": (Candidates.ALL.value, Candidates.VISUAL.value),
-}
-"""What is combined."""
 
 _PLACEHOLDERS = ("SCORER", "ALLOCATOR")
 
 Combination = tuple[str, ...]
 """A value for each axis."""
+
+
+def axes() -> dict[str, tuple[str, ...]]:
+    """What is combined."""
+    return {
+        "scorer": tuple(SCORERS),
+        "allocator": tuple(ALLOCATORS),
+        "merge": ("none", *MERGES),
+        "candidates": (Candidates.ALL.value, Candidates.VISUAL.value),
+    }
 
 
 class Refusals(NamedTuple):
@@ -46,10 +49,10 @@ def refused_combinations(head_scores: str) -> Refusals:
     """
     literal: dict[str, set[Combination]] = {}
     tried, served = 0, 0
-    for names in itertools.product(*AXES.values()):
+    for names in itertools.product(*axes().values()):
         scorer, allocator, merge, candidates = names
         raw = {"method": f"{scorer}+{allocator}+{merge}", "candidates": candidates}
-        if allocator == "sparsemm":
+        if needs_head_scores(raw["method"]):
             raw["head_scores"] = head_scores
         tried += 1
         try:
@@ -76,7 +79,7 @@ def _general(reason: str, where: set[Combination]) -> str:
 
 def products(combinations: set[Combination]) -> list[list[tuple[str, ...]]]:
     """The same set as few products of names: rows with the names of each axis."""
-    return _split(combinations, [*AXES.values()])
+    return _split(combinations, [*axes().values()])
 
 
 def _split(
