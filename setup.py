@@ -2,12 +2,10 @@
 """Packages whose folder and import name differ, and the native operations.
 
 The operations are built where torch can be imported, that is with ``pip install
---no-build-isolation``; without them the plain definitions run, and the start-up line says so. Those
-in CUDA are built when KVCOMPRESS_CUDA=1 asks for them.
+--no-build-isolation``; without them the plain definitions run, and the start-up line says so.
 """
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -30,29 +28,7 @@ def native() -> dict:
         extra_compile_args=["-O3", "-std=c++20", *THREADS],
         optional=True,  # a machine without a compiler gets the plain definitions
     )
-    return {"ext_modules": [cpu, *cuda()], "cmdclass": {"build_ext": BuildExtension}}
-
-
-def cuda() -> list:
-    """The operations of csrc/cuda, where they are asked for and a CUDA toolkit is at hand."""
-    if os.environ.get("KVCOMPRESS_CUDA") != "1":
-        return []
-    from torch.utils.cpp_extension import CUDA_HOME, CppExtension
-
-    if CUDA_HOME is None:
-        sys.exit("KVCOMPRESS_CUDA=1 needs a torch with CUDA, and its toolkit: set CUDA_HOME")
-    # thread-block clusters begin with sm_90; later GPUs compile the PTX
-    target = "-gencode=arch=compute_90,code=[sm_90,compute_90]"
-    return [
-        CppExtension(
-            "vllm_kvcompress._cuda",
-            sorted(str(path) for path in Path("csrc/cuda").glob("*.cu")),
-            include_dirs=[f"{CUDA_HOME}/include"],
-            library_dirs=[f"{CUDA_HOME}/lib64"],
-            libraries=["cudart"],
-            extra_compile_args={"cxx": [], "nvcc": ["-O3", "-std=c++20", target]},
-        )
-    ]
+    return {"ext_modules": [cpu], "cmdclass": {"build_ext": BuildExtension}}
 
 
 setup(

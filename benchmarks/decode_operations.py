@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from experiments import paged_decode
 from gpucheck.per_head_decode import Inputs as SameTokens
 from gpucheck.per_head_decode import plain
 from operations import (
@@ -27,7 +28,7 @@ from operations import (
 from rivals import Calls, FlashAttention, Rival, as_heads, flash_infer, x_formers
 
 from vllm_kvcompress import kernels
-from vllm_kvcompress.kernels import HeldPages, PageLayout, reference_decode
+from vllm_kvcompress.kernels import HeldPages, PageLayout
 
 TAIL = 11  # tokens
 SKEW = 4  # times the mean
@@ -35,7 +36,7 @@ STOCK = "stock"
 
 
 class DecodeInputs(NamedTuple):
-    """Arguments of ``paged_decode``, in its order; then the tables that other kernels need.
+    """Arguments of ``paged_decode.definition``, in its order; then the tables that others need.
 
     Attributes:
         table, kv_len: of the per-head batch.
@@ -109,8 +110,8 @@ def page_shape(layout: PageLayout) -> tuple[int, int]:
 
 def ours_and_torch(data: DecodeInputs) -> tuple[Callable[[], torch.Tensor], ...]:
     return (
-        lambda: kernels.paged_decode(*data.args),
-        lambda: reference_decode.paged_decode(*data.args),
+        lambda: paged_decode.paged_decode(*data.args),
+        lambda: paged_decode.definition(*data.args),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from experiments import cuda_selection
 from gpucheck.stress import Compaction, in_place
 from rivals import Calls, Rival, Unsuitable, require_gpu
 
@@ -20,7 +21,6 @@ from vllm_kvcompress.kernels import (
     HeldPages,
     PageLayout,
     PromptPages,
-    native_cuda,
     reference,
     reference_decode,
 )
@@ -272,9 +272,9 @@ def select_calls(x: Inputs) -> Calls:
 
     def cuda() -> Callable[[], torch.Tensor]:
         require_gpu(x.base)
-        if not native_cuda.available(x.base.device):
-            raise Unsuitable("not built, or too old a GPU: sm_90, and KVCOMPRESS_CUDA=1 at install")
-        return lambda: native_cuda.select_tokens(*args)
+        if not cuda_selection.available(x.base.device):
+            raise Unsuitable("not built (gpucheck/cuda_build.py), or a GPU before sm_90")
+        return lambda: cuda_selection.select_tokens(*args)
 
     calls: Calls = {
         "ours": lambda: kernels.select_tokens(*args),

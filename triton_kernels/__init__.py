@@ -56,8 +56,6 @@ write_pages = Operation(reference.write_pages, triton="compaction", cpp=native.w
 head_page_tables = Operation(
     reference_decode.head_page_tables, triton="page_tables", cpp=native.head_page_tables
 )
-# a candidate: no step calls it until a GPU has shown that it beats the platform's own kernel
-paged_decode = Operation(reference_decode.paged_decode, triton="decode_attention")
 
 __all__ = [
     "HeldPages",
@@ -78,7 +76,6 @@ __all__ = [
     "key_attention_sum",
     "last_row_logits",
     "missing_on",
-    "paged_decode",
     "pool_prefix",
     "read_prompt",
     "select_tokens",

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the CUDA operations into a folder, from the sources and with the flags of setup.py."""
+"""Builds the CUDA operations of ``experiments`` into a folder."""
 
 import argparse
 import importlib.util
-import os
-import runpy
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from gpucheck.steps import NOT_RUN
 
 EXTENSION = "vllm_kvcompress._cuda"
+SOURCES = "benchmarks/experiments/cuda"
 
 
 def obstacle() -> str | None:
@@ -34,23 +32,27 @@ def obstacle() -> str | None:
 
 
 def build(root: Path, target: Path, scratch: Path) -> None:
-    """Compile the extension of ``root``'s setup.py, and no other, into ``target``; load it.
+    """Compile the extension, below ``root``, into ``target``; load it.
 
     Raises:
         RuntimeError, OSError: it does not compile, or not load.
     """
     import setuptools
     import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 
-    arguments: dict[str, Any] = {}
-    setuptools.setup = arguments.update
-    os.environ["KVCOMPRESS_CUDA"] = "1"
-    os.chdir(root)  # paths in setup.py are relative
-    runpy.run_path("setup.py")
-    modules = [module for module in arguments["ext_modules"] if module.name == EXTENSION]
-    assert len(modules) == 1, "setup.py has no such extension"
+    # thread-block clusters begin with sm_90; later GPUs compile the PTX
+    target_gpu = "-gencode=arch=compute_90,code=[sm_90,compute_90]"
+    module = CppExtension(
+        EXTENSION,
+        [str(path) for path in sorted((root / SOURCES).glob("*.cu"))],
+        include_dirs=[f"{CUDA_HOME}/include"],
+        library_dirs=[f"{CUDA_HOME}/lib64"],
+        libraries=["cudart"],
+        extra_compile_args={"cxx": [], "nvcc": ["-O3", "-std=c++20", target_gpu]},
+    )
     distribution = setuptools.Distribution(
-        {"ext_modules": modules, "cmdclass": arguments["cmdclass"]}
+        {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
     )
     command = distribution.get_command_obj("build_ext")
     command.build_lib, command.build_temp = str(target), str(scratch)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CAPABILITIES = (80, 90, 100)
+EXPERIMENTS = str(Path(__file__).parents[2] / "benchmarks")
 TABLE = Path(__file__).with_name("resources.csv")
 VERSIONS = ("3.6", "3.9")
 """Of Triton: the oldest that vLLM's supported releases run with, and that of our environment."""
@@ -26,7 +27,7 @@ class Kernel(NamedTuple):
     """How to compile a kernel.
 
     Attributes:
-        module: below vllm_kvcompress.kernels.
+        module: below vllm_kvcompress.kernels, or with the package of an experiment.
         types: of the arguments that are not int32; a list for a tuple of arguments.
         constants: values of the constexpr arguments.
         capabilities: GPUs that it runs on.
@@ -152,12 +153,12 @@ KERNELS = {  # by name, followed by what is special about a variant
         "page_tables", {"slots_ptr": "*i64"}, {"PAGE_TOKENS": 16, "SPANS": True, "TILE": 256}
     ),
     "_decode_splits_kernel": Kernel(
-        "decode_attention",
+        "experiments.decode_attention",
         DECODE_TYPES,
         DECODE_CONSTANTS | {"BLOCK_G": 16, "SPANS": False, "HAS_SOFTCAP": False, "EXACT": False},
     ),
     "_join_splits_kernel": Kernel(
-        "decode_attention", DECODE_TYPES, DECODE_CONSTANTS | {"BLOCK_S": 16}
+        "experiments.decode_attention", DECODE_TYPES, DECODE_CONSTANTS | {"BLOCK_S": 16}
     ),
     "_row_sums_kernel": Kernel("window_attention", SCORE_TYPES, SCORE_CONSTANTS, num_warps=8),
     "_scores_kernel": Kernel(
@@ -301,7 +302,8 @@ from triton.compiler import ASTSource
 
 
 def measure(function, module, types, constants, num_warps, capabilities):
-    kernel = getattr(importlib.import_module("vllm_kvcompress.kernels." + module), function)
+    path = module if "." in module else "vllm_kvcompress.kernels." + module
+    kernel = getattr(importlib.import_module(path), function)
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         kind = types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
@@ -345,8 +347,8 @@ def measure(names: Sequence[str], triton: str | None = None) -> dict[str, Measur
         triton: folder to import Triton from; None: the one of this environment.
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if triton is not None:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [triton, env.get("PYTHONPATH")]))
+    paths = [triton, EXPERIMENTS, env.get("PYTHONPATH")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-P", "-c", COMPILE]
 
     def compile_some(some: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import ast
 import os
 from pathlib import Path
 
+import experiments
 import kernel_resources
 import pytest
 from kernel_resources import KERNELS, VERSIONS
@@ -19,9 +20,10 @@ EXTRA = os.environ.get("VLLM_KVCOMPRESS_EXTRA_TRITON")
 
 
 def test_every_kernel_is_in_the_table():
-    folder = Path(reference.__file__).parent
+    folders = Path(reference.__file__).parent, Path(experiments.__file__).parent
     written = {
         node.name
+        for folder in folders
         for path in folder.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import cuda_selection
 from selections import score_rows
 
-from vllm_kvcompress.kernels import native_cuda, reference
+from vllm_kvcompress.kernels import reference
 
-KERNEL = Path(__file__).parents[2] / "csrc" / "cuda" / "select_rows.cuh"
+KERNEL = Path(__file__).parents[2] / "benchmarks" / "experiments" / "cuda" / "select_rows.cuh"
 ON_CPU = Path(__file__).with_name("cuda_on_cpu")
-ON_GPU = torch.cuda.is_available() and native_cuda.available(torch.device("cuda"))
+ON_GPU = torch.cuda.is_available() and cuda_selection.available(torch.device("cuda"))
 NVCC = shutil.which("nvcc")
 
 
@@ -96,7 +97,7 @@ def test_compiles_for_a_gpu(tmp_path):
     assert "0 bytes spill stores, 0 bytes spill loads" in done.stdout + done.stderr
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU with clusters and KVCOMPRESS_CUDA=1 at install")
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU with clusters, and gpucheck.cuda_build")
 @pytest.mark.parametrize("kind", ["normal", "small", "ties", "special", "bits"])
 @pytest.mark.parametrize("length", [1, 4097, 8192, 131072, 400001])
 def test_on_a_gpu(kind, length):
@@ -107,5 +108,5 @@ def test_on_a_gpu(kind, length):
     count = torch.tensor([budgets, budgets]).minimum(ends[:, None])
     tensors = (scores, count, (ends - 32).clamp_min(0), ends)
     expected = reference.select_tokens(*tensors, length)
-    found = native_cuda.select_tokens(*(tensor.cuda() for tensor in tensors), length)
+    found = cuda_selection.select_tokens(*(tensor.cuda() for tensor in tensors), length)
     assert torch.equal(found.cpu(), expected)

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from experiments import decode_attention, paged_decode
 
-from vllm_kvcompress.kernels import HeldPages, PageLayout, decode_attention, reference_decode
+from vllm_kvcompress.kernels import HeldPages, PageLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -15,7 +16,7 @@ class Case(NamedTuple):
     """A decode step, and what each head holds by the words of the documentation.
 
     Attributes:
-        queries: [R, Hq, D]; ``args`` are those of ``paged_decode`` after them, but for the scale.
+        queries: [R, Hq, D]; ``args`` are those of ``definition`` after them, but for the scale.
         held_rows: per request and KV head, keys and values [kv_len, 2 * D] in order.
     """
 
@@ -106,7 +107,7 @@ def attend(case: Case, scale: float, softcap: float = 0.0) -> torch.Tensor:
 
 
 FUNCTIONS = pytest.mark.parametrize(
-    "function", [reference_decode.paged_decode, decode_attention.paged_decode]
+    "function", [paged_decode.definition, decode_attention.paged_decode]
 )
 RAGGED = [[5, 1, 0], None, [0, 0, 6]]
 

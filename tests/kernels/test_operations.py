@@ -70,7 +70,7 @@ def test_description_of_a_gpu():
 
 
 def test_description_of_a_cpu(cpp):
-    assert kernels.describe("cpu") == "C++; in torch: strength_and_skewness, paged_decode"
+    assert kernels.describe("cpu") == "C++; in torch: strength_and_skewness"
 
 
 def test_a_gpu_with_triton_is_accepted(compiles):

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kvcompress.kernels import PageLayout, PromptPages
 from vllm_kvcompress.scoring import LayerTrace, ScoringContext
+from vllm_kvcompress.testing.inputs import dense_prompts
 
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, LENGTH, HEAD_SIZE, WINDOW = 3, 4, 2, 12, 4, 3
 NUM_SCORED = LENGTH - WINDOW
@@ -45,14 +45,6 @@ def queries_keys_values() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         draw(LAYERS, NUM_KV_HEADS, LENGTH, HEAD_SIZE),
         draw(LAYERS, NUM_KV_HEADS, LENGTH, HEAD_SIZE),
     )
-
-
-def dense_prompts(keys: torch.Tensor, values: torch.Tensor) -> PromptPages:
-    """Pages of one block per request for keys and values [N, Hkv, T, D]."""
-    num, num_heads, length, head_size = keys.shape
-    pages = torch.cat([keys, values], dim=-1).reshape(num * num_heads, length * 2 * head_size)
-    table = torch.arange(num)[:, None]
-    return PromptPages(pages, table, num_heads, PageLayout(length, head_size))
 
 
 def layer_context(layer: int, capacity: int, trace: LayerTrace, **facts: Any) -> ScoringContext:

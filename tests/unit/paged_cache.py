@@ -5,15 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scorer_inputs import (
-    Prompt,
-    hidden_moments,
-    key_attention_sum,
-    maker_of,
-    query_moments,
-    random_prompt,
-    stack,
-)
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import Scope, StaticAllocator
@@ -23,6 +14,15 @@ from vllm_kvcompress.pipeline import CompressionPipeline, FinishedPrefills, Laye
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import Need
+from vllm_kvcompress.testing.inputs import (
+    Prompt,
+    hidden_moments,
+    key_attention_sum,
+    maker_of,
+    query_moments,
+    random_prompt,
+    stack,
+)
 
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_SIZE = 3, 4, 2, 8
 SCALE = HEAD_SIZE**-0.5

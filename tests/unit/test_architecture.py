@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "scoring",
         "tools",
     },
+    "testing": {"kernels", "scoring", "testing"},
     "metrics": {"policy"},
     "pipeline": {"allocation", "kernels", "merging", "page_state", "pipeline_inputs", "scoring"}
     | {"workspace"},

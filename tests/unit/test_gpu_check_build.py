@@ -76,12 +76,12 @@ def test_torch_without_cuda(tmp_path):
     assert run.outcomes[0].note == "this torch was built without CUDA"
 
 
-def test_compiles_what_setup_does(tmp_path):
-    """The compiler gets the sources and flags of an installation with KVCOMPRESS_CUDA=1."""
+def test_compiles_the_experiments(tmp_path):
+    """The compiler gets the sources of the experiments, and no others."""
     home = toolkit(tmp_path, "sys.exit('x.cu(7): error: identifier is undefined')")
     built, user = build(tmp_path, CUDA_HOME=home)
     called = (tmp_path / "record").read_text()
-    assert str(ROOT / "csrc" / "cuda" / "select_tokens.cu") in called
+    assert str(ROOT / "benchmarks/experiments/cuda/select_tokens.cu") in called
     assert "compute_90" in called
     assert "-std=c++20" in called
     assert "csrc/cpu" not in called

@@ -27,7 +27,6 @@ from budgets import tokens_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from rivals import kv_press
-from scorer_inputs import Prompt, context, rotation
 from whole_call import einsum_compress
 
 from vllm_kvcompress import kernels
@@ -38,6 +37,7 @@ from vllm_kvcompress.scoring.expected import Expected
 from vllm_kvcompress.scoring.keydiff import KeyDiff
 from vllm_kvcompress.scoring.snapkv import SnapKV
 from vllm_kvcompress.scoring.streaming import Streaming
+from vllm_kvcompress.testing.inputs import Prompt, context, rotation
 
 kvpress = pytest.importorskip("kvpress", reason="has an environment of its own: make kvpress")
 

@@ -19,7 +19,6 @@ from paged_cache import (
     layer_stack,
 )
 from planners import oracle_config, planner_of
-from scorer_inputs import Prompt, maker_of, rotation
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import ALLOCATORS, Allocator, Scope
@@ -27,6 +26,7 @@ from vllm_kvcompress.allocation.pyramid import Pyramid
 from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import SCORERS, Scorer
+from vllm_kvcompress.testing.inputs import Prompt, maker_of, rotation
 
 
 def oracle_prompt(prompt: Prompt, facts: PromptFacts) -> oracle.Prompt:

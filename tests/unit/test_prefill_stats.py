@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from live_bytes import LiveBytes
 from paged_cache import LAYERS, SCALE, Cache
 from planners import planner_of, prompts
-from scorer_inputs import hidden_moments, key_attention_sum, query_moments
 from torch.utils._pytree import tree_leaves
 
 from vllm_kvcompress.batch import ChunkStats, StepBatch, plan_stats
@@ -18,6 +17,7 @@ from vllm_kvcompress.prefill_stats import PrefillStats, StatsRows, bytes_per_tok
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.request_slots import RequestSlots
 from vllm_kvcompress.scoring import Need
+from vllm_kvcompress.testing.inputs import hidden_moments, key_attention_sum, query_moments
 
 BLOCK_SIZE = 4
 SETTINGS = {"window": 6, "budget": 8}

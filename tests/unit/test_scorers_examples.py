@@ -7,16 +7,7 @@ import lcg
 import numpy as np
 import pytest
 import torch
-from scorer_inputs import (
-    attention,
-    best,
-    context,
-    group_mean,
-    key_attention_sum,
-    published,
-    random_prompt,
-    six_digits,
-)
+from scorer_inputs import best, published, six_digits
 
 from vllm_kvcompress.scoring import LayerTrace, Scores
 from vllm_kvcompress.scoring.das import DAS
@@ -28,6 +19,13 @@ from vllm_kvcompress.scoring.postvision import PostVision
 from vllm_kvcompress.scoring.prefixkv import PrefixKV
 from vllm_kvcompress.scoring.snapkv import SnapKV
 from vllm_kvcompress.scoring.streaming import Streaming
+from vllm_kvcompress.testing.inputs import (
+    attention,
+    context,
+    group_mean,
+    key_attention_sum,
+    random_prompt,
+)
 
 LAST = lcg.LENGTH - 1
 

@@ -5,7 +5,7 @@ import lcg
 import numpy as np
 import pytest
 import torch
-from scorer_inputs import Maker, best, context, published, random_prompt, rotation, six_digits
+from scorer_inputs import best, published, six_digits
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels import cover_votes
@@ -15,6 +15,7 @@ from vllm_kvcompress.scoring.expected import Expected
 from vllm_kvcompress.scoring.proxies import mean_and_deviation, standard_normal
 from vllm_kvcompress.scoring.shiftkv import ShiftKV
 from vllm_kvcompress.scoring.snapkv import SnapKV
+from vllm_kvcompress.testing.inputs import Maker, context, random_prompt, rotation
 
 LAST = lcg.LENGTH - 1
 

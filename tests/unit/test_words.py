@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ROOTS = {
     "vllm_kvcompress": (".py",),
     "triton_kernels": (".py",),
-    "benchmarks": (".py",),
-    "csrc": (".cpp", ".h", ".cu", ".cuh"),
+    "benchmarks": (".py", ".cu", ".cuh"),
+    "csrc": (".cpp", ".h"),
     "docs": (".md",),
     "README.md": (".md",),
     "CONTRIBUTING.md": (".md",),

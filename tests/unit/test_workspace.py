@@ -8,12 +8,12 @@ import torch
 from live_bytes import LiveBytes
 from paged_cache import LAYERS, Cache, compress
 from planners import planner_of
-from scorer_inputs import Maker
 
 from vllm_kvcompress.pipeline import CompressionPipeline
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import SCORERS
 from vllm_kvcompress.scoring.proxies import standard_normal
+from vllm_kvcompress.testing.inputs import Maker
 from vllm_kvcompress.workspace import Workspace
 
 PROMPTS = [PromptFacts(600, ((10, 200), (210, 460))), PromptFacts(500, ((50, 360),))]

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Split-KV decode attention that walks head pages, without page tables in between.
 
-A candidate: no step calls it until a GPU has shown that it beats the platform's own kernel.
-
 Every KV head of every request is cut into splits of its own kept length, so heads of unlike lengths
 become programs of like size: a head with four times the tokens gets four times the splits. How many
 programs are launched follows from shapes alone, as graphs need it; those past a head's end leave at
@@ -192,7 +190,7 @@ def paged_decode(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> torch.Tensor:
-    """See ``reference_decode.paged_decode``; K and V are read once. For token-row pages.
+    """See ``paged_decode.definition``; K and V are read once. For token-row pages.
 
     Reads kv_len * 2 * D elements per KV head and what the tables say of them, and moves
     (D + 1) * G floats out and in per split of 64 to 256 tokens or more.

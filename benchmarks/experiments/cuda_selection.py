@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA operations of csrc/cuda, when this installation was built with them.
-
-The table of operations does not choose them before ``benchmarks/kernel_bench.py`` has compared them
-with the Triton ones on a GPU.
-"""
+"""Selection in CUDA, where ``gpucheck/cuda_build.py`` has built it."""
 
 import torch
 
