@@ -10,7 +10,7 @@ what the configuration promises.
 import bisect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,37 @@ from vllm_kvcompress.policy import Outcome
 PREFIX = "vllm:kv_compression_"
 SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
-_EDGES = (*SECONDS_BUCKETS, float("inf"))
-_KINDS = ("counter", "histogram")
+
+class _Histogram(NamedTuple):
+    """Name, edges of buckets and help of a histogram."""
+
+    family: str
+    edges: tuple[float, ...]
+    text: str
+
+
+HISTOGRAMS = (
+    _Histogram(
+        "seconds",
+        SECONDS_BUCKETS,
+        "Time of one compression, all layers of the prompts that are compressed together.",
+    ),
+    _Histogram(
+        "kept_share",
+        (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "Share of a compressed prompt's tokens that it keeps, mean over KV heads.",
+    ),
+    _Histogram(
+        "request_blocks_freed",
+        (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000),
+        "KV blocks that one request gave back to the block pool.",
+    ),
+)
+_EDGES = {h.family: (*h.edges, float("inf")) for h in HISTOGRAMS}
+# a gauge of this kind is the same in every process: the largest is what each of them says
+_GAUGE = "gauge_max"
+INFO = "info"
+"""Family of the one gauge: 1, with the compression config as labels."""
 
 
 class Labels(NamedTuple):
@@ -58,7 +87,9 @@ class _Series(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return _KINDS[self.suffix != "_total"]
+        if self.family == INFO:
+            return _GAUGE
+        return "counter" if self.suffix == "_total" else "histogram"
 
     @property
     def sample(self) -> str:
@@ -102,11 +133,11 @@ def _all_series() -> Iterator[tuple[str, _Series]]:
         ("blocks_freed", "KV blocks that compression gave back to the block pool."),
     ):
         yield name, _Series(name, "_total", text)
-    text = "Time of one compression, all layers of the prompts that are compressed together."
-    yield "seconds_sum", _Series("seconds", "_sum", text)
-    for edge in _EDGES:  # in a file a bucket counts what lies between two edges
-        le = floatToGoString(edge)
-        yield f"seconds_le_{le}", _Series("seconds", "_bucket", text, (("le", le),))
+    for family, _, text in HISTOGRAMS:
+        yield f"{family}_sum", _Series(family, "_sum", text)
+        for edge in _EDGES[family]:  # in a file a bucket counts what lies between two edges
+            le = floatToGoString(edge)
+            yield f"{family}_le_{le}", _Series(family, "_bucket", text, (("le", le),))
 
 
 _SERIES = dict(_all_series())
@@ -114,20 +145,30 @@ _serial_numbers = itertools.count()
 
 
 class Counters:
-    """The counters of this process, in files of ``directory`` (None: in memory only)."""
+    """The counters of this process, in files of ``directory`` (None: in memory only).
 
-    def __init__(self, directory: str | None, labels: Labels) -> None:
-        self._values = dict.fromkeys(_SERIES, 0.0)
-        self._keys = {name: series.key(labels) for name, series in _SERIES.items()}
+    Args:
+        info: labels of the gauge ``info``, which is 1; None for no such gauge.
+    """
+
+    def __init__(
+        self, directory: str | None, labels: Labels, info: Mapping[str, str] | None = None
+    ) -> None:
+        self._series = dict(_SERIES)
+        if info is not None:
+            text = "What the engine was asked for; always 1."
+            self._series[INFO] = _Series(INFO, "", text, tuple(info.items()))
+        self._values = dict.fromkeys(_SERIES, 0.0) | ({} if info is None else {INFO: 1.0})
+        self._keys = {name: series.key(labels) for name, series in self._series.items()}
         self._files: dict[str, MmapedDict] = {}
         if directory is None:
             return
         place = f"kvcompress-{os.getpid()}-{next(_serial_numbers)}.db"
-        for kind in _KINDS:
+        for kind in sorted({series.kind for series in self._series.values()}):
             path = Path(directory, f"{kind}_{place}")
             beside = path.with_suffix(".new")  # nobody reads a file that is only half written
             self._files[kind] = MmapedDict(str(beside))
-            for name, series in _SERIES.items():
+            for name, series in self._series.items():
                 if series.kind == kind:
                     self._write(name)
             beside.rename(path)
@@ -137,14 +178,19 @@ class Counters:
             self._values[name] += amount
             self._write(name)
 
-    def observe_seconds(self, seconds: float) -> None:
-        """One compression step took this long."""
-        edge = _EDGES[bisect.bisect_left(SECONDS_BUCKETS, seconds)]
-        self.add(**{"seconds_sum": seconds, f"seconds_le_{floatToGoString(edge)}": 1})
+    def observe(self, family: str, value: float) -> None:
+        """Count a value in a histogram.
+
+        Raises:
+            KeyError: there is no such histogram.
+        """
+        edges = _EDGES[family]
+        edge = edges[bisect.bisect_left(edges, value)]
+        self.add(**{f"{family}_sum": value, f"{family}_le_{floatToGoString(edge)}": 1})
 
     def _write(self, name: str) -> None:
         if self._files:
-            file = self._files[_SERIES[name].kind]
+            file = self._files[self._series[name].kind]
             file.write_value(self._keys[name], self._values[name], 0.0)
 
 
@@ -160,7 +206,7 @@ def totals(directory: str, engine: str | None = None) -> dict[str, float]:
     for metric in _merged(directory, accumulate=False):
         for sample in metric.samples:
             rest = tuple(kv for kv in sample.labels.items() if kv[0] not in Labels._fields)
-            if engine in (None, sample.labels["engine"]):
+            if sample.name != PREFIX + INFO and engine in (None, sample.labels["engine"]):
                 result[names[sample.name, rest]] += sample.value
     return result
 

@@ -4,8 +4,10 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from servers import DEADLINE_S, Server, body, ends_with_error
 from subprocesses import HERE
 
@@ -165,6 +167,33 @@ def test_log(server, pages):
     assert 0 < kept < seen / 2
     assert blocks > 0
     assert "Traceback" not in server.log
+
+
+def test_the_log_tells_the_last_state(server, pages):
+    """Nothing comes after the last request, and yet the line with it does."""
+    server.chat(pages[1])
+    totals = server.metrics()
+    compressed = totals['vllm:kv_compression_requests_total{outcome="compressed"}']
+    kept = totals["vllm:kv_compression_kept_tokens_total"]
+    line = server.wait_for(f"KV compression so far: {compressed:.0f} requests compressed")
+    assert f"; {kept:.0f} of " in line
+
+
+def test_dashboard_and_alerts_name_what_a_scrape_has(server):
+    """Series that nobody exports draw empty panels, and alerts that never fire."""
+    folder = Path(__file__).parents[2] / "deploy"
+    dashboard = json.loads((folder / "grafana" / "kv-compression.json").read_text())
+    alerts = yaml.safe_load((folder / "prometheus" / "alerts.yml").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    (group,) = alerts["groups"]
+    expressions += [rule["expr"] for rule in group["rules"]]
+    named = set(re.findall(r"vllm:\w+", " ".join(expressions)))
+    assert len([name for name in named if name.startswith("vllm:kv_compression_")]) >= 8
+    exported = {name.partition("{")[0] for name in server.metrics()}
+    assert named <= exported, sorted(named - exported)
+    labels = set(re.findall(r'(\w+)="', " ".join(server.metrics_text().splitlines())))
+    used = set(re.findall(r'(\w+)=~?"', " ".join(expressions))) - {"instance"}  # Prometheus adds it
+    assert used <= labels, used - labels
 
 
 @pytest.mark.parametrize(

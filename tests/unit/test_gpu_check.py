@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from decode_operations import decode_operations
+from experiments import paged_decode
 from gpucheck import compare, stress
 from gpucheck.compare import assert_same_kept, assert_same_tokens
 from gpucheck.forced import ForcedModel
@@ -231,7 +232,8 @@ def test_no_time_for_a_wrong_result(monkeypatch, operation):
     shape = Shape("tiny", 4, 2, 16, 256, 2)
     inputs = make_inputs(shape, torch.device("cpu"))
     operation.check(inputs)
-    original = getattr(kernels, operation.kernel)
+    place = paged_decode if operation.kernel == "paged_decode" else kernels
+    original = getattr(place, operation.kernel)
 
     def wrong(*args, **kwargs):
         if operation.kernel == "write_pages":
@@ -241,7 +243,7 @@ def test_no_time_for_a_wrong_result(monkeypatch, operation):
         result = original(*args, **kwargs)
         return tuple(r + 1 for r in result) if isinstance(result, tuple) else result + 1
 
-    monkeypatch.setattr(kernels, operation.kernel, wrong)
+    monkeypatch.setattr(place, operation.kernel, wrong)
     with pytest.raises(AssertionError, match=operation.name.split()[0]):
         operation.check(inputs)
 

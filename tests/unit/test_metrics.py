@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
 from vllm_kvcompress.metrics import (
+    HISTOGRAMS,
     PREFIX,
     SECONDS_BUCKETS,
     CompressionCollector,
@@ -52,7 +53,7 @@ def test_engines_are_told_apart(tmp_path):
     for labels, freed in ((FIRST, 5), (SECOND, 7)):
         counters = Counters(str(tmp_path), labels)
         counters.add(blocks_freed=freed)
-        counters.observe_seconds(0.002 * freed)
+        counters.observe("seconds", 0.002 * freed)
     assert totals(str(tmp_path))["blocks_freed"] == 12
     assert totals(str(tmp_path), "1")["blocks_freed"] == 7
     assert totals(str(tmp_path), "1")["seconds_sum"] == pytest.approx(0.014)
@@ -65,7 +66,7 @@ def test_prometheus_reads_the_files_itself(tmp_path):
     """As a scrape of vLLM does in multiprocess mode: the same samples, without a collector."""
     counters = Counters(str(tmp_path), FIRST)
     counters.add(blocks_freed=3, requests_compressed=1)
-    counters.observe_seconds(0.5)
+    counters.observe("seconds", 0.5)
     itself = exported(tmp_path, MultiProcessCollector(None, str(tmp_path)))
     assert itself == exported(tmp_path)
     assert itself[(PREFIX + "blocks_freed_total", ())] == 3
@@ -88,7 +89,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     counters = Counters(None, FIRST)
     counters.add(blocks_freed=1)
-    counters.observe_seconds(0.5)
+    counters.observe("seconds", 0.5)
     assert list(tmp_path.iterdir()) == []
     assert list(CompressionCollector(lambda: None).collect()) == []
 
@@ -96,6 +97,39 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 def test_unknown_counters_are_an_error():
     with pytest.raises(KeyError, match="blocks_lost"):
         Counters(None, FIRST).add(blocks_lost=1)
+    with pytest.raises(KeyError, match="minutes"):
+        Counters(None, FIRST).observe("minutes", 1)
+
+
+def test_what_was_asked_for(tmp_path):
+    """Once per engine, however many processes say so, in both ways to a scrape; no counter."""
+    info = {"method": "bacon+adakv", "budget": "10%", "when": "pressure:0.8"}
+    for labels in (FIRST, FIRST, SECOND):
+        Counters(str(tmp_path), labels, info)
+    Counters(str(tmp_path), FIRST)  # of a worker
+    itself = exported(tmp_path, MultiProcessCollector(None, str(tmp_path)))
+    key = PREFIX + "info", tuple(sorted(info.items()))
+    other = PREFIX + "info", tuple(sorted([*info.items(), ("engine", "1")]))
+    assert {name: value for name, value in itself.items() if name[0] == key[0]} == {
+        key: 1,
+        other: 1,
+    }
+    assert itself == exported(tmp_path)
+    assert "info" not in totals(str(tmp_path))
+
+
+@pytest.mark.parametrize(("family", "edges", "_"), HISTOGRAMS, ids=lambda part: str(part)[:20])
+def test_every_histogram(tmp_path, family, edges, _):
+    counters = Counters(str(tmp_path), FIRST)
+    observations = [edges[0] / 2, edges[0], edges[3], edges[-1], edges[-1] * 2]
+    for value in observations:
+        counters.observe(family, value)
+    samples = exported(tmp_path)
+    for edge in edges:
+        key = PREFIX + family + "_bucket", (("le", floatToGoString(edge)),)
+        assert samples[key] == sum(value <= edge for value in observations)
+    assert samples[PREFIX + family + "_count", ()] == len(observations)
+    assert samples[PREFIX + family + "_sum", ()] == pytest.approx(sum(observations))
 
 
 def test_exposition(tmp_path):
@@ -134,7 +168,7 @@ def test_histogram(tmp_path):
     counters = Counters(str(tmp_path), FIRST)
     observations = [0.00005, 0.0001, 0.002, 0.5, 10.0, 99.0]
     for seconds in observations:
-        counters.observe_seconds(seconds)
+        counters.observe("seconds", seconds)
     samples = exported(tmp_path)
     for edge in SECONDS_BUCKETS:
         at_most = sum(seconds <= edge for seconds in observations)
@@ -146,9 +180,9 @@ def test_histogram(tmp_path):
 
 def test_counters_of_two_collections_only_grow(tmp_path):
     counters = Counters(str(tmp_path), FIRST)
-    counters.observe_seconds(0.01)
+    counters.observe("seconds", 0.01)
     before = exported(tmp_path)
-    counters.observe_seconds(0.02)
+    counters.observe("seconds", 0.02)
     counters.add(blocks_freed=1)
     after = exported(tmp_path)
     assert before.keys() == after.keys()

@@ -102,7 +102,7 @@ def replace(compression: KVCompressionConfig) -> None:
         made = stock(**given)
         compressing = manager_of(made)
         assert compressing is not None
-        compressing.telemetry = SchedulerTelemetry(Labels("0", "tests"))
+        compressing.telemetry = SchedulerTelemetry(Labels("0", "tests"), compressing.planner.config)
         return CompressedKVCacheManager.adopt(made, lambda request: False)
 
     kv_cache_manager.KVCacheManager = manager

@@ -226,8 +226,8 @@ class CompressedLayers:
             self.telemetry.record(
                 count,
                 tokens_per_page=self.block_size / (self.num_layers * self.num_kv_heads),
-                tail_tokens=sum(order.plan.tail for order in orders),
-                prompt_tokens=sum(order.plan.facts.length for order in orders),
+                tail_tokens=[order.plan.tail for order in orders],
+                prompt_tokens=[order.plan.facts.length for order in orders],
             )
         self.is_compressed[slots] = True
         freed = [plan.num_full_blocks - self._max_pages(plan) for _, plan, _ in orders]

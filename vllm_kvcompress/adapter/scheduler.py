@@ -31,7 +31,9 @@ class CompressionPolicy:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.manager = CompressedKVCacheManager.adopt(scheduler.kv_cache_manager, self.relieve)
-        self.manager.compressed.telemetry = SchedulerTelemetry(labels_of(scheduler.vllm_config))
+        self.manager.compressed.telemetry = SchedulerTelemetry(
+            labels_of(scheduler.vllm_config), self.manager.compressed.planner.config
+        )
         self.orders: dict[str, CompressionOrder] = {}
         self.boundaries: dict[str, int] = {}
         self._took_entry: list[TrackedRequest] = []  # in this step

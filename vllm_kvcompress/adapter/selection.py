@@ -36,6 +36,11 @@ _SUPPORTED = {
 }
 
 
+def supported_backends() -> list[str]:
+    """Names of vLLM's attention backends that are compressed on."""
+    return list(_SUPPORTED)
+
+
 def install() -> None:
     wrap(attention_layer, "get_attn_backend", _choose)
 

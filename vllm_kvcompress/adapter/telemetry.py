@@ -8,8 +8,9 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,20 @@ from prometheus_client import REGISTRY
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_kvcompress.config import KVCompressionError, metrics_dir, server_dir, set_server_dir
+from vllm_kvcompress.config import (
+    KVCompressionConfig,
+    KVCompressionError,
+    metrics_dir,
+    server_dir,
+    set_server_dir,
+)
 from vllm_kvcompress.metrics import CompressionCollector, Counters, Labels, totals
 from vllm_kvcompress.policy import Outcome
 
 logger = init_logger("vllm.kvcompress")
 
 LOG_INTERVAL_S = 10.0
+LOG_DELAY_S = 1.0
 
 
 @functools.cache
@@ -74,13 +82,22 @@ def labels_of(vllm_config: VllmConfig) -> Labels:
     return Labels(str(index), name)
 
 
-class SchedulerTelemetry:
-    """Counts blocks where they are freed, and logs one line per interval with news."""
+def info_of(config: KVCompressionConfig) -> dict[str, str]:
+    """Labels of the gauge that tells what an engine was asked for."""
+    return {"method": config.method, "budget": str(config.budget), "when": str(config.when)}
 
-    def __init__(self, labels: Labels) -> None:
+
+class SchedulerTelemetry:
+    """Counts blocks where they are freed, and logs one line per interval with news.
+
+    The last news are logged, too: where no later ones come, a timer does it.
+    """
+
+    def __init__(self, labels: Labels, config: KVCompressionConfig) -> None:
         self._labels = labels
-        self._counters = Counters(metrics_dir(), labels)
+        self._counters = Counters(metrics_dir(), labels, info_of(config))
         self._last_log = time.monotonic()
+        self._timer: threading.Timer | None = None
 
     def record(self, outcome: Outcome, held_before: int, held_after: int, freed: int) -> None:
         """One request gave up blocks; the pool gained ``freed``, as others may share them."""
@@ -91,17 +108,29 @@ class SchedulerTelemetry:
             blocks_after=held_after,
             blocks_freed=freed,
         )
-        self._log()
+        self._counters.observe("request_blocks_freed", freed)
+        self._schedule_log()
 
     def record_whole(self) -> None:
         """One prompt fits its budget and is kept whole."""
         self._counters.add(requests_kept_whole=1)
+        self._schedule_log()
+
+    def _schedule_log(self) -> None:
+        """Have a line logged an interval after the last one, unless that is planned already."""
+        if self._timer is None or self._timer.finished.is_set():
+            wait = self._last_log + LOG_INTERVAL_S - time.monotonic()
+            # workers count what was kept when the step has run
+            self._timer = threading.Timer(max(wait, LOG_DELAY_S), self._log)
+            self._timer.daemon = True
+            self._timer.start()
 
     def _log(self) -> None:
-        now = time.monotonic()
+        self._last_log = time.monotonic()
         directory = metrics_dir()
-        if directory is not None and now - self._last_log >= LOG_INTERVAL_S:
-            self._last_log = now
+        assert self._timer is not None, "it calls this"
+        self._timer.finished.set()  # news from now on are for the next line
+        if directory is not None and Path(directory).is_dir():
             logger.info("%s", summary(totals(directory, self._labels.engine)))
 
 
@@ -127,7 +156,6 @@ class WorkerTelemetry:
     def __init__(self, device: torch.device, labels: Labels | None) -> None:
         self._counters = Counters(metrics_dir(), labels) if labels is not None else None
         self._on_host = device.type == "cpu"
-        # (start, end, pages on the host, tokens per page, tail tokens)
         self._pending: collections.deque[_Compression] = collections.deque()
         self._start: float | torch.cuda.Event = 0.0
 
@@ -147,23 +175,26 @@ class WorkerTelemetry:
         count: torch.Tensor,
         *,
         tokens_per_page: float,
-        tail_tokens: int,
-        prompt_tokens: int,
+        tail_tokens: Sequence[int],
+        prompt_tokens: Sequence[int],
     ) -> None:
         """What the running compression keeps.
 
         Args:
             count: [N, L, Hkv] head pages.
             tokens_per_page: block_size / (layers * KV heads).
+            tail_tokens, prompt_tokens: of each of the N prompts.
         """
         if self._counters is None:
             return
-        self._counters.add(prompt_tokens=prompt_tokens)
-        pages = count.sum()
+        self._counters.add(prompt_tokens=sum(prompt_tokens))
+        pages = count.sum((1, 2))
         if not self._on_host:
             pages = pages.to("cpu", non_blocking=True)  # into pinned memory, by torch
         self._pending.append(
-            _Compression(self._start, self._start, pages, tokens_per_page, tail_tokens)
+            _Compression(
+                self._start, self._start, pages, tokens_per_page, tail_tokens, prompt_tokens
+            )
         )
 
     def poll(self) -> None:
@@ -171,9 +202,13 @@ class WorkerTelemetry:
         while self._pending and self._pending[0].is_done():
             done = self._pending.popleft()
             assert self._counters is not None
-            kept = int(done.pages) * done.tokens_per_page + done.tail_tokens
-            self._counters.add(kept_tokens=kept)
-            self._counters.observe_seconds(done.seconds())
+            for pages, tail, length in zip(
+                done.pages.tolist(), done.tail_tokens, done.prompt_tokens, strict=True
+            ):
+                kept = pages * done.tokens_per_page + tail
+                self._counters.add(kept_tokens=kept)
+                self._counters.observe("kept_share", kept / length)
+            self._counters.observe("seconds", done.seconds())
 
     def _now(self) -> "float | torch.cuda.Event":
         if self._on_host:
@@ -190,7 +225,8 @@ class _Compression(NamedTuple):
     end: float | torch.cuda.Event
     pages: torch.Tensor
     tokens_per_page: float
-    tail_tokens: int
+    tail_tokens: Sequence[int]
+    prompt_tokens: Sequence[int]
 
     def is_done(self) -> bool:
         return isinstance(self.end, float) or self.end.query()

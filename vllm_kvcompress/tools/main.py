@@ -4,15 +4,34 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from vllm_kvcompress.tools import calibrate_heads, cpu_env
+from vllm_kvcompress import __version__
+from vllm_kvcompress.tools import calibrate_heads, cpu_env, doctor
+
+
+class _Version(argparse.Action):
+    """Prints versions of this package and of what it runs in."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        found = doctor.versions()
+        ours = found.pop("vllm-kvcompress", __version__)
+        others = ", ".join(f"{name} {version}" for name, version in found.items())
+        print(f"vllm-kvcompress {ours} ({others})")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vllm-kvcompress", description="Companion of the KV-compression plugin for vLLM."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and end")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "doctor",
+        help="tell what is installed, and what a model would be refused for",
+        add_help=False,
+    )
     commands.add_parser(
         "methods", help="list presets, scorers, allocators and merges", add_help=False
     )
@@ -43,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vllm_kvcompress.tools import explain  # imports torch
 
         return explain.main(rest)
+    if args.command == "doctor":
+        return doctor.main(rest)
     if args.command == "models":
         from vllm_kvcompress.tools import models  # imports vLLM, which the others can do without
 
