@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "adapter": FOUNDATIONS
     | {"adapter", "allocation", "batch", "config", "kernels", "merging", "metrics", "orders"}
     | {
+        "capacity",
         "page_state",
         "pipeline",
         "pipeline_inputs",
@@ -39,8 +40,10 @@ MAY_IMPORT = {
     "tools": {
         "adapter",
         "allocation",
+        "capacity",
         "config",
         "merging",
+        "plan",
         "presets",
         "prompt",
         "registry",
@@ -55,6 +58,7 @@ MAY_IMPORT = {
     "pipeline_inputs": {"scoring"},
     "prefill_stats": {"kernels", "scoring"},
     "orders": {"plan"},
+    "capacity": {"plan", "prompt"},
     "plan": {"allocation", "config", "prompt", "scoring"},
     "config": {"allocation", "merging", "policy", "presets", "prompt", "registry", "scoring"},
     "registry": {"allocation", "merging", "presets", "scoring"},

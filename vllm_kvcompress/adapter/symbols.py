@@ -23,6 +23,7 @@ _COMMAND_LINE = (
          "carries our config to every process, chooses CPU blocks"),
         ("EngineArgs.add_cli_args", Use.REPLACED, "parser", "adds our flags"),
         ("EngineArgs.from_cli_args", Use.REPLACED, "cls args", "moves them to additional_config"),
+        ("EngineArgs.create_model_config", Use.CALLED, "self", "sizes of a model without weights"),
         ("EngineArgs.create_engine_config", Use.WRAPPED, "self", "checks our config against engine",
          "VllmConfig"),
     ),
@@ -62,9 +63,10 @@ _CONFIGURATION = _symbols(
     ("get_current_vllm_config_or_none", Use.CALLED, "", "the same, where there may be none"),
     ("ModelConfig", Use.HELD,
      "architectures dtype hf_config hf_text_config is_attention_free is_diffusion "
-     "is_encoder_decoder is_hybrid is_mm_prefix_lm max_model_len runner_type served_model_name "
-     "use_mla uses_alibi",
+     "is_encoder_decoder is_hybrid is_mm_prefix_lm max_model_len quantization runner_type "
+     "served_model_name use_mla uses_alibi",
      "compatibility; labels of metrics"),
+    ("ModelConfig.get_total_num_hidden_layers", Use.CALLED, "self", "sizes of a model"),
     ("ModelConfig.get_total_num_kv_heads", Use.CALLED, "self",
      "budgets that span heads count those of all ranks"),
     ("ModelConfig.get_head_size", Use.CALLED, "self", "compatibility"),

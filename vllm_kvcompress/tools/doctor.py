@@ -50,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vllm-kvcompress doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage="vllm-kvcompress doctor [MODEL [FLAGS OF vllm serve]]",
     )
     parser.add_argument("model", nargs="?", help="name or folder, as vllm serve takes it")
-    args, flags = parser.parse_known_args(argv)
-    if flags and args.model is None:
-        parser.error(f"flags of vllm serve come after a model: {' '.join(flags)}")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        parser.error(f"flags of vllm serve come after a model: {' '.join(words)}")
+    args, flags = parser.parse_args(words[:1]), words[1:]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would drown the answer
     print("Installed")
     _print(versions())

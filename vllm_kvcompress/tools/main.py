@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_kvcompress import __version__
+import vllm_kvcompress
 from vllm_kvcompress.tools import calibrate_heads, cpu_env, doctor
 
 
@@ -15,7 +15,7 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         found = doctor.versions()
-        ours = found.pop("vllm-kvcompress", __version__)
+        ours = found.pop("vllm-kvcompress", vllm_kvcompress.__version__)
         others = ", ".join(f"{name} {version}" for name, version in found.items())
         print(f"vllm-kvcompress {ours} ({others})")
         parser.exit()
@@ -27,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print versions, and end")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "estimate",
+        help="tell how many requests fit on a GPU, with compression and without",
+        add_help=False,
+    )
     commands.add_parser(
         "doctor",
         help="tell what is installed, and what a model would be refused for",
@@ -64,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return explain.main(rest)
     if args.command == "doctor":
         return doctor.main(rest)
+    if args.command == "estimate":
+        from vllm_kvcompress.tools import estimate  # imports torch
+
+        return estimate.main(rest)
     if args.command == "models":
         from vllm_kvcompress.tools import models  # imports vLLM, which the others can do without
 
