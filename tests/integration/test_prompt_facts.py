@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Visual tokens of a prompt, read from vLLM's multimodal features."""
 
+import pytest
 import torch
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
@@ -60,3 +61,30 @@ def test_features_without_an_embedding():
 
 def test_other_modalities_are_text():
     assert segments(feature("audio", 1, "xxx"), feature("image", 6, "xx")) == "......00............"
+
+
+def lines(*features: MultiModalFeatureSpec) -> list[list[int]]:
+    return prompt_facts(40, features).grids(len(features)).tolist()
+
+
+def test_grids_count_merged_patches():
+    """Four patches make a token: 4 x 6 of them are 2 rows of 3 tokens."""
+    image = feature("image", 2, "xxxxxx", image_grid_thw=torch.tensor([[1, 4, 6]]))
+    other = feature("image", 9, "xx.xx.xx", image_grid_thw=torch.tensor([1, 3, 2]))
+    assert lines(image, other) == [[2, 8, 3, 3], [9, 17, 2, 3]]
+
+
+def test_every_frame_has_a_grid_of_its_own():
+    grid = torch.tensor([3, 4, 6])
+    video = feature("video", 1, "xxxxxx.xxxxxx.xxxxxx", video_grid_thw=grid)
+    assert prompt_facts(40, [video]).grids(3).tolist() == [
+        [1, 7, 3, 3], [8, 14, 3, 3], [15, 21, 3, 3]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", [[1, 4, 6], [1, 2, 4], [1, 3, 3], [1, 8, 0]])
+def test_tokens_that_are_no_grid(grid):
+    """Some were dropped, or patches make no squares."""
+    image = feature("image", 1, "xxxx", image_grid_thw=torch.tensor(grid))
+    assert lines(image) == [[0] * 4]
+    assert lines(feature("image", 1, "xxxx")) == [[0] * 4]

@@ -84,3 +84,41 @@ def test_segments(facts, padding):
             expected[position] = index
     assert segments.tolist() == expected
     assert segments.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("runs", "width", "expected"),
+    [
+        ([(3, 15)], 4, [3, 15, 4, 4]),
+        ([(3, 7), (8, 12), (13, 17)], 4, [3, 17, 4, 5]),  # a separator behind each row
+        ([(3, 15)], 0, None),
+        ([(3, 15)], 5, None),  # no whole rows
+        ([(3, 7), (8, 12), (14, 18)], 4, None),  # rows at unlike distances
+        ([(3, 7), (8, 11)], 4, None),
+        ([(3, 9), (20, 26)], 3, None),  # two rows, text, and two more
+    ],
+)
+def test_grids(runs, width, expected):
+    """First position, end, width and step; 0 where tokens do not stand row by row."""
+    facts = PromptFacts.from_items(40, [runs, [(30, 36)]], [width, 3])
+    lines = facts.grids(3)
+    assert lines[0].tolist() == (expected or [0] * 4)
+    assert lines[1].tolist() == [30, 36, 3, 3]
+    assert lines[2].tolist() == [0] * 4
+    for index in range(2):
+        first, end, wide, step = lines[index]
+        if step:
+            places = np.arange(first, end)
+            inside = places[(places - first) % step < wide]
+            assert inside.tolist() == np.flatnonzero(facts.segments(40) == index).tolist()
+
+
+def test_widths_follow_their_items():
+    """Whatever the order in which they are named; runs of one's own count as items."""
+    facts = PromptFacts.from_items(40, [[(20, 30)], [], [(2, 14)]], [5, 7, 4])
+    assert facts.grids(2)[:, 2].tolist() == [4, 5]
+    assert PromptFacts(40, ((2, 14), (20, 30)), widths=(4, 5)).grids(2).tolist() == (
+        facts.grids(2).tolist()
+    )
+    assert PromptFacts.from_items(40, [[(2, 14)]], [0]) == PromptFacts.from_items(40, [[(2, 14)]])
+    assert not PromptFacts(40).grids(1).any()

@@ -7,6 +7,7 @@ it, and no other process is touched.
 
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -223,12 +224,38 @@ class CompressedManager(FullAttentionManager):
 def prompt_facts(length: int, features: Iterable[MultiModalFeatureSpec]) -> PromptFacts:
     """Length and visual tokens of a prompt, from vLLM's multimodal features."""
     items: list[list[Run]] = []
+    widths: list[int] = []
     for feature in features:
         if feature.modality in ("image", "video"):
             ranges = feature.mm_position.extract_embeds_range()
             runs = [(start, end + 1) for start, end in ranges]
-            items += temporal_patches(feature, runs) if feature.modality == "video" else [runs]
-    return PromptFacts.from_items(length, items)
+            found = temporal_patches(feature, runs) if feature.modality == "video" else [runs]
+            items += found
+            widths += [row_width(feature, runs)] * len(found)
+    return PromptFacts.from_items(length, items, widths)
+
+
+def grid_of(feature: MultiModalFeatureSpec) -> list[int] | None:
+    """Temporal patches, rows and columns of patches, where the processor tells them."""
+    name = f"{feature.modality}_grid_thw"
+    grid = feature.data.get(name) if feature.data is not None else None
+    if grid and isinstance(grid.data, torch.Tensor):
+        return [int(size) for size in grid.data.view(-1)[:3]]
+    return None
+
+
+def row_width(feature: MultiModalFeatureSpec, runs: list[Run]) -> int:
+    """Visual tokens in a row of an image or of a temporal patch; 0 where that is not known.
+
+    A square of patches makes one visual token (the Qwen-VL families merge 2 x 2).
+    """
+    grid, tokens = grid_of(feature), sum(end - start for start, end in runs)
+    if grid is None or not tokens:
+        return 0
+    merged = math.isqrt(math.prod(grid) // tokens)
+    if not merged or merged**2 * tokens != math.prod(grid) or grid[2] % merged:
+        return 0  # some tokens were dropped
+    return grid[2] // merged
 
 
 def temporal_patches(feature: MultiModalFeatureSpec, runs: list[Run]) -> list[list[Run]]:
@@ -240,9 +267,9 @@ def temporal_patches(feature: MultiModalFeatureSpec, runs: list[Run]) -> list[li
 
     A scheduler may hold features without data. It counts visual tokens only, whatever their patch.
     """
-    grid = feature.data.get("video_grid_thw") if feature.data is not None else None
-    if runs and grid and isinstance(grid.data, torch.Tensor):
-        return split_evenly(runs, int(grid.data.view(-1)[0]))
+    grid = grid_of(feature)
+    if runs and grid is not None:
+        return split_evenly(runs, grid[0])
     return [[run] for run in runs]
 
 
