@@ -28,7 +28,7 @@ from triton.runtime import interpreter, jit
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.kernels.operations import OPERATIONS
 
-METHODS = ("bacon", "bacon+adakv", "aircache", "vl-cache")
+METHODS = ("bacon", "bacon+adakv", "bacon-plus+uniform", "aircache", "vl-cache")
 LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_SIZE = 28, 28, 4, 128  # Qwen2-VL-7B
 PROMPT_LEN, BUDGET = 8192, 1024
 WORKSPACE = KVCompressionConfig("bacon").workspace_mib << 20

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One call of the compression pipeline, as a worker makes it, on tensors of any device."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,11 @@ class Sizes(NamedTuple):
     budget: int
 
 
+def _width(count: int) -> int:
+    """Of the widest image of so many tokens that is not wider than it is high."""
+    return max(width for width in range(1, math.isqrt(count) + 1) if count % width == 0)
+
+
 class PipelineCall:
     """Compresses the same made-up prompts again and again; their pages are random.
 
@@ -59,7 +65,8 @@ class PipelineCall:
             settings["budget"] = sizes.budget
         self.config = KVCompressionConfig.parse(settings)
         self.sizes, self.device = sizes, device
-        facts = PromptFacts(sizes.length, ((PREFIX_LEN, sizes.length - INSTRUCTION_LEN),))
+        image = (PREFIX_LEN, sizes.length - INSTRUCTION_LEN)
+        facts = PromptFacts(sizes.length, (image,), widths=(_width(image[1] - image[0]),))
         planner = BlockPlanner(self.config, BLOCK_SIZE, sizes.num_layers, sizes.num_kv_heads)
         self.plan = planner.plan(facts)
         even = not self.config.allocation.scope.needs_scores
@@ -99,6 +106,10 @@ class PipelineCall:
         if Need.SEGMENTS in self.config.needs or self.config.candidates is not Candidates.ALL:
             segments = torch.from_numpy(plan.facts.segments(num_blocks * BLOCK_SIZE))
             segment = segments.to(self.device).long().expand(sizes.num, -1).contiguous()
+        grids = None
+        if Need.GRIDS in self.config.needs:
+            grids = torch.from_numpy(plan.facts.grids(1)).to(self.device)
+            grids = grids.expand(sizes.num, -1, -1).contiguous()
         if self.config.candidates is not Candidates.ALL:
             visual = segment >= 0
         scope, owners = self.config.allocation.scope, 1
@@ -112,6 +123,7 @@ class PipelineCall:
             visual=visual,
             segment=segment,
             num_segments=1,
+            grids=grids,
         )
 
     def _stack(
@@ -126,6 +138,11 @@ class PipelineCall:
 
         if pages is None:
             pages = draw(sizes.num_layers * layer_pages, BLOCK_SIZE * 2 * sizes.head_size)
+        grams = None
+        if Need.OUTPUT_GRAMS in self.config.needs:
+            shape = (sizes.num_layers, sizes.num_q_heads, sizes.head_size, sizes.head_size)
+            weights = torch.empty(shape, device=device).normal_(generator=generator)
+            grams = weights @ weights.mT
         rows = (sizes.num_layers, sizes.num, plan.num_rows, sizes.num_q_heads, sizes.head_size)
         return LayerStack(
             layers=tuple(range(sizes.num_layers)),
@@ -133,4 +150,5 @@ class PipelineCall:
             pages=pages,
             layer_pages=layer_pages,
             scale=torch.full((sizes.num_layers,), sizes.head_size**-0.5, device=device),
+            output_grams=grams,
         )

@@ -14,7 +14,7 @@ definition, Triton module for GPUs, C++ for CPUs. They are called like their def
 
 from vllm_kvcompress.kernels import native, reference, reference_decode, reference_paged
 from vllm_kvcompress.kernels.operations import Operation, describe, missing_on
-from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, as_bytes, as_stored
+from vllm_kvcompress.kernels.reference import Grids, PageLayout, PromptPages, as_bytes, as_stored
 from vllm_kvcompress.kernels.reference_decode import HeldPages
 
 window_scores = Operation(
@@ -40,6 +40,11 @@ strength_and_skewness = Operation(reference.strength_and_skewness, triton="skewn
 gaussian_logits = Operation(
     reference_paged.gaussian_logits, cpp=native.gaussian_logits, torch_on_gpu=True
 )
+output_norms = Operation(
+    reference_paged.output_norms, triton="value_norms", cpp=native.output_norms
+)
+grid_balance = Operation(reference.grid_balance, triton="grid_scores", cpp=native.grid_balance)
+weigh_scores = Operation(reference.weigh_scores, triton="grid_scores", cpp=native.weigh_scores)
 pool_prefix = Operation(reference.pool_prefix, triton="calibration", cpp=native.pool_prefix)
 bacon_evidence = Operation(
     reference.bacon_evidence, triton="calibration", cpp=native.bacon_evidence
@@ -58,6 +63,7 @@ head_page_tables = Operation(
 )
 
 __all__ = [
+    "Grids",
     "HeldPages",
     "PageLayout",
     "PromptPages",
@@ -70,18 +76,21 @@ __all__ = [
     "describe",
     "elite_attention",
     "gaussian_logits",
+    "grid_balance",
     "group_attention_sum",
     "head_counts",
     "head_page_tables",
     "key_attention_sum",
     "last_row_logits",
     "missing_on",
+    "output_norms",
     "pool_prefix",
     "read_prompt",
     "select_tokens",
     "stage_tokens",
     "strength_and_skewness",
     "strong_key_counts",
+    "weigh_scores",
     "window_scores",
     "write_pages",
 ]

@@ -9,18 +9,22 @@ import triton
 import triton.language as tl
 
 from vllm_kvcompress.kernels import radix, tiled_calibration, tiled_radix, token_values
+from vllm_kvcompress.kernels.reference_grid import Grids
 from vllm_kvcompress.kernels.reference_scores import EPS
 
 _TOKENS_PER_PROGRAM = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images"])
 def _pool_kernel(
     scores_ptr,  # [R * H, T] float32
     num_candidates_ptr,  # [R] int64
     pooled_ptr,  # [R * H, T] float32
+    segment_ptr,  # [R, T] int64, or None
+    lines_ptr,  # [R, M, 4] int64, or None
     num_heads,
     length,  # T
+    num_images,  # M
     KERNEL: tl.constexpr,
     TAKE_MAX: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -28,7 +32,10 @@ def _pool_kernel(
     i_seq = tl.program_id(0).to(tl.int64)
     o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     num_candidates = tl.load(num_candidates_ptr + i_seq // num_heads).to(tl.int32)
-    b_pool = token_values.pooled(scores_ptr + i_seq * length, o_t, num_candidates, KERNEL, TAKE_MAX)
+    b_pool = token_values.pooled(
+        scores_ptr + i_seq * length, o_t, num_candidates, segment_ptr, lines_ptr,
+        i_seq // num_heads, length, num_images, KERNEL, TAKE_MAX,
+    )  # fmt: skip
     tl.store(pooled_ptr + i_seq * length + o_t, b_pool, mask=o_t < length)
 
 
@@ -49,8 +56,12 @@ def _evidence_kernel(
     i_seq = tl.program_id(0).to(tl.int64)
     o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     num_candidates = tl.load(num_candidates_ptr + i_seq // num_heads).to(tl.int32)
-    b_base = token_values.pooled(mean_ptr + i_seq * length, o_t, num_candidates, KERNEL, TAKE_MAX)
-    b_last = token_values.pooled(last_ptr + i_seq * length, o_t, num_candidates, KERNEL, TAKE_MAX)
+    b_base = token_values.pooled(
+        mean_ptr + i_seq * length, o_t, num_candidates, None, None, 0, 0, 0, KERNEL, TAKE_MAX
+    )
+    b_last = token_values.pooled(
+        last_ptr + i_seq * length, o_t, num_candidates, None, None, 0, 0, 0, KERNEL, TAKE_MAX
+    )
     offset, m_out = i_seq * length + o_t, o_t < length
     tl.store(evidence_ptr + offset, tl.maximum(b_last - b_base, 0.0), mask=m_out)
     b_base = tl.where(o_t < num_candidates, b_base, float("-inf"))
@@ -85,6 +96,9 @@ def _value_kernel(
     num_prompts,  # N
     first_layer,  # of the rows, in the trace
     reach,
+    segment_ptr,  # [R, T] int64, or None
+    lines_ptr,  # [R, M, 4] int64, or None
+    num_images,  # M
     MODE: tl.constexpr,
     LOCAL_K: tl.constexpr,
     EPS: tl.constexpr,
@@ -95,8 +109,8 @@ def _value_kernel(
     num_candidates = tl.load(num_candidates_ptr + i_seq // num_heads).to(tl.int32)
     b_value = token_values.values(
         base_ptr, evidence_ptr, trace_ptr, i_seq, o_t, num_candidates, num_heads, length,
-        layer_stride, prompt_stride, head_stride, num_prompts, first_layer, reach, MODE, LOCAL_K,
-        EPS,
+        layer_stride, prompt_stride, head_stride, num_prompts, first_layer, reach, segment_ptr,
+        lines_ptr, num_images, MODE, LOCAL_K, EPS,
     )  # fmt: skip
     tl.store(value_ptr + i_seq * length + o_t, b_value, mask=o_t < length)
 
@@ -134,24 +148,39 @@ def _calibrate_kernel(
 
 
 def pool_prefix(
-    scores: torch.Tensor, num_candidates: torch.Tensor, kernel: int, kind: str = "avg"
+    scores: torch.Tensor,
+    num_candidates: torch.Tensor,
+    kernel: int,
+    kind: str = "avg",
+    grids: Grids | None = None,
 ) -> torch.Tensor:
     """See ``reference.pool_prefix``."""
     if kernel == 1:
         return scores
     num, num_heads, length = scores.shape
     pooled = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    segment, lines, num_images = _images(grids)
     _pool_kernel[(num * num_heads, triton.cdiv(length, _TOKENS_PER_PROGRAM))](
         scores.contiguous(),
         num_candidates.contiguous(),
         pooled,
+        segment,
+        lines,
         num_heads,
         length,
+        num_images,
         KERNEL=kernel,
         TAKE_MAX=kind == "max",
         BLOCK_T=_TOKENS_PER_PROGRAM,
     )
     return pooled
+
+
+def _images(grids: Grids | None) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """Segments, lines, and how many images a row may have."""
+    if grids is None:
+        return None, None, 0
+    return grids.segment.contiguous(), grids.lines.contiguous(), grids.lines.shape[1]
 
 
 def bacon_evidence(
@@ -186,6 +215,7 @@ def bacon_calibrate(
     trace: torch.Tensor,
     num_candidates: torch.Tensor,
     capacity: torch.Tensor,
+    grids: Grids | None = None,
     *,
     trace_r: int,
     mode: str,
@@ -218,6 +248,7 @@ def bacon_calibrate(
         num_prompts,
         num_layers - num // num_prompts,
         trace_r,
+        *_images(grids),
         MODE=mode,
         LOCAL_K=local_k,
         EPS=EPS,

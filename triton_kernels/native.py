@@ -8,6 +8,7 @@ import torch
 
 from vllm_kvcompress.kernels.reference import PageLayout, PromptPages, index_tables
 from vllm_kvcompress.kernels.reference_decode import HeldPages
+from vllm_kvcompress.kernels.reference_grid import Grids
 from vllm_kvcompress.kernels.reference_rows import log_share, share_of
 
 
@@ -200,12 +201,43 @@ def strong_key_counts(
 
 
 def pool_prefix(
-    scores: torch.Tensor, num_candidates: torch.Tensor, kernel: int, kind: str = "avg"
+    scores: torch.Tensor,
+    num_candidates: torch.Tensor,
+    kernel: int,
+    kind: str = "avg",
+    grids: Grids | None = None,
 ) -> torch.Tensor:
     """See ``reference.pool_prefix``."""
     if kernel == 1:
         return scores
-    return torch.ops.vllm_kvcompress.pool_prefix(scores, num_candidates, kernel, kind == "max")
+    return torch.ops.vllm_kvcompress.pool_prefix(
+        scores, num_candidates, kernel, kind == "max", None if grids is None else grids.lines
+    )
+
+
+def grid_balance(scores: torch.Tensor, num_candidates: torch.Tensor, grids: Grids) -> torch.Tensor:
+    """See ``reference.grid_balance``."""
+    return torch.ops.vllm_kvcompress.grid_balance(scores, num_candidates, grids.lines)
+
+
+def weigh_scores(
+    base: torch.Tensor,
+    num_candidates: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    last: torch.Tensor | None = None,
+    *,
+    clamp: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See ``reference.weigh_scores``."""
+    found, more = torch.ops.vllm_kvcompress.weigh_scores(base, num_candidates, weight, last, clamp)
+    return found, None if last is None else more
+
+
+def output_norms(prompts: PromptPages, grams: torch.Tensor) -> torch.Tensor:
+    """See ``reference_paged.output_norms``."""
+    return torch.ops.vllm_kvcompress.output_norms(
+        *prompts[:3], _orders(prompts.layout)[1], grams, prompts.value_scale
+    )
 
 
 def bacon_evidence(
@@ -223,6 +255,7 @@ def bacon_calibrate(
     trace: torch.Tensor,
     num_candidates: torch.Tensor,
     capacity: torch.Tensor,
+    grids: Grids | None = None,
     *,
     trace_r: int,
     mode: str,
@@ -237,6 +270,7 @@ def bacon_calibrate(
         trace,
         num_candidates,
         capacity,
+        None if grids is None else grids.lines,
         trace_r,
         mode,
         local_k,

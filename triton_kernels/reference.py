@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_kvcompress.kernels.reference_budgets import apportion
+from vllm_kvcompress.kernels.reference_grid import Grids, grid_balance, weigh_scores
 from vllm_kvcompress.kernels.reference_rows import (
     cover_votes,
     elite_attention,
@@ -308,6 +309,7 @@ def key_attention_sum(
 
 
 __all__ = [
+    "Grids",
     "PageLayout",
     "PromptPages",
     "apportion",
@@ -320,6 +322,7 @@ __all__ = [
     "block_ids",
     "cover_votes",
     "elite_attention",
+    "grid_balance",
     "group_attention_sum",
     "head_counts",
     "index_tables",
@@ -334,6 +337,7 @@ __all__ = [
     "stage_tokens",
     "strength_and_skewness",
     "strong_key_counts",
+    "weigh_scores",
     "window_scores",
     "write_pages",
 ]

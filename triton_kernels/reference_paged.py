@@ -100,6 +100,28 @@ def strong_key_counts(
     )
 
 
+def output_norms(prompts: PromptPages, grams: torch.Tensor) -> torch.Tensor:
+    """How much of a layer's output each value makes: the norm ||Wo v||, mean over the group.
+
+    Args:
+        grams: [L, Hq, D, D] float32, Wo^T Wo of the part Wo of the output projection that reads a
+            query head; of the layers of the R rows.
+
+    Returns:
+        [R, Hkv, T] float32; garbage past a prompt's end.
+    """
+    values = read_prompt(prompts, "value").float().unflatten(0, (len(grams), -1))
+    grams = grams.unflatten(1, (prompts.num_kv_heads, -1))
+    pieces = []
+    for piece in values.split(KEYS_AT_ONCE, dim=3):  # [L, N, Hkv, T', D]
+        squares = [
+            (torch.matmul(piece, grams[:, None, :, g]) * piece).sum(-1)
+            for g in range(grams.shape[2])
+        ]
+        pieces.append(torch.stack(squares).clamp_min(0).sqrt().mean(0))
+    return torch.cat(pieces, dim=3).flatten(0, 1)
+
+
 def gaussian_logits(
     mean: torch.Tensor, covariance: torch.Tensor, prompts: PromptPages, scale: torch.Tensor
 ) -> torch.Tensor:

@@ -4,20 +4,28 @@
 import torch
 import torch.nn.functional as F
 
+from vllm_kvcompress.kernels.reference_grid import Grids, pool_columns, token_lines
+
 EPS = 1e-8
 
 
 def pool_prefix(
-    scores: torch.Tensor, num_candidates: torch.Tensor, kernel: int, kind: str = "avg"
+    scores: torch.Tensor,
+    num_candidates: torch.Tensor,
+    kernel: int,
+    kind: str = "avg",
+    grids: Grids | None = None,
 ) -> torch.Tensor:
     """Pooling over the scored prefix, stride 1, same length.
 
     "avg" divides by ``kernel`` everywhere: positions outside the prefix count as zeros. "max"
-    ignores them. Columns t >= n come back as 0.
+    ignores them. Scores at t >= n come back as 0.
 
     Args:
         scores: [R, Hkv, T] float32.
         num_candidates: [R] int64, n.
+        grids: images that are pooled along their columns; positions outside them count as those
+            outside the prefix do.
     """
     if kernel == 1:
         return scores
@@ -28,6 +36,9 @@ def pool_prefix(
     else:
         x = scores.masked_fill(outside, float("-inf"))
         pooled = F.max_pool1d(x, kernel, stride=1, padding=kernel // 2)
+    if grids is not None:
+        columns = pool_columns(x, num_candidates, kernel, kind, grids)
+        pooled = torch.where((token_lines(grids)[3] > 0)[:, None], columns, pooled)
     return pooled.masked_fill(outside, 0.0)
 
 
@@ -60,6 +71,7 @@ def bacon_calibrate(
     trace: torch.Tensor,
     num_candidates: torch.Tensor,
     capacity: torch.Tensor,
+    grids: Grids | None = None,
     *,
     trace_r: int,
     mode: str,
@@ -75,6 +87,7 @@ def bacon_calibrate(
             R / N layers are those of the rows.
         num_candidates: [R] int64, n.
         capacity: [R] int64, nominal competing tokens per head.
+        grids: of :func:`pool_prefix`, for coherence.
         trace_r: how many layers before its own a row looks at; there may be fewer, or none.
         mode: "e", "el", "elt" or "rel".
 
@@ -84,7 +97,7 @@ def bacon_calibrate(
     outside = _outside(base, num_candidates)
     base, value = base.masked_fill(outside, 0.0), evidence
     if mode != "e":
-        value = value + bacon_coherence(base, evidence, num_candidates, mode, local_k)
+        value = value + bacon_coherence(base, evidence, num_candidates, mode, local_k, grids)
     if mode in ("elt", "rel"):
         value = value + bacon_persistence(trace, len(base), trace_r, mode)
     top = (topk_frac * capacity.double()).long().clamp_min(1).minimum(num_candidates)
@@ -102,16 +115,18 @@ def bacon_coherence(
     num_candidates: torch.Tensor,
     mode: str,
     local_k: int,
+    grids: Grids | None = None,
 ) -> torch.Tensor:
     """How much evidence lies around each token, [R, Hkv, T].
 
     Args:
         base, evidence: B and E of :func:`bacon_evidence`, with B = 0 at t >= n.
         mode: "rel" attenuates it where the token's own B is high beside its neighbours'.
+        grids: see :func:`pool_prefix`.
     """
-    coherence = pool_prefix(evidence, num_candidates, local_k)
+    coherence = pool_prefix(evidence, num_candidates, local_k, grids=grids)
     if mode == "rel":
-        neighbours = pool_prefix(base, num_candidates, local_k)
+        neighbours = pool_prefix(base, num_candidates, local_k, grids=grids)
         coherence = coherence * neighbours / (neighbours + base + EPS)
     return coherence
 

@@ -4,17 +4,52 @@
 import triton
 import triton.language as tl
 
-UNSPECIALIZED = ["num_prompts", "first_layer", "reach"]
-"""Arguments of ``values`` whose values shall not lead to kernels of their own."""
+UNSPECIALIZED = ["num_prompts", "first_layer", "reach", "num_images"]
+"""Arguments whose values shall not lead to kernels of their own."""
 
 
 @triton.jit
-def pooled(p_row, o_t, num_candidates, KERNEL: tl.constexpr, TAKE_MAX: tl.constexpr):
+def image_lines(segment_ptr, lines_ptr, i_row, o_t, m_t, length, num_images):
+    """First position, end, width and step of the images of tokens ``o_t``, int32; 0 on text."""
+    b_image = tl.load(segment_ptr + i_row * length + o_t, mask=m_t, other=-1)
+    m_image = b_image >= 0
+    p_line = lines_ptr + (i_row * num_images + b_image) * 4
+    b_first = tl.load(p_line, mask=m_image, other=0).to(tl.int32)
+    b_end = tl.load(p_line + 1, mask=m_image, other=0).to(tl.int32)
+    b_width = tl.load(p_line + 2, mask=m_image, other=0).to(tl.int32)
+    b_step = tl.load(p_line + 3, mask=m_image, other=0).to(tl.int32)
+    return b_first, b_end, b_width, b_step
+
+
+@triton.jit
+def pooled(
+    p_row,
+    o_t,
+    num_candidates,
+    segment_ptr,  # [R, T] int64, or None
+    lines_ptr,  # [R, M, 4] int64, or None
+    i_row,
+    length,
+    num_images,
+    KERNEL: tl.constexpr,
+    TAKE_MAX: tl.constexpr,
+):
     """Pooled scores at positions ``o_t``, 0 outside [0, num_candidates)."""
+    b_first = tl.zeros(o_t.shape, tl.int32)
+    b_end = b_first + num_candidates
+    b_step = b_first + 1
+    if segment_ptr is not None:
+        m_t = (o_t >= 0) & (o_t < num_candidates)
+        first, end, _, step = image_lines(
+            segment_ptr, lines_ptr, i_row, o_t, m_t, length, num_images
+        )
+        b_first = tl.where(step > 0, first, b_first)
+        b_end = tl.where(step > 0, tl.minimum(end, num_candidates), b_end)
+        b_step = tl.where(step > 0, step, b_step)
     b_pool = tl.full(o_t.shape, float("-inf") if TAKE_MAX else 0.0, tl.float32)
     for tap in range(KERNEL):
-        o_near = o_t + (tap - KERNEL // 2)
-        m_near = (o_near >= 0) & (o_near < num_candidates)
+        o_near = o_t + (tap - KERNEL // 2) * b_step
+        m_near = (o_near >= b_first) & (o_near < b_end)
         if TAKE_MAX:
             b_x = tl.load(p_row + o_near, mask=m_near, other=float("-inf"))
             b_pool = tl.maximum(b_pool, b_x)
@@ -77,6 +112,9 @@ def values(
     num_prompts,
     first_layer,
     reach,
+    segment_ptr,
+    lines_ptr,
+    num_images,
     MODE: tl.constexpr,
     LOCAL_K: tl.constexpr,
     EPS: tl.constexpr,
@@ -86,10 +124,17 @@ def values(
     m_t = o_t < num_candidates
     b_value = tl.load(p_evidence + o_t, mask=m_t, other=0.0)
     if MODE != "e":
-        b_coherence = pooled(p_evidence, o_t, num_candidates, LOCAL_K, False)
+        i_row = i_seq // num_heads
+        b_coherence = pooled(
+            p_evidence, o_t, num_candidates, segment_ptr, lines_ptr, i_row, length, num_images,
+            LOCAL_K, False,
+        )  # fmt: skip
         if MODE == "rel":
             b_base = tl.load(p_base + o_t, mask=m_t, other=0.0)
-            b_nearby = pooled(p_base, o_t, num_candidates, LOCAL_K, False)
+            b_nearby = pooled(
+                p_base, o_t, num_candidates, segment_ptr, lines_ptr, i_row, length, num_images,
+                LOCAL_K, False,
+            )  # fmt: skip
             b_coherence = b_coherence * b_nearby / (b_nearby + b_base + EPS)
         b_value += b_coherence
     if MODE == "elt" or MODE == "rel":

@@ -8,10 +8,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "pooling.h"
 #include "ranking.h"
 #include "threads.h"
 
@@ -20,47 +22,10 @@ namespace {
 
 constexpr float kEpsilon = 1e-8f;
 
-// out[t] = mean over [t - width/2, t + width/2], zeros outside [0, count) included.
-void pool_mean(const float* x, int64_t count, int64_t width, float* out) {
-  const int64_t half = width / 2;
-  const float divisor = static_cast<float>(width);
-  std::fill_n(out, count, 0.0f);
-  for (int64_t shift = -half; shift <= half; ++shift) {
-    const int64_t begin = std::max<int64_t>(0, -shift), end = std::min(count, count - shift);
-    for (int64_t t = begin; t < end; ++t) out[t] += x[t + shift];
-  }
-  for (int64_t t = 0; t < count; ++t) out[t] /= divisor;
-}
-
-// out[t] = maximum over the part of [t - width/2, t + width/2] that lies in [0, count).
-void pool_max(const float* x, int64_t count, int64_t width, float* out) {
-  const int64_t half = width / 2;
-  std::copy_n(x, count, out);
-  for (int64_t shift = -half; shift <= half; ++shift) {
-    const int64_t begin = std::max<int64_t>(0, -shift), end = std::min(count, count - shift);
-    for (int64_t t = begin; t < end; ++t) {
-      const float near = x[t + shift];
-      out[t] = near <= out[t] || out[t] != out[t] ? out[t] : near;  // NaN is the largest
-    }
-  }
-}
-
-// Pooled scores of the prefix [0, count), `outside` beyond it.
-void pool_row(const float* x, int64_t count, int64_t length, int64_t width, bool take_max,
-              float outside, float* out) {
-  (take_max ? pool_max : pool_mean)(x, count, width, out);
-  std::fill(out + count, out + length, outside);
-}
-
-void check_scores(const at::Tensor& scores, const at::Tensor& num_candidates) {
-  TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat,
-              "scores: expected float32 [R, Hkv, T]");
-  TORCH_CHECK(num_candidates.scalar_type() == at::kLong, "num_candidates: expected int64");
-}
-
 at::Tensor pool_prefix(const at::Tensor& scores, const at::Tensor& num_candidates, int64_t kernel,
-                       bool take_max) {
+                       bool take_max, const std::optional<at::Tensor>& lines) {
   check_scores(scores, num_candidates);
+  const ImageLines images(lines);
   const auto x = scores.contiguous(), scored = num_candidates.contiguous();
   const int64_t num_heads = x.size(1), length = x.size(2);
   auto pooled = at::empty(x.sizes(), x.options());
@@ -71,6 +36,7 @@ at::Tensor pool_prefix(const at::Tensor& scores, const at::Tensor& num_candidate
     for (int64_t i = begin; i < end; ++i) {
       const int64_t count = std::clamp<int64_t>(counts[i / num_heads], 0, length);
       pool_row(from + i * length, count, length, kernel, take_max, 0.0f, to + i * length);
+      images.pool(i / num_heads, from + i * length, count, kernel, take_max, to + i * length);
     }
   });
   return pooled;
@@ -119,14 +85,17 @@ struct Scratch {
 
 // V = evidence + coherence + persistence of one head.
 void combine(const float* base, const float* evidence, const std::vector<const float*>& trace,
-             int64_t count, Mode mode, int64_t local_k, Scratch& scratch) {
+             const ImageLines& images, int64_t row, int64_t count, Mode mode, int64_t local_k,
+             Scratch& scratch) {
   float* value = scratch.value.data();
   std::copy_n(evidence, count, value);
   if (mode == Mode::kEvidence) return;
   const float *near = scratch.near.data(), *neighbours = scratch.neighbours.data();
   pool_mean(evidence, count, local_k, scratch.near.data());
+  images.pool(row, evidence, count, local_k, false, scratch.near.data());
   if (mode == Mode::kRelative) {
     pool_mean(base, count, local_k, scratch.neighbours.data());
+    images.pool(row, base, count, local_k, false, scratch.neighbours.data());
     for (int64_t t = 0; t < count; ++t) {
       value[t] += near[t] * neighbours[t] / (neighbours[t] + base[t] + kEpsilon);
     }
@@ -200,8 +169,10 @@ std::tuple<at::Tensor, at::Tensor> bacon_evidence(const at::Tensor& mean, const 
 
 at::Tensor bacon_calibrate(const at::Tensor& base, const at::Tensor& evidence,
                            const at::Tensor& trace, const at::Tensor& num_candidates,
-                           const at::Tensor& capacity, int64_t trace_r, std::string mode,
-                           int64_t local_k, double lambda_c, double topk_frac) {
+                           const at::Tensor& capacity, const std::optional<at::Tensor>& lines,
+                           int64_t trace_r, std::string mode, int64_t local_k, double lambda_c,
+                           double topk_frac) {
+  const ImageLines images(lines);
   const Options options{parse_mode(mode), local_k, lambda_c, topk_frac};
   check_scores(base, num_candidates);
   check_scores(evidence, num_candidates);
@@ -234,8 +205,8 @@ at::Tensor bacon_calibrate(const at::Tensor& base, const at::Tensor& evidence,
                        row % num_prompts * layers.stride(1) + head * layers.stride(2));
       }
       const float* b = bases.const_data_ptr<float>() + i * length;
-      combine(b, more.const_data_ptr<float>() + i * length, seen, count, options.mode,
-              options.local_k, scratch);
+      combine(b, more.const_data_ptr<float>() + i * length, seen, images, row, count,
+              options.mode, options.local_k, scratch);
       const float strength =
           strength_of(b, count, capacities.const_data_ptr<int64_t>()[row], options, scratch);
       float* s = out + i * length;
@@ -249,11 +220,12 @@ at::Tensor bacon_calibrate(const at::Tensor& base, const at::Tensor& evidence,
 }  // namespace kvcompress
 
 TORCH_LIBRARY_FRAGMENT(vllm_kvcompress, m) {
-  m.def("pool_prefix(Tensor scores, Tensor num_candidates, int kernel, bool take_max) -> Tensor",
+  m.def("pool_prefix(Tensor scores, Tensor num_candidates, int kernel, bool take_max, "
+        "Tensor? lines) -> Tensor",
         &kvcompress::pool_prefix);
   m.def("bacon_evidence(Tensor mean, Tensor last, Tensor num_candidates, int kernel, "
         "bool take_max) -> (Tensor, Tensor)", &kvcompress::bacon_evidence);
   m.def("bacon_calibrate(Tensor base, Tensor evidence, Tensor trace, Tensor num_candidates, "
-        "Tensor capacity, int trace_r, str mode, int local_k, float lambda_c, float topk_frac) "
-        "-> Tensor", &kvcompress::bacon_calibrate);
+        "Tensor capacity, Tensor? lines, int trace_r, str mode, int local_k, float lambda_c, "
+        "float topk_frac) -> Tensor", &kvcompress::bacon_calibrate);
 }

@@ -114,6 +114,12 @@ CALIBRATE_TYPES = {"trace_ptr": "*fp32", "final_ptr": "*fp32", "lambda_c": "fp32
     | dict.fromkeys(("mean_ptr", "last_ptr", "base_ptr", "evidence_ptr", "value_ptr"), "*fp32")
     | dict.fromkeys(("scores_ptr", "pooled_ptr", "values_ptr", "moments_ptr"), "*fp32")
 )
+NO_GRIDS = dict.fromkeys(("segment_ptr", "lines_ptr"))
+GRID_TYPES = (
+    CALIBRATE_TYPES
+    | dict.fromkeys(("segment_ptr", "lines_ptr"), "*i64")
+    | (dict.fromkeys(("balance_ptr", "weight_ptr", "raised_ptr", "scaled_ptr"), "*fp32"))
+)
 VALUE_CONSTANTS = {"MODE": "rel", "LOCAL_K": 5, "EPS": 1e-8, "BLOCK_T": 512}
 STRENGTH_CONSTANTS = {"TOPK_FRAC": 2.0, "GATED": True, "EPS": 1e-8}
 COUNT_TYPES = {"base_ptr": "*fp32", "scaled_ptr": "*fp32", "masses_ptr": "*fp64"} | (
@@ -132,6 +138,18 @@ ELITE_CONSTANTS = PROXY_CONSTANTS | {"BLOCK_R": 16}
 VOTE_TYPES = {"masses_ptr": "*fp32", "votes_ptr": "*fp32"} | (
     dict.fromkeys(("end_ptr", "least_ptr", "tie_end_ptr"), "*i64")
 )
+NORM_TYPES = {"pages_ptr": "*bf16", "table_ptr": "*i64"} | dict.fromkeys(
+    ("grams_ptr", "value_scale_ptr", "norms_ptr"), "*fp32"
+)
+NORM_CONSTANTS = {
+    "HEAD_SIZE": 128,
+    "PAGE_TOKENS": 16,
+    "BLOCK_D": 128,
+    "BLOCK_E": 32,
+    "BLOCK_T": 64,
+    "EXACT": False,
+    "value_scale_ptr": None,
+}
 POOL_CONSTANTS = {"KERNEL": 5, "TAKE_MAX": False, "BLOCK_T": 512}
 
 KERNELS = {  # by name, followed by what is special about a variant
@@ -188,9 +206,16 @@ KERNELS = {  # by name, followed by what is special about a variant
         "tiled_radix", {"values_ptr": "*fp32", "others_ptr": "*fp32"}, TILED, num_warps=8
     ),
     "_place_kernel": Kernel("selection", SELECT_TYPES, TILED, num_warps=8),
-    "_pool_kernel": Kernel("calibration", CALIBRATE_TYPES, POOL_CONSTANTS),
+    "_pool_kernel": Kernel("calibration", CALIBRATE_TYPES, POOL_CONSTANTS | NO_GRIDS),
+    "_pool_kernel grids": Kernel("calibration", GRID_TYPES, POOL_CONSTANTS),
     "_evidence_kernel": Kernel("calibration", CALIBRATE_TYPES, POOL_CONSTANTS),
-    "_value_kernel": Kernel("calibration", CALIBRATE_TYPES, VALUE_CONSTANTS),
+    "_value_kernel": Kernel("calibration", CALIBRATE_TYPES, VALUE_CONSTANTS | NO_GRIDS),
+    "_value_kernel grids": Kernel("calibration", GRID_TYPES, VALUE_CONSTANTS),
+    "_balance_kernel": Kernel("grid_scores", GRID_TYPES, {"BLOCK_T": 512}),
+    "_weigh_kernel": Kernel(
+        "grid_scores", GRID_TYPES, TILED | {"TINY": 1e-30, "CLAMP": True}, num_warps=8
+    ),
+    "_output_norms_kernel": Kernel("value_norms", NORM_TYPES, NORM_CONSTANTS),
     "_calibrate_kernel": Kernel(
         "calibration", CALIBRATE_TYPES, STRENGTH_CONSTANTS | HELD, num_warps=16
     ),
@@ -291,6 +316,7 @@ KERNELS |= dict(
         in_float32("_elite_sums_kernel", 8),
         in_float32("_elite_attention_kernel", 8),
         in_float32("_decode_splits_kernel", 8, BLOCK_T=32),
+        in_float32("_output_norms_kernel", 8, BLOCK_T=32),
     )
 )
 
