@@ -114,6 +114,8 @@ class CompressionPipeline:
         held += 8 * (len(PromptBatch._fields) + 8 * self.num_kv_heads)
         if prompts.segment is not None:
             held += 8 * row.length
+        if prompts.grids is not None:
+            held += 8 * prompts.grids[0].numel()
         held += 4 * self.allocator.decision_workspace(row)
         if stack.key_attention_sum is not None:
             held += 4 * row.scores
@@ -203,6 +205,8 @@ class CompressionPipeline:
             instruction_len=batch.instruction_len,
             segment=None if prompts.segment is None else prompts.segment.repeat(num_layers, 1),
             num_segments=prompts.num_segments,
+            grids=None if prompts.grids is None else prompts.grids.repeat(num_layers, 1, 1),
+            output_grams=stack.output_grams,
             first_head=self.first_head,
             key_attention_sum=None
             if sums is None

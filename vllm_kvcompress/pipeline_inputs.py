@@ -41,6 +41,8 @@ class FinishedPrefills:
         visual: [N, T] bool, tokens that may compete; None when all may.
         segment: [N, T] int64, image of each visual token or -1; None when nothing needs it.
         num_segments: of the prompt that has the most.
+        grids: [N, max(num_segments, 1), 4] int64, see ``kernels.Grids``; None when nothing needs
+            them.
         head_budgets: [N, L, Hkv] competing tokens that heads keep; None unless a static allocator
             knows them.
     """
@@ -52,18 +54,19 @@ class FinishedPrefills:
     visual: torch.Tensor | None = None
     segment: torch.Tensor | None = None
     num_segments: int = 0
+    grids: torch.Tensor | None = None
     head_budgets: torch.Tensor | None = None
 
     def of_prompts(self, prompts: slice) -> "FinishedPrefills":
-        visual, segment, budgets = (
-            rows_of(part, prompts) for part in (self.visual, self.segment, self.head_budgets)
-        )
+        parts = (self.visual, self.segment, self.grids, self.head_budgets)
+        visual, segment, grids, budgets = (rows_of(part, prompts) for part in parts)
         return replace(
             self,
             batch=rows_of(self.batch, prompts),
             block_table=self.block_table[prompts],
             visual=visual,
             segment=segment,
+            grids=grids,
             head_budgets=budgets,
         )
 
@@ -82,6 +85,7 @@ class LayerStack(NamedTuple):
         key_attention_sum: [L, N, Hkv, T'] with T' >= T, see ``ScoringContext``.
         hidden, moments: of R = L * N rows, layer by layer.
         projector: of the L layers and N prompts.
+        output_grams: [L, Hq, D, D], see ``ScoringContext``.
     """
 
     layers: tuple[int, ...]
@@ -96,6 +100,7 @@ class LayerStack(NamedTuple):
     hidden: HiddenMoments | None = None
     moments: QueryMoments | None = None
     projector: QueryProjector | None = None
+    output_grams: torch.Tensor | None = None
 
     def of_prompts(self, prompts: slice) -> "LayerStack":
         def some(rows: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published systems as settings, under the names they are known by."""
+"""Published systems as settings, under the names they are known by, and our own."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
-    """A published system.
+    """A published system, or our own.
 
     Attributes:
-        source: its paper.
+        source: its paper, or that of what it builds on.
         settings: as ``KVCompressionConfig.parse`` takes them; what the user gives wins.
     """
 
@@ -19,6 +19,9 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     "bacon": Preset("BACON, arXiv 2606.14782", {"method": "bacon+uniform"}),
+    "bacon-plus": Preset(
+        "this project, on BACON, arXiv 2606.14782", {"method": "bacon-plus+adakv"}
+    ),
     "aircache": Preset(
         "AirCache, arXiv 2503.23956", {"method": "aircache+aircache", "budget": "10%"}
     ),

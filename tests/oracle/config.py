@@ -14,6 +14,7 @@ import numpy as np
 SCORERS = (
     "snapkv",
     "bacon",
+    "bacon-plus",
     "mixkv",
     "aircache",
     "shiftkv",
@@ -38,6 +39,7 @@ CHOICES = {
     "reduction": ("mean", "max"),
     "mode": ("e", "el", "elt", "rel"),
     "score_dtype": ("float32", "model"),
+    "weight": (None, "none", "output"),
     "trace_reduce": ("head", "head_mean"),
     "diversity": ("head", "flat", "attn", "keydiff", "vnorm", "knorm"),
     "elite_scope": ("head", "layer"),
@@ -50,7 +52,7 @@ CHOICES = {
     "rounding": ("exact", "official"),
     "merge_mode": ("pivot", "avg", "weighted"),
 }
-WINDOWED = ("snapkv", "bacon", "mixkv", "h2o")
+WINDOWED = ("snapkv", "bacon", "bacon-plus", "mixkv", "h2o")
 """Scorers that always keep the window; all others keep the last token only."""
 
 SHARED = ("elastic", "prefixkv")
@@ -73,6 +75,9 @@ class OracleConfig:
     pool: str = "avg"  # avg | max
     reduction: str = "mean"  # mean | max, over the query heads of a group
     score_dtype: str = "float32"  # or "model", the same here: prompts of the oracle are float32
+    grid: bool | None = None  # None: as clamp and weight, only in bacon-plus
+    clamp: bool | None = None
+    weight: str | None = None  # none | output
     mode: str = "elt"  # bacon: e | el | elt | rel
     local_k: int = 5
     trace_r: int = 4
@@ -167,6 +172,21 @@ class OracleConfig:
             return self
         candidates = "visual" if self.visual else "all"
         return replace(self, scorer=self.base, candidates=candidates, **self.base_options)
+
+    @property
+    def uses_grid(self) -> bool:
+        """Images are pooled along rows or columns."""
+        return self.scorer == "bacon-plus" if self.grid is None else self.grid
+
+    @property
+    def uses_clamp(self) -> bool:
+        """Scores below the mean are raised to it."""
+        return self.scorer == "bacon-plus" if self.clamp is None else self.clamp
+
+    @property
+    def uses_weight(self) -> bool:
+        """Scores are multiplied by what values add to the output."""
+        return (self.weight or ("none", "output")[self.scorer == "bacon-plus"]) == "output"
 
     @property
     def num_sinks(self) -> int:

@@ -171,14 +171,19 @@ class Oracle:
         # some models leave RoPE out where they attend fully
         self._unrotated = {i for i, raw in enumerate(raw_q) if np.allclose(raw, q[i], atol=1e-4)}
         image_token = getattr(self.model.config, "image_token_id", None)
+        segments = (
+            runs((inputs["input_ids"][0] == image_token).numpy())
+            if "pixel_values" in inputs
+            else ()
+        )
         prompt = Prompt(
             q=q,
             k=k,
             v=v,
             scale=self._scale,
-            segments=runs((inputs["input_ids"][0] == image_token).numpy())
-            if "pixel_values" in inputs
-            else (),
+            segments=segments,
+            grids=self._grids(segments, inputs),
+            wo=self._output_projections(q.shape[1]),
             positions=inputs["position_ids"].flatten(0, -2).numpy(),
             hidden=hidden,
             raw_q=raw_q,
@@ -187,6 +192,26 @@ class Oracle:
             layers=[module.layer_idx for module in self._layers],
         )
         return result, prompt
+
+    def _grids(
+        self, segments: Sequence[tuple[int, int]], inputs: dict[str, torch.Tensor]
+    ) -> list[tuple[int, int, int]]:
+        """First position, rows and columns of the images."""
+        if "image_grid_thw" not in inputs:
+            return []
+        merge = self.model.config.vision_config.spatial_merge_size
+        sizes = inputs["image_grid_thw"].tolist()
+        return [
+            (start, rows // merge, columns // merge)
+            for (start, _), (_, rows, columns) in zip(segments, sizes, strict=True)
+        ]
+
+    def _output_projections(self, num_heads: int) -> np.ndarray | None:
+        """[L, Hq, D, d]; None where a layer has none of the usual name."""
+        if not all(hasattr(module, "o_proj") for module in self._layers):
+            return None
+        weights = [module.o_proj.weight.detach().numpy() for module in self._layers]
+        return np.stack([w.T.reshape(num_heads, -1, len(w)) for w in weights])
 
     @torch.inference_mode()
     def prompt(self, prompt_token_ids: Sequence[int], images: Any = None) -> Prompt:

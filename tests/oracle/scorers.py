@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oracle.attention import by_group, descending, key_attention_sum, pool1d, row_means
+from oracle.attention import by_group, descending, key_attention_sum, row_means
 from oracle.config import OracleConfig, recent_tokens
 from oracle.elite import elite_importance
 from oracle.prompt import Prompt
 from oracle.proxies import expected_attention, proxy_mass, proxy_votes
+from oracle.window import pool_along, window_rows, window_score
 
 EPS = 1e-8
 TINY = 1e-12
@@ -33,18 +34,6 @@ class State:
     recent: int  # R
     capacity: int  # C_l of the layer
     trace: list[np.ndarray] = field(default_factory=list)  # bacon: E of the layers before
-
-
-def reduce_and_pool(per_query: np.ndarray, num_kv: int, cfg: OracleConfig) -> np.ndarray:
-    """[Hq, n] -> [Hkv, n]: reduce each group of query heads, then pool over the prefix."""
-    return pool1d(by_group(per_query, num_kv, cfg.reduction), cfg.kernel, cfg.pool)
-
-
-def window_score(prompt: Prompt, layer: int, cfg: OracleConfig) -> np.ndarray:
-    """B [Hkv, P - W]: what the last W queries look at."""
-    prefix = max(0, prompt.length - cfg.window)
-    rows = np.arange(prefix, prompt.length)
-    return reduce_and_pool(row_means(prompt, layer, rows)[:, :prefix], prompt.num_kv, cfg)
 
 
 def last_row(prompt: Prompt, layer: int) -> np.ndarray:
@@ -73,12 +62,13 @@ def boundary_calibration(
     trace: Sequence[np.ndarray],  # earlier E, each [Hkv, n]
     capacity: int,  # C_l
     cfg: OracleConfig,
+    columns: Sequence[np.ndarray] = (),  # of images, to pool along
 ) -> Calibration:
     """The window score plus what the very last query sees more of."""
     evidence = np.maximum(last - base, 0.0)
-    coherence = pool1d(evidence, cfg.local_k, "avg")
+    coherence = pool_along(evidence, columns, cfg.local_k, "avg")
     if cfg.mode == "rel":
-        around = pool1d(base, cfg.local_k, "avg")
+        around = pool_along(base, columns, cfg.local_k, "avg")
         coherence = coherence * around / (around + base + EPS)
     persistence = np.zeros_like(base)
     if len(trace) > 0:
@@ -103,11 +93,9 @@ def boundary_calibration(
 
 
 def bacon(prompt: Prompt, layer: int, cfg: OracleConfig, state: State) -> Scored:
-    base = window_score(prompt, layer, cfg)
-    prefix = base.shape[-1]
-    last = reduce_and_pool(last_row(prompt, layer)[:, :prefix], prompt.num_kv, cfg)
+    base, last, columns = window_rows(prompt, layer, cfg)
     trace = state.trace[max(0, layer - cfg.trace_r) :]
-    calibrated = boundary_calibration(base, last, trace, state.capacity, cfg)
+    calibrated = boundary_calibration(base, last, trace, state.capacity, cfg, columns)
     evidence = calibrated.evidence
     if cfg.trace_reduce == "head_mean":
         evidence = np.tile(evidence.mean(axis=0), (prompt.num_kv, 1))
@@ -259,6 +247,7 @@ def postvision(prompt: Prompt, layer: int, cfg: OracleConfig, state: State) -> S
 SCORERS: dict[str, Callable[[Prompt, int, OracleConfig, State], Scored]] = {
     "snapkv": snapkv,
     "bacon": bacon,
+    "bacon-plus": bacon,
     "mixkv": mixkv,
     "aircache": aircache,
     "shiftkv": shiftkv,

@@ -19,6 +19,7 @@ from vllm_kvcompress.testing.inputs import (
     hidden_moments,
     key_attention_sum,
     maker_of,
+    output_grams,
     query_moments,
     random_prompt,
     stack,
@@ -171,6 +172,11 @@ def finished_prefills(
         visual=torch.from_numpy(segments >= 0) if config.candidates is not Candidates.ALL else None,
         segment=torch.from_numpy(segments) if has_segments else None,
         num_segments=int(segments.max()) + 1 if has_segments else 0,
+        grids=torch.from_numpy(
+            np.stack([plan.facts.grids(max(int(segments.max()) + 1, 1)) for plan in plans])
+        )
+        if Need.GRIDS in config.needs
+        else None,
         head_budgets=budgets,
     )
 
@@ -202,6 +208,10 @@ def layer_stack(cache: Cache, planner: BlockPlanner, chosen: dict[int, PromptPla
         Need.QUERY_MOMENTS: (
             "moments",
             lambda: stack([query_moments(p.raw[layer], scorer) for layer, p in pairs]),
+        ),
+        Need.OUTPUT_GRAMS: (
+            "output_grams",
+            lambda: output_grams(NUM_Q_HEADS, HEAD_SIZE)[:LAYERS],
         ),
     }
     return LayerStack(

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from vllm_kvcompress.scoring import SCORERS, LayerTrace, Need
+from vllm_kvcompress.scoring.bacon import Bacon
 from vllm_kvcompress.scoring.das import DAS, bases
 from vllm_kvcompress.scoring.expected import Expected
 from vllm_kvcompress.scoring.h2o import H2O
 from vllm_kvcompress.scoring.mixkv import MixKV
 from vllm_kvcompress.scoring.shiftkv import ShiftKV
+from vllm_kvcompress.scoring.snapkv import SnapKV
 from vllm_kvcompress.testing import CHECKS
 from vllm_kvcompress.testing.inputs import context, random_prompt
 
@@ -20,6 +22,9 @@ EVERY_SCORER = [
     ShiftKV(proxies=12, groups=3),
     ShiftKV(proxies=12, groups=3, preset="paper", stat_ctx=10),
     ShiftKV(proxies=12, groups=3, llava_compat=True),
+    SnapKV(grid=True, pool="max"),
+    SnapKV(clamp=True, weight="output"),
+    Bacon(grid=True, mode="rel", clamp=True),
     *(MixKV(diversity=d) for d in ("flat", "attn", "keydiff", "vnorm", "knorm")),
     *(DAS(base=base) for base in bases() if base != "shiftkv"),
     DAS(base="shiftkv", base_options={"proxies": 12, "groups": 3}, reference="global"),

@@ -17,6 +17,11 @@ from vllm_kvcompress.scoring.mixkv import MixKV
         ("mixkv", {"diversity": "none"}, "diversity must be one of head, flat"),
         ("mixkv", {"kernel": 4}, "kernel must be an odd"),
         ("snapkv", {"score_dtype": "bfloat16"}, "score_dtype must be one of float32, model"),
+        ("snapkv", {"grid": "rows"}, "grid must be true or false"),
+        ("snapkv", {"clamp": 1}, "clamp must be true or false"),
+        ("bacon", {"weight": "values"}, "weight must be one of none, output"),
+        ("bacon-plus", {"score_dtype": "model"}, "goes without grid, clamp and weight"),
+        ("snapkv", {"score_dtype": "model", "clamp": True}, "goes without grid, clamp"),
         ("bacon", {"trace_reduce": "mean"}, "trace_reduce must be one of head, head_mean"),
         ("shiftkv", {"preset": "mine"}, "preset must be one of released, paper"),
         ("shiftkv", {"proxies": 512, "groups": 30}, "multiple of groups"),
@@ -104,6 +109,22 @@ def test_das_needs_what_its_base_needs():
     assert DAS(base="expected", base_options={"sinks": 7}).stats_from(100) == 7
 
 
+def test_what_options_need():
+    """Nothing is read for options that are off, whatever the class has by default."""
+    off = {"grid": False, "clamp": False, "weight": "none"}
+    grid, output = Need.SEGMENTS | Need.GRIDS, Need.VALUES | Need.OUTPUT_GRAMS
+    for name in ("snapkv", "bacon", "mixkv"):
+        scorer = SCORERS[name]
+        assert scorer().needs == scorer.needs
+        assert scorer(grid=True).needs == scorer.needs | grid
+        assert scorer(clamp=True).needs == scorer.needs
+        assert scorer(weight="output").needs == scorer.needs | output
+    plus = SCORERS["bacon-plus"]
+    assert plus().needs == plus.needs == SCORERS["bacon"].needs | grid | output
+    assert plus(**off).needs == SCORERS["bacon"].needs
+    assert DAS(base="bacon", base_options={"grid": True}).needs == SCORERS["bacon"].needs | grid
+
+
 def test_das_survives_the_way_to_a_worker():
     das = DAS(base="h2o", base_options={"variant": "observed"}, eta=0.5)
     for twin in (copy.deepcopy(das), pickle.loads(pickle.dumps(das))):
@@ -116,7 +137,7 @@ def test_das_survives_the_way_to_a_worker():
 @pytest.mark.parametrize(
     ("expected", "names"),
     [
-        (32, ("snapkv", "bacon", "mixkv", "das", "h2o")),
+        (32, ("snapkv", "bacon", "bacon-plus", "mixkv", "das", "h2o")),
         (1, ("aircache", "shiftkv", "expected", "keydiff", "streaming", "elastic", "prefixkv",
              "postvision")),
     ],

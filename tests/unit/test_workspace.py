@@ -16,7 +16,10 @@ from vllm_kvcompress.scoring.proxies import standard_normal
 from vllm_kvcompress.testing.inputs import Maker
 from vllm_kvcompress.workspace import Workspace
 
-PROMPTS = [PromptFacts(600, ((10, 200), (210, 460))), PromptFacts(500, ((50, 360),))]
+PROMPTS = [
+    PromptFacts(600, ((10, 200), (210, 460)), widths=(19, 25)),
+    PromptFacts(500, ((50, 360),), widths=(31,)),
+]
 METHODS = [
     *(f"{scorer}+uniform" for scorer in SCORERS),
     *(f"snapkv+{name}" for name in ("adakv", "pyramid", "prefixkv", "vlcache", "aircache")),
@@ -61,7 +64,14 @@ def test_the_estimate_holds(monkeypatch, method):
 @pytest.mark.parametrize(
     "method",
     [
-        *("bacon+uniform", "bacon+adakv", "bacon+sparsemm", "shiftkv+pyramid", "expected+vlcache"),
+        *(
+            "bacon+uniform",
+            "bacon+adakv",
+            "bacon-plus+adakv",
+            "bacon+sparsemm",
+            "shiftkv+pyramid",
+            "expected+vlcache",
+        ),
         *("h2o+prefixkv", "das+aircache+recycle", "mixkv+adakv+lookm", "postvision+uniform"),
     ],
 )

@@ -3,6 +3,7 @@
 
 from vllm_kvcompress.scoring.aircache import AirCache
 from vllm_kvcompress.scoring.bacon import Bacon
+from vllm_kvcompress.scoring.bacon_plus import BaconPlus
 from vllm_kvcompress.scoring.base import (
     SCORERS,
     HiddenMoments,
@@ -31,6 +32,7 @@ SCORERS |= {
     for scorer in (
         SnapKV,
         Bacon,
+        BaconPlus,
         MixKV,
         AirCache,
         ShiftKV,

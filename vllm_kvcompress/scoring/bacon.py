@@ -60,7 +60,7 @@ class Bacon(SnapKV):
 
     def score(self, ctx: ScoringContext) -> Scores:
         mean, last = self.window_scores(ctx)
-        kernel = self.kernel
+        kernel, columns = self.kernel, self.columns(ctx, mean)
         if self.score_dtype == "model":  # pooled scores are rounded before they are calibrated
             mean, last = (
                 self.rounded(
@@ -70,6 +70,16 @@ class Bacon(SnapKV):
                 for row in (mean, last)
             )
             kernel = 1
+        elif self.grid or self.raises:
+            mean, last = (
+                kernels.pool_prefix(row, ctx.num_candidates, kernel, self.pool, columns)
+                for row in (mean, last)
+            )
+            kernel = 1
+            if self.raises:
+                mean, weighed = self.raised(ctx, mean, last)
+                assert weighed is not None
+                last = weighed
         base, evidence = kernels.bacon_evidence(
             mean, last, ctx.num_candidates, kernel=kernel, pool=self.pool
         )
@@ -82,6 +92,7 @@ class Bacon(SnapKV):
             ctx.trace.extend(left.unflatten(0, (-1, ctx.num_prompts)), self.trace_r),
             ctx.num_candidates,
             ctx.capacity,
+            columns,
             trace_r=self.trace_r,
             mode=self.mode,
             local_k=self.local_k,

@@ -29,6 +29,8 @@ class Need(enum.Flag):
     KEY_ATTENTION_SUMS = enum.auto()
     HIDDEN_MOMENTS = enum.auto()
     QUERY_MOMENTS = enum.auto()
+    GRIDS = enum.auto()
+    OUTPUT_GRAMS = enum.auto()
 
     @property
     def all_rows(self) -> bool:
@@ -138,6 +140,9 @@ class ScoringContext:
             (``PromptFacts.num_instruction_tokens``).
         segment: [R, T] int64, index of the image (or temporal patch) of a visual token, else -1.
         num_segments: segments of the prompt that has the most.
+        grids: [R, M, 4] int64 with M = max(num_segments, 1), see ``kernels.Grids``.
+        output_grams: [L, Hq, D, D] float32, Wo^T Wo of each query head's part Wo of the layer's
+            output projection.
         first_head: index in the model of the rank's first KV head.
         trace: what layers leave for later ones.
         key_attention_sum: [R, Hkv, T] float32, attention that key t received from all queries
@@ -159,6 +164,8 @@ class ScoringContext:
     instruction_len: torch.Tensor | None = None
     segment: torch.Tensor | None = None
     num_segments: int = 0
+    grids: torch.Tensor | None = None
+    output_grams: torch.Tensor | None = None
     first_head: int = 0
     trace: LayerTrace = field(default_factory=LayerTrace)
     key_attention_sum: torch.Tensor | None = None
@@ -176,6 +183,7 @@ class ScoringContext:
         names = [f.name for f in dataclasses.fields(self)]
         own = {name: rows_of(getattr(self, name), rows) for name in names if name in ROWS}
         own |= {"layers": self.layers[start:stop], "stack": self.stack[start:stop], "_shared": {}}
+        own["output_grams"] = rows_of(self.output_grams, slice(start, stop))
         return dataclasses.replace(self, **own)
 
     @property
@@ -240,6 +248,7 @@ ROWS = (
     "num_recent",
     "instruction_len",
     "segment",
+    "grids",
     "key_attention_sum",
     "hidden",
     "moments",

@@ -8,9 +8,12 @@ import torch
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels.reference import row_logits
-from vllm_kvcompress.options import require_choice, require_odd
+from vllm_kvcompress.options import require_bool, require_choice, require_odd
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
 from vllm_kvcompress.workspace import RowShape
+
+GRID_NEEDS = Need.SEGMENTS | Need.GRIDS
+OUTPUT_NEEDS = Need.VALUES | Need.OUTPUT_GRAMS
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,15 @@ class SnapKV(Scorer):
         kernel: odd pooling width in tokens.
         pool: "avg" (zeros outside the prefix count) or "max".
         reduction: over the query heads of a group, "mean" or "max".
+        grid: pool images along their rows or along their columns, whichever the window's attention
+            runs along in a layer, image by image and frame by frame; text, and images whose grid
+            the processor does not tell, as without.
+        clamp: raise what is below the mean over the prompt to the mean.
+        weight: "none", or "output": multiply by the norm of what a token's value adds to the
+            layer's output, mean over the query heads of a group.
         score_dtype: "float32", or "model" to round where released code does, for comparisons with
             it: products, logits, probabilities, their means and pooled scores, to the type of the
-            queries; not fused.
+            queries; not fused, and without grid, clamp and weight, which no such code has.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -43,17 +52,40 @@ class SnapKV(Scorer):
     pool: str = "avg"
     reduction: str = "mean"
     score_dtype: str = "float32"
+    grid: bool = False
+    clamp: bool = False
+    weight: str = "none"
 
     def __post_init__(self) -> None:
         require_odd("kernel", self.kernel)
         require_choice("pool", self.pool, ("avg", "max"))
         require_choice("reduction", self.reduction, ("mean", "max"))
         require_choice("score_dtype", self.score_dtype, ("float32", "model"))
+        require_bool("grid", self.grid)
+        require_bool("clamp", self.clamp)
+        require_choice("weight", self.weight, ("none", "output"))
+        if self.score_dtype == "model" and (self.grid or self.raises):
+            raise ValueError('score_dtype "model" goes without grid, clamp and weight')
+        needs = self._needs_without_options()
+        if self.grid:
+            needs |= GRID_NEEDS
+        if self.weight == "output":
+            needs |= OUTPUT_NEEDS
+        object.__setattr__(self, "needs", needs)  # shadows the class's
+
+    @classmethod
+    def _needs_without_options(cls) -> Need:
+        return cls.needs
+
+    @property
+    def raises(self) -> bool:
+        """Whether pooled scores are raised or weighed."""
+        return self.clamp or self.weight != "none"
 
     def workspace(self, row: RowShape) -> int:
         if self.score_dtype == "model":
             return 2 * row.keys + 3 * row.num_queries * row.logits
-        return 4 * row.scores
+        return (4 + self.raises) * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
         base = self.importance(ctx)
@@ -62,9 +94,38 @@ class SnapKV(Scorer):
     def importance(self, ctx: ScoringContext) -> torch.Tensor:
         """Pooled window mean, [R, Hkv, T] float32, 0 at t >= n."""
         mean, _ = self.window_scores(ctx)
-        return self.rounded(
-            kernels.pool_prefix(mean, ctx.num_candidates, self.kernel, self.pool), ctx.queries.dtype
+        pooled = kernels.pool_prefix(
+            mean, ctx.num_candidates, self.kernel, self.pool, self.columns(ctx, mean)
         )
+        if self.raises:
+            pooled, _ = self.raised(ctx, pooled)
+        return self.rounded(pooled, ctx.queries.dtype)
+
+    def columns(self, ctx: ScoringContext, mean: torch.Tensor) -> kernels.Grids | None:
+        """Images that are pooled along their columns in a layer: those that it looks down.
+
+        All heads of a layer pool alike, so that a rank needs to know what the others see.
+
+        Args:
+            mean: [R, Hkv, T] window mean before pooling.
+        """
+        if not self.grid:
+            return None
+        assert ctx.segment is not None, "asked for by needs"
+        assert ctx.grids is not None, "asked for by needs"
+        grids = kernels.Grids(ctx.segment, ctx.grids)
+        along = ctx.mean_over_heads(kernels.grid_balance(mean, ctx.num_candidates, grids))
+        return grids._replace(lines=ctx.grids.masked_fill((along >= 0)[..., None], 0))
+
+    def raised(
+        self, ctx: ScoringContext, base: torch.Tensor, last: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pooled window mean after clamp and weight, and pooled last row of the same mass."""
+        weight = None
+        if self.weight == "output":
+            assert ctx.output_grams is not None, "asked for by needs"
+            weight = kernels.output_norms(ctx.prompts, ctx.output_grams)
+        return kernels.weigh_scores(base, ctx.num_candidates, weight, last, clamp=self.clamp)
 
     def window_scores(self, ctx: ScoringContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Window mean and last row before pooling, each [R, Hkv, T] float32, 0 at t >= n."""

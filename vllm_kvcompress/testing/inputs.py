@@ -153,6 +153,7 @@ def context(
     sums = torch.full((num, num_kv, longest), garbage)
     queries = torch.full((num, num_rows, num_q, size), garbage)
     segment = torch.zeros(num, longest, dtype=torch.int64)
+    most = max(1, *(int(p.segment.max()) + 1 for p in prompts))
     for i, p in enumerate(prompts):
         keys[i, :, : p.length] = torch.from_numpy(p.k[layer])
         values[i, :, : p.length] = torch.from_numpy(p.v[layer])
@@ -174,6 +175,8 @@ def context(
         instruction_len=torch.tensor([p.instruction_len for p in prompts]),
         segment=segment,
         num_segments=max(int(p.segment.max()) + 1 for p in prompts),
+        grids=torch.stack([grid_lines(p, most) for p in prompts]),
+        output_grams=output_grams(num_q, size)[layer : layer + 1],
         trace=trace,
         key_attention_sum=sums,
         hidden=stack([hidden_moments(p.hidden[layer], scorer) for p in prompts]),
@@ -195,12 +198,36 @@ def together(contexts: list[ScoringContext]) -> ScoringContext:
             merged[name] = torch.cat(parts)
         elif name != "prompts" and parts[0] is not None:
             merged[name] = type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+    merged["output_grams"] = torch.cat([ctx.output_grams for ctx in contexts])
     merged["prompts"] = first.prompts._replace(
         pages=torch.cat([ctx.prompts.pages for ctx in contexts]), block_table=torch.cat(tables)
     )
     layers = tuple(layer for ctx in contexts for layer in ctx.layers)
     stack = range(contexts[0].stack.start, contexts[-1].stack.stop)
     return dataclasses.replace(first, layers=layers, stack=stack, trace=LayerTrace(), **merged)
+
+
+def grid_lines(prompt: Prompt, most: int) -> torch.Tensor:
+    """[most, 4], see ``Grids``: images as high as wide, as nearly as their tokens can be."""
+    lines = torch.zeros(most, 4, dtype=torch.int64)
+    for index in range(int(prompt.segment.max()) + 1):
+        places = np.flatnonzero(prompt.segment == index)
+        count = len(places)
+        width = max(w for w in range(1, count + 1) if count % w == 0 and w * w <= count)
+        lines[index] = torch.tensor([places[0], places[-1] + 1, width, width])
+    return lines
+
+
+def output_projections(num_q: int, size: int, layers: int = 8) -> np.ndarray:
+    """[L, Hq, D, d], no two heads alike."""
+    shape = (layers, num_q, size, 6)
+    return np.random.default_rng(98).normal(size=shape).astype(np.float32)
+
+
+def output_grams(num_q: int, size: int) -> torch.Tensor:
+    """[L, Hq, D, D]."""
+    weights = torch.from_numpy(output_projections(num_q, size))
+    return weights @ weights.mT
 
 
 def maker_of(prompts: list[Prompt]) -> Maker:

@@ -34,6 +34,8 @@ _NEEDS = {
     Need.KEY_ATTENTION_SUMS: "attention of all rows",
     Need.HIDDEN_MOMENTS: "hidden states of all rows",
     Need.QUERY_MOMENTS: "queries of all rows, before RoPE",
+    Need.GRIDS: "grids of images",
+    Need.OUTPUT_GRAMS: "output projections",
 }
 
 _TOTALS = {
@@ -74,9 +76,9 @@ are gone.
 _PRESETS = """\
 ## Presets
 
-Published systems with their settings. What you give yourself, on the command line or in
-`--kv-compression-config`, wins; without any budget it is {budget} tokens. A name that is both is
-the preset; `NAME+uniform` is the bare scorer.
+Published systems with their settings, and `bacon-plus`, which is ours. What you give yourself, on
+the command line or in `--kv-compression-config`, wins; without any budget it is {budget} tokens. A
+name that is both is the preset; `NAME+uniform` is the bare scorer.
 """
 
 _PROPERTIES = """\
