@@ -21,12 +21,14 @@ from engine import (
     engine,
     greedy,
     held_blocks,
+    model_runner,
     random_prompt,
 )
 from head_pages import HeldPages, held_pages
 from PIL import Image
 from tiny_models import TOKENIZER
 
+from vllm_kvcompress.adapter import output_weights
 from vllm_kvcompress.allocation import ALLOCATORS
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.merging import MERGES
@@ -161,6 +163,8 @@ def reconfigure(llm, raw: Raw) -> None:
     """
     config = KVCompressionConfig.parse(raw)
     layers = compressed_layers(llm)
+    # read at the start of an engine whose method needs them
+    output_weights.install(model_runner(llm).get_model(), layers.facts.modules, config)
     planner = replace(layers.planner, config=config)
     layers.configure(planner)
     compressed_manager(llm).planner = planner

@@ -117,6 +117,12 @@ VARIANTS = [
     settings("bacon+pyramid", mode="rel", beta=3, trace_r=1),
     settings("bacon+adakv", mode="el", local_k=3, alpha=0.0),
     settings("bacon+uniform", trace_reduce="head_mean", lambda_c=3.0),
+    settings("snapkv+uniform", grid=True, kernel=3, pool="max"),
+    settings("snapkv+adakv", clamp=True, weight="output", alpha=0.0),
+    settings("bacon+uniform", grid=True, mode="rel", clamp=True),
+    settings("bacon-plus+uniform", trace_reduce="head_mean", local_k=3),
+    settings("das+uniform", base="bacon-plus"),
+    settings("das+uniform", base="snapkv", base_options={"grid": True, "weight": "output"}),
     *(
         settings("mixkv+adakv", diversity=diversity)
         for diversity in ("flat", "attn", "keydiff", "vnorm", "knorm")

@@ -72,6 +72,7 @@ class Case(NamedTuple):
 ROWS = {
     "snapkv": "window",
     "bacon": "window",
+    "bacon-plus": "window",
     "mixkv": "window",
     "das": "window",
     "streaming": "none",

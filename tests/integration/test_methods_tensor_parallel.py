@@ -26,6 +26,7 @@ from every_method import (
 from expectations import Reference, logprob_tolerance
 from subprocesses import result_of, run_python
 
+from vllm_kvcompress.adapter import output_weights
 from vllm_kvcompress.config import KVCompressionConfig
 
 RANKS = 2
@@ -64,6 +65,8 @@ def answers_of_two_ranks(settings: dict[str, dict[str, Any]]) -> dict[str, list]
 def reconfigure_worker(worker, config: KVCompressionConfig) -> None:
     """Runs on every rank; see ``every_method.reconfigure``, which cannot reach other processes."""
     layers = worker.compressed_layers
+    model = worker.model_runner.get_model()
+    output_weights.install(model, layers.facts.modules, config)
     layers.configure(replace(layers.planner, config=config))
 
 

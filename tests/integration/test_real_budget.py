@@ -195,7 +195,15 @@ def tolerance_of_pages(docvqa, pages) -> float:
     return measured_tolerance(docvqa, [page_prompt(page) for page in pages])
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("snapkv", 2048), ("bacon+adakv", 128)])
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [
+        ("snapkv", 2048),
+        ("bacon+adakv", 128),
+        ("bacon-plus+uniform", 128),
+        ("bacon-plus+adakv", 2048),
+    ],
+)
 def test_images(docvqa, pages, tolerance_of_pages, name, chunk):
     """M-RoPE positions and image tokens: Qwen2-VL on pages, equal to Transformers."""
     prompts, images = [page_prompt(page) for page in pages], [page.image for page in pages]

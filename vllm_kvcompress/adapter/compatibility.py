@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention.attention import Attention
 from vllm_kvcompress import kernels
 from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES, is_supported
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.scoring import Need
 
 WITHOUT = "serve the model without --kv-compression"
 
@@ -64,6 +65,7 @@ class Engine:
         return {
             "budget": self.config.tokens_per_head,
             "window": self.config.window,
+            "scorer": self.config.scorer,
             "block_size": self.cache.block_size,
             "cache_dtype": self.cache.cache_dtype,
             "max_model_len": self.model.max_model_len,
@@ -298,6 +300,13 @@ ENGINE_RULES = (
     Rule("a window above the longest sequence",
          "--kv-window {window} is longer than --max-model-len {max_model_len}", "lower the window",
          lambda e: e.config.window > e.model.max_model_len),
+    Rule("grids of images that only workers see",
+         "{scorer} pools along the grids of images, and --mm-processor-cache-type shm keeps these "
+         "from the scheduler", "set --mm-processor-cache-type lru, or "
+         '"grid": false in --kv-compression-config',
+         lambda e: (Need.GRIDS in e.config.needs
+                    and e.model.multimodal_config is not None
+                    and e.model.multimodal_config.mm_processor_cache_type == "shm")),
     Rule("a worker of your own", "--worker-cls {worker_cls}",
          "compression brings its own worker, so remove the flag",
          lambda e: e.parallel.worker_cls not in {*WORKERS, *WORKERS.values()}),

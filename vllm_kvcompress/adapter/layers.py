@@ -267,6 +267,10 @@ class CompressedLayers:
             segment = np.stack([plan.facts.segments(width * self.block_size) for plan in plans])
             extra["segment"] = upload(segment)
             extra["num_segments"] = int(segment.max(initial=-1)) + 1
+            if Need.GRIDS in self.config.needs:
+                most = max(extra["num_segments"], 1)
+                grids = np.stack([plan.facts.grids(most) for plan in plans])
+                extra["grids"] = upload(grids)
             if only_visual:
                 extra["visual"] = extra["segment"] >= 0
         if isinstance(self.pipeline.allocator, StaticAllocator):

@@ -180,7 +180,11 @@ _ATTENTION = (
         ("Attention.forward", Use.WRAPPED, "self query", "while a layer is tried at start"),
     ),
     *_symbols("vllm.model_executor.layers.linear",
-              ("QKVParallelLinear", Use.HELD, "total_num_kv_heads", "heads of all ranks")),
+              ("QKVParallelLinear", Use.HELD, "total_num_kv_heads", "heads of all ranks"),
+              ("RowParallelLinear", Use.HELD, "input_size_per_partition params_dtype quant_method",
+               "output projections, which a method may weigh tokens by")),
+    *_symbols("vllm.model_executor.layers.quantization.base_config",
+              ("QuantizeMethodBase.apply", Use.CALLED, "self layer", "what a projection does")),
     *_symbols("vllm.model_executor.models.utils",
               ("extract_layer_index", Use.CALLED, "layer_name", "order of layers")),
     *_symbols(

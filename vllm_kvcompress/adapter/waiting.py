@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kvcompress.adapter import attention_inputs
+from vllm_kvcompress.adapter import attention_inputs, output_weights
 from vllm_kvcompress.adapter.layer_facts import LayerFacts
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.kernels import PromptPages, as_bytes
@@ -163,6 +163,8 @@ class WaitingPrompts:
                 facts.layout.head_size,
                 adapter_slots,
             )
+        if Need.OUTPUT_GRAMS in self.config.needs:
+            extra["output_grams"] = output_weights.grams_of(facts.modules)
         if facts.float8 is not None:
             extra["key_scale"] = facts.float8_scales["key"]
             extra["value_scale"] = facts.float8_scales["value"]

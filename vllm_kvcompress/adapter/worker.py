@@ -9,8 +9,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvcompress.adapter import attention_inputs, model_checks, runners, selection
-from vllm_kvcompress.adapter.backend import layers_of
+from vllm_kvcompress.adapter import (
+    attention_inputs,
+    model_checks,
+    output_weights,
+    runners,
+    selection,
+)
+from vllm_kvcompress.adapter.backend import compressed_modules, layers_of
+from vllm_kvcompress.adapter.compression_config import compression_config
 from vllm_kvcompress.adapter.layers import CompressedLayers
 from vllm_kvcompress.adapter.lora import RequestAdapters
 from vllm_kvcompress.adapter.telemetry import last_words
@@ -33,6 +40,10 @@ class CompressedWorker(Worker):
         lora_manager = runner.lora_manager if has_adapters else None
         selection.describe_layers(runner.get_model(), self.vllm_config)
         attention_inputs.install(runner.get_model(), self.vllm_config, lora_manager)
+        config = compression_config(self.vllm_config)
+        if config is not None:
+            layers = compressed_modules(self.vllm_config)
+            output_weights.install(runner.get_model(), layers, config)
         specs = super().get_kv_cache_spec()
         assert self.device is not None, "the worker has been initialized"
         if self._reserved is None and self.device.type != "cpu":
