@@ -56,6 +56,21 @@ class PromptRecord(NamedTuple):
     maps: WindowMaps | None
 
 
+class _Seen(NamedTuple):
+    """Window, last row, B, E, and what later layers see of it, [R, Hkv, T] of some layers.
+
+    Attributes:
+        columns: images that are pooled along their columns there.
+    """
+
+    window: torch.Tensor
+    last: torch.Tensor
+    base: torch.Tensor
+    evidence: torch.Tensor
+    left: torch.Tensor
+    columns: kernels.Grids | None
+
+
 class RecordingPipeline(CompressionPipeline):
     """Compresses a single prompt and remembers how.
 
@@ -69,7 +84,7 @@ class RecordingPipeline(CompressionPipeline):
         assert len(prompts.block_table) == 1, "one prompt at a time is recorded"
         self._kept: list[torch.Tensor] = []
         self._final: list[torch.Tensor] = []
-        self._seen: list[tuple[torch.Tensor, ...]] = []
+        self._seen: list[_Seen] = []
         count = self.compress(prompts, stack)
         maps = self._window_maps(prompts) if self._seen else None
         return PromptRecord(torch.cat(self._kept), torch.cat(self._final), maps), count
@@ -109,23 +124,21 @@ class RecordingPipeline(CompressionPipeline):
         self._kept.append(kept[:, :, :length] | tail[:, None])
         return chosen
 
-    def _look(self, ctx: ScoringContext) -> tuple[torch.Tensor, ...]:
-        """Window, last row, B, E, and what later layers see of it, each [R, Hkv, T]."""
+    def _look(self, ctx: ScoringContext) -> "_Seen":
         bacon = self._bacon
         window, last = bacon.window_scores(ctx)
-        base, evidence = kernels.bacon_evidence(
-            window, last, ctx.num_candidates, kernel=bacon.kernel, pool=bacon.pool
-        )
-        left = evidence
-        if bacon.trace_reduce == "head_mean":
-            left = ctx.mean_over_heads(evidence)[:, None].expand_as(evidence)
-        return window, last, base, evidence, left
+        base, evidence, columns = bacon.boundary(ctx, window, last)
+        return _Seen(window, last, base, evidence, bacon.left_behind(ctx, evidence), columns)
 
     def _window_maps(self, prompts: FinishedPrefills) -> WindowMaps:
         bacon = self._bacon
         window, last, base, evidence, left = (
-            torch.cat(layers) for layers in zip(*self._seen, strict=True)
+            torch.cat(layers) for layers in zip(*(seen[:-1] for seen in self._seen), strict=True)
         )
+        columns = [seen.columns for seen in self._seen if seen.columns is not None]
+        grids = None
+        if columns:
+            grids = kernels.Grids(*(torch.cat(parts) for parts in zip(*columns, strict=True)))
         num_candidates = (prompts.batch.prompt_lens - self.window).expand(len(base))
         coherence = reference.bacon_coherence(
             base.masked_fill(base.isneginf(), 0.0),
@@ -133,9 +146,10 @@ class RecordingPipeline(CompressionPipeline):
             num_candidates,
             bacon.mode,
             bacon.local_k,
+            grids,
         )
         persistence = reference.bacon_persistence(
             left[:, None], len(left), bacon.trace_r, bacon.mode
         )
-        maps = (window, last, evidence, coherence, persistence)
-        return WindowMaps(*(self.mean_over_replicas(each) for each in maps))
+        found = (window, last, evidence, coherence, persistence)
+        return WindowMaps(*(self.mean_over_replicas(each) for each in found))

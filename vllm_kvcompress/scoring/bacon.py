@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from vllm_kvcompress import kernels
 from vllm_kvcompress.options import require_choice, require_odd, require_range, require_whole
 from vllm_kvcompress.scoring.base import Need, Scores, ScoringContext
@@ -59,33 +61,8 @@ class Bacon(SnapKV):
         return super().workspace(row) + 5 * row.scores
 
     def score(self, ctx: ScoringContext) -> Scores:
-        mean, last = self.window_scores(ctx)
-        kernel, columns = self.kernel, self.columns(ctx, mean)
-        if self.score_dtype == "model":  # pooled scores are rounded before they are calibrated
-            mean, last = (
-                self.rounded(
-                    kernels.pool_prefix(row, ctx.num_candidates, kernel, self.pool),
-                    ctx.queries.dtype,
-                )
-                for row in (mean, last)
-            )
-            kernel = 1
-        elif self.grid or self.raises:
-            mean, last = (
-                kernels.pool_prefix(row, ctx.num_candidates, kernel, self.pool, columns)
-                for row in (mean, last)
-            )
-            kernel = 1
-            if self.raises:
-                mean, weighed = self.raised(ctx, mean, last)
-                assert weighed is not None
-                last = weighed
-        base, evidence = kernels.bacon_evidence(
-            mean, last, ctx.num_candidates, kernel=kernel, pool=self.pool
-        )
-        left = evidence
-        if self.trace_reduce == "head_mean":
-            left = ctx.mean_over_heads(evidence)[:, None].expand_as(evidence).contiguous()
+        base, evidence, columns = self.boundary(ctx, *self.window_scores(ctx))
+        left = self.left_behind(ctx, evidence).contiguous()
         final = kernels.bacon_calibrate(
             base,
             evidence,
@@ -100,3 +77,36 @@ class Bacon(SnapKV):
             topk_frac=self.topk_frac,
         )
         return Scores(base, self.rounded(final, ctx.queries.dtype))
+
+    def boundary(
+        self, ctx: ScoringContext, mean: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, kernels.Grids | None]:
+        """B and E, each [R, Hkv, T], and the images that are pooled along their columns.
+
+        Args:
+            mean, last: of :meth:`window_scores`.
+        """
+        kernel, columns = self.kernel, self.columns(ctx, mean)
+        if self.score_dtype == "model" or self.grid or self.raises:
+            mean, last = (
+                self.rounded(
+                    kernels.pool_prefix(row, ctx.num_candidates, kernel, self.pool, columns),
+                    ctx.queries.dtype,
+                )
+                for row in (mean, last)
+            )
+            kernel = 1
+        if self.raises:
+            mean, weighed = self.raised(ctx, mean, last)
+            assert weighed is not None
+            last = weighed
+        base, evidence = kernels.bacon_evidence(
+            mean, last, ctx.num_candidates, kernel=kernel, pool=self.pool
+        )
+        return base, evidence, columns
+
+    def left_behind(self, ctx: ScoringContext, evidence: torch.Tensor) -> torch.Tensor:
+        """What later layers see of a layer's E, [R, Hkv, T]."""
+        if self.trace_reduce == "head":
+            return evidence
+        return ctx.mean_over_heads(evidence)[:, None].expand_as(evidence)

@@ -198,7 +198,8 @@ def together(contexts: list[ScoringContext]) -> ScoringContext:
             merged[name] = torch.cat(parts)
         elif name != "prompts" and parts[0] is not None:
             merged[name] = type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
-    merged["output_grams"] = torch.cat([ctx.output_grams for ctx in contexts])
+    grams = [ctx.output_grams for ctx in contexts if ctx.output_grams is not None]
+    merged["output_grams"] = torch.cat(grams)
     merged["prompts"] = first.prompts._replace(
         pages=torch.cat([ctx.prompts.pages for ctx in contexts]), block_table=torch.cat(tables)
     )
