@@ -518,3 +518,14 @@ print(json.dumps([ours, Oracle({model!r}).generate(
 """
     ours, oracle = result_of(run_python(code))
     assert ours == oracle
+
+
+def test_grids_that_the_scheduler_does_not_see(checkpoint):
+    """Shared memory brings processed images to workers only."""
+    plus = {"method": "bacon-plus", "budget": 64}
+    shared = {"mm_processor_cache_type": "shm"}
+    with pytest.raises(KVCompressionError, match="set --mm-processor-cache-type lru") as refusal:
+        configure(checkpoint("qwen2-vl"), plus, **shared)
+    assert "bacon-plus pools along the grids of images" in str(refusal.value)
+    configure(checkpoint("qwen2-vl"), plus | {"grid": False}, **shared)
+    configure(checkpoint("qwen2-vl"), plus)

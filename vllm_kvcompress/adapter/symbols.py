@@ -182,9 +182,7 @@ _ATTENTION = (
     *_symbols("vllm.model_executor.layers.linear",
               ("QKVParallelLinear", Use.HELD, "total_num_kv_heads", "heads of all ranks"),
               ("RowParallelLinear", Use.HELD, "input_size_per_partition params_dtype quant_method",
-               "output projections, which a method may weigh tokens by")),
-    *_symbols("vllm.model_executor.layers.quantization.base_config",
-              ("QuantizeMethodBase.apply", Use.CALLED, "self layer", "what a projection does")),
+               "output projections, whose method we apply")),
     *_symbols("vllm.model_executor.models.utils",
               ("extract_layer_index", Use.CALLED, "layer_name", "order of layers")),
     *_symbols(
@@ -328,8 +326,7 @@ _ADAPTERS = (
                "brings those back that are not")),
     *_symbols("vllm.lora.model_manager",
               ("LoRAModelManager", Use.HELD, "lora_index_to_id", "where adapters are")),
-    *_symbols("vllm.v1.worker.gpu.lora_utils",
-              ("LoraState", Use.HELD, "lora_requests", "runner V2: a request's adapter")),
+    *_symbols("vllm.v1.worker.gpu.lora_utils", ("LoraState", Use.HELD, "lora_requests", "of V2")),
 )  # fmt: skip
 
 _QUESTION = (

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from vllm_kvcompress.scoring.bacon import Bacon
 from vllm_kvcompress.scoring.base import Need
-from vllm_kvcompress.scoring.snapkv import GRID_NEEDS, OUTPUT_NEEDS
+from vllm_kvcompress.scoring.window_options import needs_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BaconPlus(Bacon):
     name: ClassVar[str] = "bacon-plus"
     source: ClassVar[str] = "this project, on BACON, arXiv 2606.14782"
     cost: ClassVar[str] = "as bacon, plus 2*L*Hq*P*D^2 and a read of V"
-    needs: ClassVar[Need] = Bacon.needs | GRID_NEEDS | OUTPUT_NEEDS
+    needs: ClassVar[Need] = Bacon.needs | needs_of(True, "output")
     reconstruction: ClassVar[bool] = True
 
     grid: bool = True

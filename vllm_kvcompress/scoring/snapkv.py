@@ -10,10 +10,8 @@ from vllm_kvcompress import kernels
 from vllm_kvcompress.kernels.reference import row_logits
 from vllm_kvcompress.options import require_bool, require_choice, require_odd
 from vllm_kvcompress.scoring.base import Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.scoring.window_options import columns_of, needs_of, output_weight
 from vllm_kvcompress.workspace import RowShape
-
-GRID_NEEDS = Need.SEGMENTS | Need.GRIDS
-OUTPUT_NEEDS = Need.VALUES | Need.OUTPUT_GRAMS
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,8 @@ class SnapKV(Scorer):
         kernel: odd pooling width in tokens.
         pool: "avg" (zeros outside the prefix count) or "max".
         reduction: over the query heads of a group, "mean" or "max".
-        grid: pool images along their rows or along their columns, whichever the window's attention
-            runs along in a layer, image by image and frame by frame; text, and images whose grid
-            the processor does not tell, as without.
+        grid: pool an image, or a frame, along its rows or along its columns, whichever the window's
+            attention runs along in a layer; along the prompt where its grid is not known.
         clamp: raise what is below the mean over the prompt to the mean.
         weight: "none", or "output": multiply by the norm of what a token's value adds to the
             layer's output, mean over the query heads of a group.
@@ -66,11 +63,7 @@ class SnapKV(Scorer):
         require_choice("weight", self.weight, ("none", "output"))
         if self.score_dtype == "model" and (self.grid or self.raises):
             raise ValueError('score_dtype "model" goes without grid, clamp and weight')
-        needs = self._needs_without_options()
-        if self.grid:
-            needs |= GRID_NEEDS
-        if self.weight == "output":
-            needs |= OUTPUT_NEEDS
+        needs = self._needs_without_options() | needs_of(self.grid, self.weight)
         object.__setattr__(self, "needs", needs)  # shadows the class's
 
     @classmethod
@@ -102,29 +95,13 @@ class SnapKV(Scorer):
         return self.rounded(pooled, ctx.queries.dtype)
 
     def columns(self, ctx: ScoringContext, mean: torch.Tensor) -> kernels.Grids | None:
-        """Images that are pooled along their columns in a layer: those that it looks down.
-
-        All heads of a layer pool alike, so that a rank needs to know what the others see.
-
-        Args:
-            mean: [R, Hkv, T] window mean before pooling.
-        """
-        if not self.grid:
-            return None
-        assert ctx.segment is not None, "asked for by needs"
-        assert ctx.grids is not None, "asked for by needs"
-        grids = kernels.Grids(ctx.segment, ctx.grids)
-        along = ctx.mean_over_heads(kernels.grid_balance(mean, ctx.num_candidates, grids))
-        return grids._replace(lines=ctx.grids.masked_fill((along >= 0)[..., None], 0))
+        return columns_of(ctx, mean) if self.grid else None
 
     def raised(
         self, ctx: ScoringContext, base: torch.Tensor, last: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pooled window mean after clamp and weight, and pooled last row of the same mass."""
-        weight = None
-        if self.weight == "output":
-            assert ctx.output_grams is not None, "asked for by needs"
-            weight = kernels.output_norms(ctx.prompts, ctx.output_grams)
+        weight = output_weight(ctx) if self.weight == "output" else None
         return kernels.weigh_scores(base, ctx.num_candidates, weight, last, clamp=self.clamp)
 
     def window_scores(self, ctx: ScoringContext) -> tuple[torch.Tensor, torch.Tensor]:
