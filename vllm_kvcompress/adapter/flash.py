@@ -3,7 +3,6 @@
 
 import copy
 
-import torch
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -11,36 +10,17 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_kvcompress.adapter.backend import CompressedBackend, CompressedImpl
-from vllm_kvcompress.adapter.builder import CompressedBuilder
-from vllm_kvcompress.kernels import PageLayout
+from vllm_kvcompress.adapter.replayed import ReplayedBuilder
 
 
 class CompressedFlashImpl(CompressedImpl, FlashAttentionImpl):  # type: ignore[misc]
     """FlashAttention over uncompressed caches and per-head batches."""
 
 
-class CompressedFlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
-    """FlashAttention metadata for both.
-
-    Full graphs are captured as per-head batches. They read per-step tensors at fixed addresses: the
-    buffers made here, page tables, and vLLM's own block tables and sequence lengths.
-    """
+class CompressedFlashBuilder(ReplayedBuilder, FlashAttentionMetadataBuilder):
+    """FlashAttention metadata for both."""
 
     platform_backend = "FLASH_ATTN"
-
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        num_reqs, num_seqs = self.max_num_seqs, self.max_num_seqs * self.num_kv_heads
-        empty = torch.zeros
-        self._static = {
-            "slots": empty(num_reqs, dtype=torch.int64, device=device),
-            "starts": empty(num_seqs + 1, dtype=torch.int32, device=device),
-        }
-
-    def static_buffer(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        buffer = self._static[name][: value.shape[0]]
-        buffer.copy_(value)
-        return buffer
 
     def make_per_head_builder(self, spec, vllm_config) -> FlashAttentionMetadataBuilder:
         scaled = copy.copy(vllm_config)  # sizes of FlashAttention's own buffers
@@ -52,9 +32,6 @@ class CompressedFlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
         builder = FlashAttentionMetadataBuilder(spec, self.layer_names, scaled, self.device)
         builder.num_heads_q = self.num_heads_q // self.num_kv_heads  # it counted the layers' own
         return builder
-
-    def page_layout(self) -> PageLayout:
-        return PageLayout(self.block_size, self.headdim)
 
 
 class CompressedFlashBackend(CompressedBackend, FlashAttentionBackend):
