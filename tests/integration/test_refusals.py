@@ -34,11 +34,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.adapter import attention_inputs, compatibility, selection
+from vllm_kvcompress.adapter.backend import CompressedBackend
 from vllm_kvcompress.adapter.cpu import CompressedCPUImpl
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
@@ -65,6 +67,16 @@ def test_plain_model_is_accepted(checkpoint):
     assert KVCompressionConfig.parse(config.additional_config["kv_compression"]).method == (
         "bacon+uniform"
     )
+
+
+def test_float8_caches_of_other_kinds(checkpoint, monkeypatch):
+    """Some of ROCm's GPUs have types of their own."""
+    model = checkpoint("llama")
+    configure(model, BACON, kv_cache_dtype="fp8")
+    monkeypatch.setattr(compatibility, "current_platform", SimpleNamespace(is_rocm=lambda: True))
+    configure(model, BACON)
+    with pytest.raises(KVCompressionError, match=r"float8.*use --kv-cache-dtype auto"):
+        configure(model, BACON, kv_cache_dtype="fp8")
 
 
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
@@ -326,25 +338,35 @@ def test_without_images_they_are_accepted(published, flag):
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 FLASH = "set --attention-backend FLASH_ATTN"
+TRITON = "set --attention-backend TRITON_ATTN"
 DEVICES = {
-    "B200": ((10, 0), HALF, "auto", FLASH),
-    "L40S, fp8": ((8, 9), HALF, "fp8", f"{FLASH} --kv-cache-dtype bfloat16"),
-    "SM120, fp8": ((12, 0), HALF, "fp8", f"{FLASH} --kv-cache-dtype bfloat16"),
-    "H100, float32": ((9, 0), SINGLE, "auto", f"{FLASH} --dtype bfloat16"),
-    "A100, float32, fp8": ((8, 0), SINGLE, "fp8",
-                           f"{FLASH} --dtype bfloat16 --kv-cache-dtype bfloat16"),
-    "T4": ((7, 5), torch.float16, "auto", "compute capability"),
-    "ROCm": (None, HALF, "auto", "CUDA and on CPUs"),
+    "B200": ((10, 0), 64, HALF, "auto", FLASH),
+    "L40S, fp8": ((8, 9), 64, HALF, "fp8", TRITON),
+    "SM120, fp8": ((12, 0), 64, HALF, "fp8", TRITON),
+    "A100, fp8": ((8, 0), 64, HALF, "fp8", f"{FLASH} --kv-cache-dtype bfloat16"),
+    "H100, float32": ((9, 0), 64, SINGLE, "auto", TRITON),
+    "A100, float32, fp8": ((8, 0), 64, SINGLE, "fp8", f"{TRITON} --kv-cache-dtype bfloat16"),
+    "A100, wide heads": ((8, 0), 512, HALF, "auto", TRITON),
+    "T4": ((7, 5), 64, torch.float16, "auto", TRITON),
+    "T4, bfloat16": ((7, 5), 64, torch.float16, "bfloat16",
+                     f"{TRITON} --kv-cache-dtype float16"),
+    "L4, narrow heads": ((8, 9), 20, HALF, "auto", "none of its own can serve this here"),
+    "ROCm": (None, 64, HALF, "auto", TRITON),
+    "TPU": ((), 64, HALF, "auto", "CUDA, on ROCm and on CPUs"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_advice_on_backends(checkpoint, monkeypatch, device):
-    """Only what vLLM says FLASH_ATTN takes on that device; it does not take fp8 on these."""
-    capability, dtype, cache_dtype, expected = DEVICES[device]
+def test_other_backends(checkpoint, monkeypatch, device):
+    """One that the user named is refused, with what vLLM says ours take on that device.
+
+    One that vLLM chose is replaced where nothing else has to change, in sliding layers, too.
+    """
+    capability, head_size, dtype, cache_dtype, expected = DEVICES[device]
     platform = SimpleNamespace(
-        is_cuda=lambda: capability is not None,
-        get_device_capability=lambda: DeviceCapability(*capability),
+        is_cuda=lambda: bool(capability),
+        is_cuda_alike=lambda: capability is None or bool(capability),
+        get_device_capability=lambda: DeviceCapability(*capability) if capability else None,
     )
     monkeypatch.setattr(selection, "current_platform", platform)
     monkeypatch.setattr(
@@ -358,18 +380,27 @@ def test_advice_on_backends(checkpoint, monkeypatch, device):
         return FlexAttentionBackend
 
     choice = selection._choose(get_attn_backend)
+    layer = functools.partial(choice, head_size, dtype, cache_dtype)
     config = configure(checkpoint("llama"), BACON)
-    with (
-        set_current_vllm_config(config),
-        pytest.raises(KVCompressionError, match="FLEX_ATTENTION") as refusal,
-    ):
-        choice(64, dtype, cache_dtype, attn_type=AttentionType.DECODER)
-    assert expected in str(refusal.value)
-    works = expected.startswith(FLASH)
-    assert (compatibility.WITHOUT in str(refusal.value)) is not works
+    sole = expected in (FLASH, TRITON)
     with set_current_vllm_config(config):
-        sliding = choice(64, dtype, cache_dtype, has_sliding_window=True)
-    assert sliding is FlexAttentionBackend
+        if sole:
+            ours, sliding = layer(), layer(has_sliding_window=True)
+            assert issubclass(ours, CompressedBackend)
+            assert ours.get_name() == sliding.get_name() == expected.split()[-1]
+            assert not issubclass(sliding, CompressedBackend)
+            assert layer(attn_type=AttentionType.ENCODER_ONLY) is FlexAttentionBackend
+        config.attention_config.backend = AttentionBackendEnum.FLEX_ATTENTION
+        with pytest.raises(KVCompressionError, match="FLEX_ATTENTION") as refusal:
+            layer(attn_type=AttentionType.DECODER)
+        assert layer(has_sliding_window=True) is FlexAttentionBackend
+        config.attention_config.backend = None
+        if not sole:
+            with pytest.raises(KVCompressionError, match="FLEX_ATTENTION"):
+                layer()
+    assert expected in str(refusal.value)
+    works = expected.startswith((FLASH, TRITON))
+    assert (compatibility.WITHOUT in str(refusal.value)) is not works
 
 
 @pytest.mark.parametrize(("scorer", "lookahead"), [("shiftkv", 512), ("expected", 100)])

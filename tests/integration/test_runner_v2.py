@@ -11,7 +11,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("cases", ["runner_v2_cases.py", "runner_v2_methods.py"])
+@pytest.mark.parametrize(
+    "cases", ["runner_v2_cases.py", "runner_v2_methods.py", "triton_attention_cases.py"]
+)
 def test_runner_v2(cases):
     result = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-x", "--durations=0",

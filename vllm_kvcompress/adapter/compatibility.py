@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.attention import Attention
+from vllm.platforms import current_platform
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.adapter.cache_types import FLOAT8_TYPES, is_supported
@@ -280,6 +281,10 @@ ENGINE_RULES = (
     Rule("KV caches quantized in another way than fp8 with one scale per layer",
          "--kv-cache-dtype {cache_dtype} packs several elements or scales into a token",
          "use --kv-cache-dtype fp8 or auto", lambda e: not is_supported(e.cache.cache_dtype)),
+    Rule("fp8 KV caches on ROCm",
+         "some of its GPUs have float8 types that compression does not read",
+         "use --kv-cache-dtype auto",
+         lambda e: current_platform.is_rocm() and e.cache.cache_dtype in FLOAT8_TYPES),
     Rule("fp8 in some layers only", "layers with caches of unlike types",
          "remove --kv-cache-dtype-skip-layers",
          lambda e: (e.cache.cache_dtype in FLOAT8_TYPES

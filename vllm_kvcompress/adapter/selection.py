@@ -8,12 +8,13 @@ every layer of an engine that does not compress.
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.attention import attention as attention_layer
 from vllm.model_executor.layers.linear import QKVParallelLinear
@@ -30,9 +31,12 @@ from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.adapter.waiting import bytes_per_layer
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
+logger = init_logger("vllm.kvcompress")
+
 _SUPPORTED = {
     "CPU_ATTN": ("vllm_kvcompress.adapter.cpu", "CompressedCPUBackend"),
     "FLASH_ATTN": ("vllm_kvcompress.adapter.flash", "CompressedFlashBackend"),
+    "TRITON_ATTN": ("vllm_kvcompress.adapter.triton_attn", "CompressedTritonBackend"),
 }
 
 
@@ -55,53 +59,111 @@ def _choose(original):
             return backend
         asked = signature.bind(*args, **kwargs)
         asked.apply_defaults()
-        attn_type = asked.arguments["attn_type"] or AttentionType.DECODER
-        if attn_type != AttentionType.DECODER or asked.arguments["has_sliding_window"]:
+        if (asked.arguments["attn_type"] or AttentionType.DECODER) != AttentionType.DECODER:
             return backend
+        vllm_config = get_current_vllm_config()
         if backend.get_name() not in _SUPPORTED:
-            raise KVCompressionError(
-                f"KV compression does not support the attention backend {backend.get_name()} that "
-                f"vLLM chose: {_advice(**asked.arguments)}."
-            )
-        return compressed(backend, spec_fields(get_current_vllm_config(), config))
+            ours = _instead(vllm_config, asked.arguments)
+            if ours is not None:  # for all layers, so that their caches are laid out alike
+                logger.info_once(
+                    "KV compression uses the attention backend %s in place of %s, which vLLM "
+                    "prefers here; --attention-backend names another.",
+                    ours.get_name(),
+                    backend.get_name(),
+                )
+                backend = ours
+            elif not asked.arguments["has_sliding_window"]:
+                raise KVCompressionError(
+                    "KV compression does not support the attention backend "
+                    f"{backend.get_name()}: {_advice(asked.arguments)}."
+                )
+        if asked.arguments["has_sliding_window"]:
+            return backend
+        return compressed(backend, spec_fields(vllm_config, config))
 
     return get_attn_backend
 
 
-def _advice(head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, **others: Any) -> str:
-    """What to change so that vLLM can take FLASH_ATTN for such a layer; vLLM says what it takes."""
-    if not current_platform.is_cuda():
-        return f"compression runs on CUDA and on CPUs, {compatibility.WITHOUT}"
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+def _instead(vllm_config: VllmConfig, layer: Mapping[str, Any]) -> type[AttentionBackend] | None:
+    """One of ours that can serve a layer whose backend the user has not named; None for none."""
+    attention = vllm_config.attention_config
+    if attention.backend is not None or attention.backend_per_kind:
+        return None
+    for backend in _candidates():
+        if not _problems(backend, layer, layer["dtype"], layer["kv_cache_dtype"]):
+            return backend
+    return None
 
-    validate: Callable[..., list[str]] = FlashAttentionBackend.validate_configuration
+
+def _candidates() -> list[type[AttentionBackend]]:
+    """vLLM's GPU backends that we support on this platform, best first."""
+    candidates: list[type[AttentionBackend]] = []
+    if current_platform.is_cuda():
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+        candidates.append(FlashAttentionBackend)
+    if current_platform.is_cuda_alike():
+        from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+        candidates.append(TritonAttentionBackend)
+    return candidates
+
+
+def _problems(
+    backend: type[AttentionBackend],
+    layer: Mapping[str, Any],
+    dtype: torch.dtype,
+    kv_cache_dtype: str | None,
+) -> list[str]:
+    """Why a backend cannot serve a layer with these types; vLLM says it."""
+    capability = current_platform.get_device_capability()
+    validate: Callable[..., list[str]] = backend.validate_configuration
+    problems = validate(
+        head_size=layer["head_size"],
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        block_size=None,
+        use_mla=False,
+        has_sink=layer["has_sink"],
+        use_sparse=False,
+        use_mm_prefix=layer["use_mm_prefix"],
+        use_per_head_quant_scales=layer["use_per_head_quant_scales"],
+        device_capability=capability,
+        attn_type=AttentionType.DECODER,
+    )
+    if backend.get_name() == "TRITON_ATTN" and current_platform.is_cuda():
+        # what vLLM says of these only where it builds a layer
+        level = capability.to_int() if capability is not None else 0
+        if (kv_cache_dtype or "").startswith("fp8") and level < 89:
+            problems.append("fp8 needs compute capability 8.9")
+        if kv_cache_dtype == "bfloat16" and level < 80:
+            problems.append("bfloat16 needs compute capability 8.0")
+    return problems
+
+
+def _advice(layer: Mapping[str, Any]) -> str:
+    """What to change so that vLLM can take a backend of ours for such a layer."""
+    candidates = _candidates()
+    if not candidates:
+        return f"compression runs on CUDA, on ROCm and on CPUs, {compatibility.WITHOUT}"
+    dtype, kv_cache_dtype = layer["dtype"], layer["kv_cache_dtype"]
     half = dtype if dtype.itemsize == 2 else torch.bfloat16
     as_dtype = f"--dtype {_name(half)}"
     as_cache = f"--kv-cache-dtype {_name(half)}"  # auto may be what the checkpoint asks for
+    found = []
     for flags, changed in (
         ((), (dtype, kv_cache_dtype)),
         ((as_cache,), (dtype, _name(half))),
         ((as_dtype,), (half, kv_cache_dtype)),
         ((as_dtype, as_cache), (half, _name(half))),
     ):
-        problems = validate(
-            head_size=head_size,
-            dtype=changed[0],
-            kv_cache_dtype=changed[1],
-            block_size=None,
-            use_mla=False,
-            has_sink=others["has_sink"],
-            use_sparse=False,
-            use_mm_prefix=others["use_mm_prefix"],
-            use_per_head_quant_scales=others["use_per_head_quant_scales"],
-            device_capability=current_platform.get_device_capability(),
-            attn_type=AttentionType.DECODER,
-        )
-        if not problems:
-            return f"set {' '.join(['--attention-backend FLASH_ATTN', *flags])}"
-    return f"it runs on FLASH_ATTN, which cannot serve this here ({', '.join(problems)}); " + (
-        compatibility.WITHOUT
-    )
+        for backend in candidates:
+            problems = _problems(backend, layer, *changed)
+            if not problems:
+                name = backend.get_name()
+                return f"set {' '.join([f'--attention-backend {name}', *flags])}"
+            found.append(f"{backend.get_name()}: {', '.join(problems)}")
+    return f"none of its own can serve this here ({'; '.join(found[:2])}); {compatibility.WITHOUT}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -32,8 +32,9 @@ _COMMAND_LINE = (
     *_symbols("vllm.platforms", ("current_platform", Use.HELD, "", "is this the CPU build?")),
     *_symbols("vllm.platforms.interface",
               ("Platform", Use.HELD,
-               "device_type get_device_capability get_device_name is_cpu is_cuda",
-               "current_platform")),
+               "device_type get_device_capability get_device_name is_cpu is_cuda is_cuda_alike "
+               "is_rocm", "current_platform"),
+              ("DeviceCapability", Use.HELD, "to_int", "what Triton attention takes")),
     *_symbols(
         "vllm.v1.engine.input_processor",
         ("InputProcessor", Use.HELD, "vllm_config", "is this engine compressing?"),
@@ -56,9 +57,7 @@ _CONFIGURATION = _symbols(
     ("VllmConfig", Use.HELD,
      "additional_config attention_config cache_config compilation_config device_config "
      "kv_transfer_config lora_config model_config parallel_config scheduler_config "
-     "speculative_config "
-     "use_v2_model_runner",
-     "where our config travels; compatibility"),
+     "speculative_config use_v2_model_runner", "where our config travels; compatibility"),
     ("get_current_vllm_config", Use.CALLED, "", "the engine whose layers are being built"),
     ("get_current_vllm_config_or_none", Use.CALLED, "", "the same, where there may be none"),
     ("ModelConfig", Use.HELD,
@@ -70,6 +69,8 @@ _CONFIGURATION = _symbols(
     ("ModelConfig.get_total_num_kv_heads", Use.CALLED, "self",
      "budgets that span heads count those of all ranks"),
     ("ModelConfig.get_head_size", Use.CALLED, "self", "compatibility"),
+    ("ModelConfig.get_num_attention_heads", Use.HELD, "", "a builder's copy says that of a group"),
+    ("ModelConfig.get_num_kv_heads", Use.HELD, "", "a builder's copy says one"),
     ("ModelConfig.get_hidden_size", Use.CALLED, "self", "bytes kept per prompt"),
     ("ParallelConfig", Use.HELD,
      "data_parallel_index decode_context_parallel_size pipeline_parallel_size "
@@ -83,9 +84,9 @@ _CONFIGURATION = _symbols(
      "async_scheduling disable_hybrid_kv_cache_manager max_num_seqs scheduler_cls",
      "names our scheduler; size of per-request state"),
     ("CompilationConfig", Use.HELD,
-     "cudagraph_mode max_cudagraph_capture_size static_forward_context",
+     "cudagraph_capture_sizes cudagraph_mode max_cudagraph_capture_size static_forward_context",
      "buffers of a per-head batch; the layers and their caches"),
-    ("AttentionConfig", Use.HELD, "use_non_causal", "compatibility"),
+    ("AttentionConfig", Use.HELD, "backend backend_per_kind use_non_causal", "compatibility"),
     ("DeviceConfig", Use.HELD, "device device_type", "where buffers are; are there kernels?"),
 )  # fmt: skip
 
@@ -193,7 +194,7 @@ _ATTENTION = (
         ("AttentionBackend", Use.HELD, "get_name", "do we have a subclass?"),
         ("AttentionBackend.validate_configuration", Use.CALLED,
          "cls head_size dtype kv_cache_dtype block_size use_mla has_sink use_sparse use_mm_prefix "
-         "use_per_head_quant_scales device_capability attn_type", "advice that works"),
+         "use_per_head_quant_scales device_capability attn_type", "what it can serve"),
         ("AttentionBackend.customize_spec", Use.REPLACED, "cls spec", "makes the spec ours"),
         ("AttentionBackend.get_supported_kernel_block_sizes", Use.REPLACED, "kv_cache_spec",
          "splits the large blocks of hybrids", "list[int | MultipleOf]"),
@@ -255,8 +256,14 @@ _BACKENDS = (
          "shows where the kernel keeps each element of a page"),
     ),
     *_platform("vllm.v1.attention.backends.flash_attn", "FlashAttentionBackend",
-               "FlashAttentionImpl", "FlashAttentionMetadataBuilder",
-               "block_size headdim num_heads_q"),
+               "FlashAttentionImpl", "FlashAttentionMetadataBuilder", "block_size num_heads_q"),
+    *_platform("vllm.v1.attention.backends.triton_attn", "TritonAttentionBackend",
+               "TritonAttentionImpl", "TritonAttentionMetadataBuilder", "block_size num_heads_q"),
+    *_symbols("vllm.v1.attention.backends.triton_attn",
+              ("TritonAttentionImpl.fused_output_quant_supported", Use.REPLACED, "self quant_key",
+               "outputs are put together before they are quantized"),
+              ("TritonAttentionImpl.fused_rope_kvcache_supported", Use.REPLACED, "self",
+               "methods may look at what goes into RoPE")),
 )  # fmt: skip
 
 _WORKER = (
@@ -344,16 +351,10 @@ _QUESTION = (
 )  # fmt: skip
 
 SYMBOLS = (
-    *_COMMAND_LINE,
-    *_REGISTRY,
-    *_CONFIGURATION,
-    *_SCHEDULER,
-    *_ATTENTION,
-    *_BACKENDS,
-    *_WORKER,
+    *_COMMAND_LINE, *_REGISTRY, *_CONFIGURATION, *_SCHEDULER, *_ATTENTION, *_BACKENDS, *_WORKER,
     *_ADAPTERS,
     *_QUESTION,
-)
+)  # fmt: skip
 
 CALLS = (
     Call("vllm.model_executor.layers.attention.attention", "Attention.__init__",
