@@ -30,6 +30,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Static
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.adapter.triton_attn import CompressedTritonBuilder, CompressedTritonImpl
@@ -152,10 +153,14 @@ def test_a_graph_is_captured_over_short_sequences(llm, builder):
     assert meta.seq_lens.tolist() == [1] * 2 * builder.num_kv_heads
 
 
-def test_parts_of_a_batch_stay_numbers(llm, builder):
-    """vLLM would let the kernel quantize what it writes; a step's parts are put together first."""
+def test_what_vllm_must_not_do(builder):
+    """Its own classes say yes to these: here parts of a batch are put together before they are
+    quantized, and tables and lengths are made anew for each step.
+    """
     impl = builder.layers.facts.modules[0].impl
-    assert super(CompressedTritonImpl, impl).fused_output_quant_supported is not None
+    assert TritonAttentionImpl.fused_output_quant_supported(impl, kFp8StaticTensorSym)
+    assert builder.per_head_builder.supports_draft_decode_metadata_update
+    assert not builder.supports_draft_decode_metadata_update
     assert not impl.fused_output_quant_supported(kFp8StaticTensorSym)
     assert not impl.fused_rope_kvcache_supported()
 

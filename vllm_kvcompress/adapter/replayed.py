@@ -2,6 +2,7 @@
 """What metadata builders on GPUs have in common: full graphs read what these make."""
 
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.adapter.builder import CompressedBuilder
 from vllm_kvcompress.kernels import PageLayout
@@ -14,8 +15,12 @@ class ReplayedBuilder(CompressedBuilder):
     buffers made here, page tables, and vLLM's own block tables and sequence lengths.
     """
 
+    kv_cache_spec: FullAttentionSpec
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # drafting would go on with tables and lengths of the step before
+        self.supports_draft_decode_metadata_update = False
         num_reqs, num_seqs = self.max_num_seqs, self.max_num_seqs * self.num_kv_heads
         empty = torch.zeros
         self._static = {

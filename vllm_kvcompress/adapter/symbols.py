@@ -205,8 +205,8 @@ _ATTENTION = (
          "block_table_tensor is_prefilling max_query_len max_seq_len num_actual_tokens num_reqs "
          "query_start_loc query_start_loc_cpu req_idx seq_lens seq_lens_cpu_upper_bound",
          "rewritten for uncompressed requests and for the per-head batch"),
-        ("AttentionMetadataBuilder", Use.HELD, "device layer_names supports_update_block_table",
-         "base of our builders"),
+        ("AttentionMetadataBuilder", Use.HELD, "device layer_names supports_update_block_table "
+         "supports_draft_decode_metadata_update", "base of our builders"),
         ("AttentionMetadataBuilder.build_for_cudagraph_capture", Use.REPLACED,
          "self common_attn_metadata", "full graphs run a per-head batch"),
         ("AttentionMetadataBuilder.get_cudagraph_support", Use.REPLACED,
