@@ -32,6 +32,8 @@ READY := $(VENV)/.ready
 # a second vLLM, as source only, that the contract test reads
 NEXT_VLLM := 0.33.0
 NEXT_SOURCE := .cache/vllm-$(NEXT_VLLM)
+# of next-vllm
+VERSION ?= $(NEXT_VLLM)
 
 # what GPUs may have instead of our Triton, and what kernels are compiled with as well
 OLD_TRITON_VERSION := 3.6.0
@@ -52,7 +54,7 @@ export DO_NOT_TRACK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit kernels integration kvpress vllm-core bench costs gpu-first gpu-second gpu-rehearsal triton-resources wheel clean
+.PHONY: help demo test lint unit kernels integration kvpress vllm-core next-vllm bench costs gpu-first gpu-second gpu-rehearsal triton-resources wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -89,6 +91,10 @@ vllm-core: $(READY) $(CORE)/.ready ## vLLM's own tests of its scheduler, with ou
 	  failures.txt -q --tb=line --noconftest -c /dev/null --rootdir . -p no:cacheprovider \
 	  --ignore-glob='*e2e*' tests/v1/core || failed="$$failed $$mode"; done; \
 	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+next-vllm: export VLLM_KVCOMPRESS_EXTRA_VLLM_SOURCE = $(CURDIR)/.cache/vllm-$(VERSION)
+next-vllm: $(READY) .cache/vllm-$(VERSION) ## does vLLM VERSION=X.Y.Z still have all that is used of it?
+	$(PY) -P -m pytest -q -rf --tb=line -k extra tests/unit/test_contract.py
 
 bench: $(READY) ## with and without compression, in pairs; writes a row set to benchmarks/results
 	$(PY) benchmarks/serving.py
@@ -167,11 +173,11 @@ $(CORE)/.ready: | $(READY)
 	rm -rf $(CORE)/env $(CORE)/vllm-$(TESTED_VLLM).tar.gz
 	touch $@
 
-$(NEXT_SOURCE): | $(READY)
-	@echo "fetching the wheel of vLLM $(NEXT_VLLM) once, 336 MB, for its Python sources"
+$(sort $(NEXT_SOURCE) .cache/vllm-$(VERSION)): .cache/vllm-%: | $(READY)
+	@echo "fetching the wheel of vLLM $* once, some 340 MB, for its Python sources"
 	rm -rf .cache/download $@.part
 	$(PY) -m pip download $(PIP_FLAGS) --quiet --no-deps --no-cache-dir --only-binary=:all: \
-	  --dest .cache/download vllm==$(NEXT_VLLM)
+	  --dest .cache/download vllm==$*
 	$(PY) -c 'import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[2]); wheel.extractall(sys.argv[1], \
 	  [name for name in wheel.namelist() if name.endswith(".py")])' $@.part .cache/download/*.whl
 	rm -rf .cache/download

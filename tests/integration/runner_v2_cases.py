@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_shared_kv
+from drafting import Guesser, acceptance
 from engine import (
     Method,
     Stepper,
@@ -26,6 +27,7 @@ from float_noise import measured_tolerance
 from oracle import Oracle, OracleConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
@@ -143,6 +145,68 @@ def test_preempted_after_a_step(model, mode, phase):
             answers = [stepper.done[str(index)] for index in range(len(PROMPTS))]
             assert_same(answers, expected(model, method))
             assert_clean(llm, free)
+
+
+def speculation(mode: str) -> dict:
+    method = {"sync": "ngram", "async": "ngram_gpu"}[mode]
+    return {"method": method, "num_speculative_tokens": 3}
+
+
+def draft(patch: pytest.MonkeyPatch, model: str) -> None:
+    """Let some of the drafts be right, the same ones each time."""
+    answers = expected(model, METHODS["bacon+adakv"])
+    known = [[*prompt, *answer.token_ids] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    patch.setattr(NgramGPUSpeculator, "propose", Guesser(known, seed=4).for_runner_v2())
+
+
+@pytest.mark.parametrize(("name", "mode"), [("snapkv", "async"), ("bacon+adakv", "sync")])
+def test_speculation(model, monkeypatch, name, mode):
+    method = METHODS[name]
+    draft(monkeypatch, model)
+    settings = SETTINGS | {"speculative_config": speculation(mode), "max_num_batched_tokens": 96}
+    with scheduling(mode), engine(model, method, **settings) as llm:
+        assert isinstance(scheduler_of(llm), AsyncScheduler) == (mode == "async")
+        free = free_blocks(llm)
+        answers = generate(llm, PROMPTS, PARAMS)
+        found = acceptance(llm)
+        assert 0 < found.accepted < found.proposed
+        assert_same(answers, expected(model, method))
+        assert_same(generate(llm, PROMPTS[::-1], PARAMS[::-1]), expected(model, method)[::-1])
+        Stepper(llm).flush()
+        assert_clean(llm, free)
+
+
+def test_speculation_while_a_prompt_is_compressed(model, monkeypatch):
+    """Drafts are in flight when the order is given; rejected, they do not count in the boundary."""
+    method = Method("bacon+adakv", 64, options=(("alpha", 0.0), ("when", "pressure:0.3")))
+    settings = SETTINGS | {
+        "speculative_config": speculation("async"),
+        "num_gpu_blocks_override": 41,
+        "enable_prefix_caching": False,
+    }
+    answers, boundaries = [], []
+    with scheduling("async"), engine(model, method, **settings) as llm:
+        free, policy = free_blocks(llm), scheduler_of(llm).compression
+        for forced in (False, True):
+            draft(monkeypatch, model)
+            stepper = Stepper(llm)
+            stepper.add("a", PROMPTS[0], greedy(40))
+            req_id = stepper.internal["a"]
+            stepper.run_until(lambda s=stepper: len(s.partial.get("a", ())) >= 8)
+            assert req_id not in policy.boundaries
+            stepper.add("b", PROMPTS[4], greedy(40))
+            stepper.run_until(lambda r=req_id: r in policy.boundaries)
+            stepper.step()
+            for _ in range(6):
+                stepper.step()
+            boundaries.append(policy.boundaries[req_id])
+            if forced:
+                stepper.preempt(stepper.request("a"))
+            stepper.run()
+            answers.append(stepper.done["a"])
+            assert_clean(llm, free)
+    assert boundaries[0] == boundaries[1] > len(PROMPTS[0]) + 5
+    assert_same([answers[1]], [answers[0]])
 
 
 def test_storm(model):

@@ -45,7 +45,7 @@ from vllm_kvcompress.adapter.cpu import CompressedCPUImpl
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 BACON = {"method": "bacon", "budget": 96}
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 2}
 
 
 def configure(model: str, compression, **settings):
@@ -89,7 +89,6 @@ CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
          "without --kv-compression"),
         ({"family": "whisper"}, {}, "encoder-decoder", "without --kv-compression"),
         ({}, {"runner": "pooling"}, "pooling models", "without --kv-compression"),
-        ({}, {"speculative_config": NGRAM}, "speculative decoding", "remove --speculative-config"),
         ({}, {"kv_transfer_config": CONNECTOR}, "KV connectors", "remove --kv-transfer-config"),
         ({}, {"kv_offloading_size": 1.0}, "offloading", "--kv-offloading-size"),
         ({"kv_heads": 1},
@@ -115,6 +114,16 @@ def test_engine_features(checkpoint, family, settings, reason, advice):
     assert reason in message
     assert advice in message
     assert message.count("\n  - ") == 1
+
+
+def test_drafters_that_are_models(checkpoint):
+    model = checkpoint("llama")
+    with pytest.raises(KVCompressionError) as refusal:
+        configure(model, BACON, speculative_config={**DRAFT_MODEL, "model": model})
+    assert "speculative decoding by draft_model" in str(refusal.value)
+    assert "the method of --speculative-config to ngram or suffix" in str(refusal.value)
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    assert configure(model, BACON, speculative_config=ngram).speculative_config.use_ngram()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +163,7 @@ def test_all_reasons_at_once(checkpoint):
             {"method": "bacon", "budget": 48},
             block_size=64,
             pipeline_parallel_size=2,
-            speculative_config=NGRAM,
+            speculative_config={**DRAFT_MODEL, "model": checkpoint("llama")},
             kv_offloading_size=1.0,
         )
     lines = str(refusal.value).splitlines()[1:]

@@ -170,13 +170,20 @@ class CompressedImpl:
         rows = _take(queries, batch.tokens).reshape(-1, group, head_size)
         part = result[batch.tokens]
         out = part.view(-1, group, head_size)
-        if batch.order is None:
-            self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
-        else:
+        if batch.order is not None:
             ordered = torch.empty_like(out)
             rows = _take(rows, batch.order)
             self._per_head.forward(layer, rows, None, None, pages, stock_meta, ordered)
             out[batch.order] = ordered
+        elif batch.query_len > 1:
+            by_token = out.view(-1, batch.query_len, self.num_kv_heads, group, head_size)
+            by_head = rows.view(by_token.shape).transpose(1, 2).contiguous()
+            ordered = torch.empty_like(out)
+            flat = by_head.view(rows.shape)
+            self._per_head.forward(layer, flat, None, None, pages, stock_meta, ordered)
+            by_token.copy_(ordered.view(by_head.shape).transpose(1, 2))
+        else:
+            self._per_head.forward(layer, rows, None, None, pages, stock_meta, out)
         if not isinstance(batch.tokens, slice):
             result[batch.tokens] = part
 

@@ -70,6 +70,8 @@ class CompressedBuilder:
         self.layers = self._shared(vllm_config, kv_cache_spec, modules)
         self.num_kv_heads = kv_cache_spec.num_kv_heads
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        # of a request whose drafts are verified; graphs are captured for as many
+        self.decode_query_len = 1 + vllm_config.num_speculative_tokens
         # a full graph replays per-head batches only
         self.replays_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.max_num_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
@@ -99,7 +101,7 @@ class CompressedBuilder:
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
         """Full graphs hold decode steps only: they are captured as per-head batches."""
-        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def make_per_head_builder(self, spec: FullAttentionSpec, vllm_config) -> Any:
         raise NotImplementedError
@@ -140,26 +142,26 @@ class CompressedBuilder:
 
     def build_for_cudagraph_capture(self, cam: CommonAttentionMetadata):
         nobody = np.full(cam.num_reqs, self.layers.state.num_slots, dtype=np.int64)
-        batch = self._decode_batch(cam, nobody, cam.max_seq_len)
+        batch = self._decode_batch(cam, nobody, cam.max_seq_len, cam.max_query_len)
         return CompressedMetadata(cam.num_actual_tokens, per_head=batch)
 
     def build(self, common_prefix_len: int, cam: CommonAttentionMetadata, fast_build: bool = False):
         if not self.layers.in_step:  # dummy runs have no requests
             return super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
         brings_rows = self.layers.step_brings_rows
-        one_token = cam.max_query_len == 1 and not brings_rows
-        replays = one_token and self.replays_graphs
+        query_len = 0 if brings_rows else self._common_query_len(cam)
+        replays = query_len > 0 and self.replays_graphs
         meta = CompressedMetadata(cam.num_actual_tokens)
         if not (brings_rows or replays or self.layers.is_compressed.any()):
             meta.prefill = super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
             return meta
         batch = self.layers.batch(cam)
         compressed = batch.compressed
-        if replays or (one_token and compressed.all()):
+        if replays or (query_len and compressed.all()):
             slots = np.full(cam.num_reqs, self.layers.state.num_slots, dtype=np.int64)
             slots[: len(batch.slots)] = batch.slots
             max_seq_len = int(self.layers.most_held(batch).max())
-            meta.per_head = self._decode_batch(cam, slots, max_seq_len)
+            meta.per_head = self._decode_batch(cam, slots, max_seq_len, query_len)
             return meta
         if not compressed.any():
             meta.prefill = super().build(common_prefix_len, cam, fast_build)  # type: ignore[misc]
@@ -169,6 +171,15 @@ class CompressedBuilder:
         if brings_rows:
             self._keep_part(meta, cam, batch)
         return meta
+
+    def _common_query_len(self, cam: CommonAttentionMetadata) -> int:
+        """Tokens of each request in a step that may be replayed from a graph; else 0."""
+        longest = cam.max_query_len
+        if longest == 1 or longest > self.decode_query_len:
+            return int(longest == 1)
+        lengths = np.diff(cam.query_start_loc_cpu.numpy())
+        alike = (lengths == longest) | (lengths == 0)  # a graph's padding has no tokens
+        return longest if alike.all() else 0
 
     def _prefill_part(
         self, meta: CompressedMetadata, cam: CommonAttentionMetadata, batch: StepBatch
@@ -180,6 +191,7 @@ class CompressedBuilder:
         upload = self.layers.facts.upload
         lens = batch.query_lens[chosen]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+        # before rejected drafts are taken back, which the device may know first
         seq_lens = (batch.num_computed[chosen] + lens).astype(np.int32)
         index = upload(chosen)
         meta.prefill_tokens = self._tokens(batch.query_starts[chosen], lens)
@@ -187,7 +199,7 @@ class CompressedBuilder:
             cam,
             query_start_loc=upload(starts),
             query_start_loc_cpu=torch.from_numpy(starts),
-            seq_lens=upload(seq_lens),
+            seq_lens=cam.seq_lens[index],
             seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
             num_reqs=len(chosen),
             num_actual_tokens=int(lens.sum()),
@@ -245,23 +257,24 @@ class CompressedBuilder:
         )
 
     def _decode_batch(
-        self, cam: CommonAttentionMetadata, slots: np.ndarray, max_seq_len: int
+        self, cam: CommonAttentionMetadata, slots: np.ndarray, max_seq_len: int, query_len: int
     ) -> PerHeadBatch:
-        """All requests decode one token: query memory already is in the order of the sequences.
+        """All requests decode, or verify drafts, with equally many tokens.
 
         Padding rows of a full graph have no query token, like vLLM's own.
         """
         num_reqs, num_heads = cam.num_reqs, self.num_kv_heads
         num_queries = int(cam.query_start_loc_cpu[num_reqs]) * num_heads
-        starts = self.arange[: num_reqs * num_heads + 1].clamp(max=num_queries)
+        starts = self.arange[: num_reqs * num_heads + 1] * query_len
+        num_tokens = cam.num_actual_tokens // query_len * query_len
         per_head_cam = self._per_head_cam(
-            cam, starts, num_reqs, cam.num_actual_tokens, 1, max_seq_len
+            cam, starts.clamp(max=num_queries), num_reqs, num_tokens, query_len, max_seq_len
         )
         per_head_cam.query_start_loc = self.static_buffer("starts", per_head_cam.query_start_loc)
         slot_tensor = self.static_buffer("slots", self.layers.facts.upload(slots))
         rows = slot_tensor, cam.block_table_tensor[:num_reqs], cam.seq_lens[:num_reqs]
-        tokens = slice(0, cam.num_actual_tokens)
-        return PerHeadBatch(tokens, None, self._metadata_maker(per_head_cam, *rows))
+        tokens = slice(0, num_tokens)
+        return PerHeadBatch(tokens, None, self._metadata_maker(per_head_cam, *rows), query_len)
 
     def _mixed_batch(self, cam: CommonAttentionMetadata, batch: StepBatch) -> PerHeadBatch:
         """The compressed requests of a step that has others, or brings several tokens of one."""

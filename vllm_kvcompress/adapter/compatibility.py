@@ -72,6 +72,7 @@ class Engine:
             "max_model_len": self.model.max_model_len,
             "worker_cls": self.parallel.worker_cls,
             "scheduler_cls": self.scheduler.scheduler_cls,
+            "drafter": getattr(self.vllm.speculative_config, "method", None),
         }
 
 
@@ -262,9 +263,14 @@ MODEL_RULES = (
 )
 """Properties of models."""
 
+_DRAFTERS_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
+
 ENGINE_RULES = (
-    Rule("speculative decoding", "speculative decoding", "remove --speculative-config",
-         lambda e: e.vllm.speculative_config is not None),
+    Rule("speculative decoding by other methods than ngram, ngram_gpu and suffix",
+         "speculative decoding by {drafter}, which drafts by layers or code of its own",
+         "set the method of --speculative-config to ngram or suffix, or remove the flag",
+         lambda e: (e.vllm.speculative_config is not None
+                    and e.vllm.speculative_config.method not in _DRAFTERS_WITHOUT_A_MODEL)),
     Rule("KV connectors and offloading", "KV connectors and offloading store blocks by position",
          "remove --kv-transfer-config and --kv-offloading-size",
          lambda e: e.vllm.kv_transfer_config is not None),

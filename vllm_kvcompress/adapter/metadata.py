@@ -31,14 +31,17 @@ class PerHeadBatch:
 
     Attributes:
         tokens: of these requests.
-        order: [T * Hkv] int64 device, their queries in the order of the sequences; None when each
-            request has one token: memory is in that order.
+        order: [T * Hkv] int64 device, their queries in the order of the sequences; None when all
+            requests have equally many.
         metadata_of: the platform's metadata for a layer, by its index among the compressed ones.
+        query_len: tokens of each request, where they have equally many: with one, memory is in the
+            order of the sequences.
     """
 
     tokens: TokenIndex
     order: torch.Tensor | None
     metadata_of: Callable[[int], Any]
+    query_len: int = 1
 
 
 @dataclass

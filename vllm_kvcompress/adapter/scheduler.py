@@ -11,6 +11,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_kvcompress.adapter.kv_cache import CompressedKVCacheManager, TrackedRequest
@@ -36,6 +37,7 @@ class CompressionPolicy:
         )
         self.orders: dict[str, CompressionOrder] = {}
         self.boundaries: dict[str, int] = {}
+        self._unsettled: set[str] = set()  # boundaries that count drafts of the step in flight
         self._took_entry: list[TrackedRequest] = []  # in this step
         # requests whose prompts are being computed, and prompts that wait for their compression
         self._prefilling: dict[str, TrackedRequest] = {}
@@ -132,6 +134,15 @@ class CompressionPolicy:
             {req_id: plan for req_id, plan in plans.items() if plan.compresses}, orders
         )
 
+    def settle(self, output: SchedulerOutput, found: ModelRunnerOutput) -> None:
+        """Take rejected drafts of a step back from boundaries that were set while it ran."""
+        for req_id in self._unsettled & output.num_scheduled_tokens.keys():
+            self._unsettled.discard(req_id)
+            drafts = output.scheduled_spec_decode_tokens.get(req_id, [])
+            sampled = found.sampled_token_ids[found.req_id_to_index[req_id]]
+            if req_id in self.boundaries and drafts and sampled:
+                self.boundaries[req_id] -= len(drafts) + 1 - len(sampled)
+
     # parts of them
 
     def _is_due(self, tracked: TrackedRequest) -> bool:
@@ -152,6 +163,8 @@ class CompressionPolicy:
     def _compress(self, tracked: TrackedRequest, outcome: Outcome) -> None:
         req_id = tracked.request.request_id
         del self._waiting[req_id]
+        if tracked.request.num_output_placeholders > 1:
+            self._unsettled.add(req_id)
         self.orders[req_id] = self.manager.compressed.compress(tracked, outcome)
 
     def _compress_largest(self, outcome: Outcome, needs_entry: bool = False) -> bool:
@@ -201,6 +214,12 @@ class _CompressedScheduler(Scheduler):
         output = super().schedule(*args, **kwargs)
         vars(output)[ATTRIBUTE] = self.compression.end_step(output)
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        self.compression.settle(scheduler_output, model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, *computed: int

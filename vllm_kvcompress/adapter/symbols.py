@@ -56,8 +56,9 @@ _CONFIGURATION = _symbols(
     "vllm.config",
     ("VllmConfig", Use.HELD,
      "additional_config attention_config cache_config compilation_config device_config "
-     "kv_transfer_config lora_config model_config parallel_config scheduler_config "
-     "speculative_config use_v2_model_runner", "where our config travels; compatibility"),
+     "kv_transfer_config lora_config model_config num_speculative_tokens parallel_config "
+     "scheduler_config speculative_config use_v2_model_runner",
+     "where our config travels; compatibility"),
     ("get_current_vllm_config", Use.CALLED, "", "the engine whose layers are being built"),
     ("get_current_vllm_config_or_none", Use.CALLED, "", "the same, where there may be none"),
     ("ModelConfig", Use.HELD,
@@ -110,6 +111,8 @@ _SCHEDULER = (
          "kv_cache_manager max_model_len need_mamba_block_aligned_split running vllm_config",
          "base of ours; turns on the one hook that ends a step at a chosen position"),
         ("Scheduler.schedule", Use.WRAPPED, "self", "decides who is compressed"),
+        ("Scheduler.update_from_output", Use.REPLACED,
+         "self scheduler_output model_runner_output", "tells which drafts were rejected"),
         ("Scheduler.get_request_counts", Use.CALLED, "self",
          "that hook is off while it has nothing to do", "tuple[int, int]"),
         ("Scheduler._mamba_block_aligned_split", Use.REPLACED,
@@ -118,6 +121,8 @@ _SCHEDULER = (
     ),
     *_symbols("vllm.v1.core.sched.async_scheduler",
               ("AsyncScheduler", Use.HELD, "", "base of ours")),
+    *_symbols("vllm.v1.outputs", ("ModelRunnerOutput", Use.HELD,
+              "req_id_to_index sampled_token_ids", "tells which drafts were rejected")),
     *_symbols(
         "vllm.v1.core.single_type_kv_cache_manager",
         ("FullAttentionManager", Use.HELD, "block_pool req_to_blocks", "base of our manager"),
@@ -200,7 +205,7 @@ _ATTENTION = (
          "splits the large blocks of hybrids", "list[int | MultipleOf]"),
         ("MultipleOf", Use.HELD, "base", "sizes that a backend takes"),
         ("AttentionBackend.supported_kv_cache_layouts", Use.REPLACED, "cls", "head pages"),
-        ("AttentionCGSupport", Use.HELD, "UNIFORM_SINGLE_TOKEN_DECODE", "full graphs only decode"),
+        ("AttentionCGSupport", Use.HELD, "UNIFORM_BATCH", "full graphs decode, or verify drafts"),
         ("CommonAttentionMetadata", Use.HELD,
          "block_table_tensor is_prefilling max_query_len max_seq_len num_actual_tokens num_reqs "
          "query_start_loc query_start_loc_cpu req_idx seq_lens seq_lens_cpu_upper_bound",
@@ -249,12 +254,9 @@ _BACKENDS = (
     *_platform("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend",
                "CPUAttentionBackendImpl", "CPUAttentionMetadataBuilder",
                "block_size dtype head_dim isa kv_cache_dtype num_heads num_kv_heads"),
-    *_symbols(
-        "vllm._custom_ops",
-        ("cpu_attn_reshape_and_cache", Use.CALLED,
-         "key value key_cache value_cache slot_mapping isa k_scale v_scale kv_cache_dtype",
-         "shows where the kernel keeps each element of a page"),
-    ),
+    *_symbols("vllm._custom_ops", ("cpu_attn_reshape_and_cache", Use.CALLED,
+              "key value key_cache value_cache slot_mapping isa k_scale v_scale kv_cache_dtype",
+              "shows where the kernel keeps each element of a page")),
     *_platform("vllm.v1.attention.backends.flash_attn", "FlashAttentionBackend",
                "FlashAttentionImpl", "FlashAttentionMetadataBuilder", "block_size num_heads_q"),
     *_platform("vllm.v1.attention.backends.triton_attn", "TritonAttentionBackend",
@@ -275,11 +277,8 @@ _WORKER = (
          "self num_tokens num_reqs force_uniform_decode",
          "keeps steps that need our Python out of full graphs"),
     ),
-    *_symbols(
-        "vllm.v1.worker.utils",
-        ("AttentionGroup.get_metadata_builder", Use.CALLED, "self ubatch_id",
-         "block size that kernels see"),
-    ),
+    *_symbols("vllm.v1.worker.utils", ("AttentionGroup.get_metadata_builder", Use.CALLED,
+              "self ubatch_id", "block size that kernels see")),
     *_symbols(
         "vllm.v1.worker.gpu_input_batch",
         ("InputBatch", Use.HELD, "num_reqs req_ids", "runner V1: order of a batch"),
@@ -314,7 +313,8 @@ _WORKER = (
         "vllm.v1.core.sched.output",
         ("SchedulerOutput", Use.HELD,
          "finished_req_ids num_scheduled_tokens preempted_req_ids scheduled_cached_reqs "
-         "scheduled_new_reqs", "requests of a step, and those that leave or come back"),
+         "scheduled_new_reqs scheduled_spec_decode_tokens",
+         "requests of a step, and those that leave or come back; their drafts"),
         ("NewRequestData", Use.HELD, "num_computed_tokens req_id", "requests that come (back)"),
         ("CachedRequestData", Use.HELD, "num_computed_tokens req_ids resumed_req_ids",
          "requests that go on or come back"),
