@@ -139,9 +139,10 @@ class CompressionPolicy:
         for req_id in self._unsettled & output.num_scheduled_tokens.keys():
             self._unsettled.discard(req_id)
             drafts = output.scheduled_spec_decode_tokens.get(req_id, [])
-            sampled = found.sampled_token_ids[found.req_id_to_index[req_id]]
-            if req_id in self.boundaries and drafts and sampled:
-                self.boundaries[req_id] -= len(drafts) + 1 - len(sampled)
+            if req_id in self.boundaries and drafts and found.sampled_token_ids:
+                sampled = found.sampled_token_ids[found.req_id_to_index[req_id]]
+                # nothing is sampled where vLLM throws the step away: it takes nothing back either
+                self.boundaries[req_id] -= len(drafts) + 1 - len(sampled) if sampled else 0
 
     # parts of them
 
