@@ -16,12 +16,16 @@ from oracle.scorers import (
     last_row,
     mix,
     postvision,
-    reduce_and_pool,
     score_layers,
     unit,
-    window_score,
 )
+from oracle.window import window_score
 from worked import C4, PROMPT, SMALL, K, Q, V, close, kept, numbers, sets, top
+
+
+def pooled(per_query: np.ndarray, cfg: OracleConfig) -> np.ndarray:
+    """[Hq, n] -> [Hkv, n] of the two KV heads."""
+    return pool1d(by_group(per_query, 2, cfg.reduction), cfg.kernel, cfg.pool)
 
 
 def test_fixture():
@@ -108,7 +112,7 @@ class TestBacon:
         trace, out = [], []
         for layer in range(lcg.LAYERS):
             base = window_score(PROMPT, layer, cfg)
-            last = reduce_and_pool(last_row(PROMPT, layer)[:, :9], 2, cfg)
+            last = pooled(last_row(PROMPT, layer)[:, :9], cfg)
             out.append(boundary_calibration(base, last, trace, 4, cfg))
             trace.append(out[-1].evidence)
         return out
@@ -133,7 +137,7 @@ class TestBacon:
     def test_trace_length(self):
         """The last layer looks one layer back, or at none."""
         base, last = (
-            reduce_and_pool(rows[:, :9], 2, C4)
+            pooled(rows[:, :9], C4)
             for rows in (row_means(PROMPT, 2, np.arange(9, 12)), last_row(PROMPT, 2))
         )
         evidence = self.calibrated(C4)[1].evidence

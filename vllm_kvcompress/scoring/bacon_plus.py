@@ -18,8 +18,8 @@ class BaconPlus(Bacon):
     part of the layer's output, ||Wo v||; the last row is scaled to the same sum. Evidence and
     calibration are those of bacon, with coherence along the same orientation. The orientation is
     that with the larger sum of geometric means of neighbouring window scores.
-    Source: this project, on top of BACON, arXiv 2606.14782; the clamp is a part of DefensiveKV,
-    arXiv 2510.13334.
+    Source: this project, on BACON, arXiv 2606.14782; the clamp is a part of DefensiveKV, arXiv
+    2510.13334.
 
     Adaptation notes: our own method; no paper describes it. The output projection is the base
     model's, also for requests with a LoRA adapter; gates and norms between attention and it are
