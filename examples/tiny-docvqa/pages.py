@@ -12,7 +12,7 @@ font and noise below are part of its input format and not a matter of taste.
 import argparse
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -42,6 +42,7 @@ class Page(NamedTuple):
     image: Image.Image  # RGB, [28 * cells, 28 * cells] pixels
     question: str
     answer: str  # four digits
+    words: list[dict[str, Any]]  # "text" and "box" (in pixels) of each digit of the answer
 
 
 def make_page(
@@ -65,16 +66,32 @@ def make_page(
     if not 1 <= records <= cells:
         raise ValueError(f"records: expected 1 to {cells} (one per line), got {records}")
     rng = np.random.default_rng(seed)
-    labels = _draw_labels(rng, records)
+    labels = draw_labels(rng, records)
     codes = ["".join(rng.choice(list(DIGITS), CODE_DIGITS)) for _ in range(records)]
     grid = _draw_background(rng, cells, fill)
-    for line, label, code in zip(rng.permutation(cells)[:records], labels, codes, strict=True):
-        _write_record(rng, grid[line], f"{label}:{code}", fill)
-    pixels = _render(rng, grid.T if vertical else grid)
-    return Page(Image.fromarray(pixels).convert("RGB"), QUESTION.format(label=labels[0]), codes[0])
+    lines = rng.permutation(cells)[:records]
+    starts = [
+        write_record(rng, grid[line], f"{label}:{code}", fill)
+        for line, label, code in zip(lines, labels, codes, strict=True)
+    ]
+    pixels = render(rng, grid.T if vertical else grid)
+    first = starts[0] + RECORD_CELLS - CODE_DIGITS
+    places = [(lines[0], first + digit) for digit in range(CODE_DIGITS)]
+    words = [
+        {"text": digit, "box": _inside(*(place[::-1] if vertical else place))}
+        for digit, place in zip(codes[0], places, strict=True)
+    ]
+    image = Image.fromarray(pixels).convert("RGB")
+    return Page(image, QUESTION.format(label=labels[0]), codes[0], words)
 
 
-def _draw_labels(rng: np.random.Generator, count: int) -> list[str]:
+def _inside(row: int, column: int) -> list[int]:
+    """Left, top, right and bottom pixel of a cell, a little less on all sides."""
+    left, top = CELL * int(column), CELL * int(row)
+    return [left + 2, top + 2, left + CELL - 3, top + CELL - 3]
+
+
+def draw_labels(rng: np.random.Generator, count: int) -> list[str]:
     """`count` distinct two-letter labels."""
     confusable = rng.random() < CONFUSABLE_SHARE and count <= 36
     alphabet = rng.permutation(list(LETTERS))[: 6 if confusable else len(LETTERS)]
@@ -91,8 +108,12 @@ def _draw_background(rng: np.random.Generator, cells: int, fill: float) -> np.nd
     return grid
 
 
-def _write_record(rng: np.random.Generator, line: np.ndarray, text: str, fill: float) -> None:
-    """Put `text` somewhere into `line` (`[cells]`, in place), with a quiet cell on both sides."""
+def write_record(rng: np.random.Generator, line: np.ndarray, text: str, fill: float) -> int:
+    """Put `text` somewhere into `line` (`[cells]`, in place), with a quiet cell on both sides.
+
+    Returns:
+        the cell in which it begins.
+    """
     start = rng.integers(len(line) - len(text) + 1)
     end = start + len(text)
     line[start:end] = list(text)
@@ -100,9 +121,10 @@ def _write_record(rng: np.random.Generator, line: np.ndarray, text: str, fill: f
     for neighbour in (start - 1, end):
         if 0 <= neighbour < len(line):
             line[neighbour] = TEXTURE if rng.random() < fill else BLANK
+    return int(start)
 
 
-def _render(rng: np.random.Generator, grid: np.ndarray) -> np.ndarray:
+def render(rng: np.random.Generator, grid: np.ndarray) -> np.ndarray:
     """Grid of characters to grey pixels, `[rows, cols]` to uint8 `[rows * 28, cols * 28]`.
 
     Each cell has its own paper brightness and contrast; the whole page has pixel noise.
@@ -160,7 +182,7 @@ def main() -> None:
         page = make_page(seed, vertical=args.vertical)
         name = f"page-{seed}.png"
         page.image.save(args.out / name)
-        entries.append({"image": name, "question": page.question, "answer": page.answer})
+        entries.append(page._asdict() | {"image": name})
     (args.out / "questions.json").write_text(json.dumps(entries, indent=2) + "\n")
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.image_processing_utils import select_best_resolution
 
+from vllm_kvcompress.allocation.sparsemm import SparseMM
 from vllm_kvcompress.tools import calibrate_heads
 from vllm_kvcompress.tools.calibrate_heads import AttentionRecorder, Calibrator, place_of, score
 from vllm_kvcompress.tools.main import main
@@ -46,7 +47,7 @@ class TestPages:
 
     @pytest.mark.parametrize("index", range(4))
     def test_ink_is_where_the_boxes_say(self, index):
-        image, words = draw_page(0, index)
+        image, words, _ = draw_page(0, index)
         assert len(words) > 30
         pixels = np.asarray(image).astype(int)
         ink = (pixels != pixels[0, 0]).any(axis=-1)
@@ -267,7 +268,51 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert got == pytest.approx([value for layer in expected for value in layer], abs=1e-12)
     assert all(len(values) == 2 for values in table.values())
     assert sum(map(sum, table.values())) > 0
-    assert "image 2 of 2: 12 tokens, 12 of them in exactly one word" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "2 pages, 24 tokens, 24 of them in exactly one word" in shown.out
+    assert "2/2" in shown.err
+    hits = sum(any(values[index] for values in table.values()) for index in range(2))
+    assert f"hits={hits}, placed=24, tokens=24" in shown.err
+
+
+def test_the_shipped_model(docvqa, make_page, tmp_path, monkeypatch, capsys):
+    """The example's pages and model make a file that sparsemm takes."""
+    drawn = sys.modules[make_page.__module__]
+    monkeypatch.setattr(sys, "argv", ["pages.py", "--out", str(tmp_path), "--count", "3"])
+    drawn.main()
+    output = tmp_path / "heads.json"
+    arguments = [str(docvqa), "-o", str(output), "--pages", str(tmp_path), "--max-tokens", "8"]
+    assert main(["calibrate-heads", *arguments]) == 0
+    assert "wrote" in capsys.readouterr().out
+    table = json.loads(output.read_text())
+    assert {len(values) for values in table.values()} == {3}
+    means = sorted(sum(values) / 3 for values in table.values())
+    assert means[-1] > 2  # of at most 4: some heads look at the digit that is being read
+    assert means[len(means) // 2] < 0.5
+    SparseMM(head_scores=str(output))
+
+
+def test_a_model_that_does_not_read_is_given_up(docvqa, tmp_path, monkeypatch, capsys):
+    """Pages of another kind than the model knows: after three of a thousand, with a reason."""
+    words = (Word("absent", Box(9, 9, 99, 30)),)
+    page = Page(Image.new("RGB", (280, 224)), words)
+    monkeypatch.setattr(calibrate_heads, "draw_page", lambda seed, index: page)
+    output = tmp_path / "heads.json"
+    arguments = ["calibrate-heads", str(docvqa), "-o", str(output), "--max-tokens", "2"]
+    assert main([*arguments, "--patience", "3"]) == 1
+    message = capsys.readouterr().err
+    assert "no head looked at what was being read on the first 3 pages" in message
+    assert "--pages" in message
+    assert not output.exists()
+    assert main([*arguments, "--patience", "0", "--images", "4"]) == 1
+    assert len(json.loads(output.read_text())["0-0"]) == 4
+
+
+def test_a_folder_of_something_else(docvqa, tmp_path, capsys):
+    (tmp_path / "questions.json").write_text('[{"image": "page-0.png", "question": "?"}]')
+    output = tmp_path / "heads.json"
+    assert main(["calibrate-heads", str(docvqa), "-o", str(output), "--pages", str(tmp_path)]) == 1
+    assert '"words"' in capsys.readouterr().err
 
 
 def test_a_trained_reader(docvqa, make_page, monkeypatch):
@@ -276,13 +321,13 @@ def test_a_trained_reader(docvqa, make_page, monkeypatch):
     A digit is one visual token wide, so a look at its neighbour would not count.
     """
     pages, grids = sys.modules[make_page.__module__], []
-    render = pages._render
+    render = pages.render
 
     def keep_grid(rng, grid):
         grids.append(["".join(row) for row in grid])
         return render(rng, grid)
 
-    monkeypatch.setattr(pages, "_render", keep_grid)
+    monkeypatch.setattr(pages, "render", keep_grid)
     scores = []
     for seed in (1000, 1002, 1004, 1005):
         page = make_page(seed)
@@ -297,6 +342,9 @@ def test_a_trained_reader(docvqa, make_page, monkeypatch):
             Word(digit, Box(left + 2, row * pages.CELL + 2, left + 25, row * pages.CELL + 25))
             for digit, left in zip(page.answer, cells, strict=True)
         )
+        given = tuple(Word(word["text"], Box(*word["box"])) for word in page.words)
+        assert [word.text for word in given] == [word.text for word in words]
+        assert np.abs(np.subtract([w.box for w in given], [w.box for w in words])).max() <= 1
         reading = Calibrator(docvqa, page.question, 8).read(Page(page.image, words))
         assert reading.placed == len(page.answer)
         scores.append(reading.scores)

@@ -11,19 +11,24 @@ Imports transformers and torch only where they are used: the command line must s
 """
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_kvcompress.tools.ocr_pages import Page, Word, draw_page
+from vllm_kvcompress.tools.ocr_pages import Page, Word, draw_page, read_pages
 from vllm_kvcompress.tools.visual_tokens import Size, TokenGrid, require_known, token_grid
 
 if TYPE_CHECKING:
     import torch
 
 PROMPT = "Provide all the OCR results of this image."
+PATIENCE = 20
+"""Pages without a single hit, from the first on, after which nothing is expected any more."""
+UNREAD = "this model does not read such pages, or --prompt does not ask it to; --pages takes others"
+USELESS = "this model has no heads that look where it reads"
 
 
 class Reading(NamedTuple):
@@ -32,6 +37,11 @@ class Reading(NamedTuple):
     scores: "torch.Tensor"  # [L, Hq] float64
     tokens: int  # produced
     placed: int  # of these, how many stand in exactly one place of the page
+
+    @property
+    def hit(self) -> bool:
+        """Whether any head looked at what it was reading."""
+        return bool((self.scores > 0).any())
 
 
 class AttentionRecorder:
@@ -119,17 +129,18 @@ class Calibrator:
         self._model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self._recorder = AttentionRecorder(self._model.config.get_text_config().num_hidden_layers)
         self._recorder.attach(self._model.get_decoder())
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        self._prompt = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        self._prompt = prompt
         self._max_tokens = max_tokens
 
     def read(self, page: Page) -> Reading:
         """Let the model read a page, greedily."""
         import torch
 
-        inputs = self._processor(text=[self._prompt], images=[page.image], return_tensors="pt")
+        content = [{"type": "image"}, {"type": "text", "text": page.prompt or self._prompt}]
+        prompt = self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = self._processor(text=[prompt], images=[page.image], return_tensors="pt")
         size = Size(page.image.height, page.image.width)
         grid = token_grid(self._model.config, inputs, size)
         with torch.inference_mode():
@@ -151,20 +162,35 @@ class Calibrator:
         return score(self._recorder.take(), texts, page.words, grid)
 
 
-def calibrate(
-    model: str, images: int, prompt: str, max_tokens: int, seed: int
-) -> Iterator[list[list[float]]]:
-    """Yield the scores [L][Hq] of one page after the other; says on stderr how it goes."""
-    calibrator = Calibrator(model, prompt, max_tokens)
-    for index in range(images):
-        reading = calibrator.read(draw_page(seed, index))
-        print(
-            f"image {index + 1} of {images}: {reading.tokens} tokens, "
-            f"{reading.placed} of them in exactly one word; sum of scores "
-            f"{reading.scores.sum().item():.3f}",
-            file=sys.stderr,
-        )
-        yield reading.scores.tolist()
+def pages(images: int, seed: int, folder: Path | None) -> Iterator[Page]:
+    """So many pages: drawn, or the first ones of a folder."""
+    if folder is None:
+        return (draw_page(seed, index) for index in range(images))
+    return itertools.islice(read_pages(folder), images)
+
+
+def calibrate(calibrator: Calibrator, drawn: Iterable[Page], patience: int) -> Iterator[Reading]:
+    """Read one page after the other.
+
+    Args:
+        patience: after so many pages without a hit; 0: never.
+
+    Raises:
+        ValueError: patience is at an end.
+    """
+    tokens = placed = 0
+    hopeful = patience == 0
+    for index, page in enumerate(drawn):
+        reading = calibrator.read(page)
+        yield reading
+        tokens, placed = tokens + reading.tokens, placed + reading.placed
+        hopeful |= reading.hit
+        if not hopeful and index + 1 == patience:
+            raise ValueError(
+                f"no head looked at what was being read on the first {patience} pages "
+                f"({tokens} tokens produced, {placed} of them in exactly one word): "
+                + (USELESS if placed else UNREAD)
+            )
 
 
 def as_table(scores: Sequence[list[list[float]]]) -> dict[str, list[float]]:
@@ -196,29 +222,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the pages")
     parser.add_argument("--prompt", default=PROMPT, help=f"what to ask (default: {PROMPT})")
+    parser.add_argument(
+        "--pages",
+        metavar="DIR",
+        type=Path,
+        help="pages and questions of your own instead of drawn ones, as examples/tiny-docvqa/"
+        "pages.py writes them",
+    )
+    parser.add_argument(
+        "--patience",
+        metavar="N",
+        type=_not_negative,
+        default=PATIENCE,
+        help="give up after so many pages on which no head looked at what was being read "
+        f"(default: {PATIENCE}); 0: never",
+    )
     args = parser.parse_args(argv)
     # hours of work must not end with this
     if not args.output.resolve().parent.is_dir():
         parser.error(f"-o: the folder of {args.output} does not exist")
+    from tqdm import tqdm
 
-    scores: list[list[list[float]]] = []
+    readings: list[Reading] = []
+    failed = False
     try:
-        readings = calibrate(args.model, args.images, args.prompt, args.max_tokens, args.seed)
-        for reading in readings:
-            scores.append(reading)
+        calibrator = Calibrator(args.model, args.prompt, args.max_tokens)
+        drawn = pages(args.images, args.seed, args.pages)
+        with tqdm(total=None if args.pages else args.images, unit="page") as bar:
+            for reading in calibrate(calibrator, drawn, args.patience):
+                readings.append(reading)
+                bar.set_postfix(
+                    tokens=sum(each.tokens for each in readings),
+                    placed=sum(each.placed for each in readings),
+                    hits=sum(each.hit for each in readings),
+                )
+                bar.update()
     except KeyboardInterrupt:
-        print(f"interrupted after {len(scores)} images", file=sys.stderr)
+        print(f"interrupted after {len(readings)} pages", file=sys.stderr)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
+        failed = True
+    if failed or not readings:
         return 1
-    if not scores:
-        return 1
-    args.output.write_text(json.dumps(as_table(scores)) + "\n", encoding="utf-8")
-    print(f"wrote {args.output}: {len(scores)} images")
-    if not any(value for image in scores for layer in image for value in layer):
+    table = as_table([reading.scores.tolist() for reading in readings])
+    args.output.write_text(json.dumps(table) + "\n", encoding="utf-8")
+    placed = sum(reading.placed for reading in readings)
+    print(
+        f"wrote {args.output}: {len(readings)} pages, {sum(r.tokens for r in readings)} tokens, "
+        f"{placed} of them in exactly one word"
+    )
+    if not any(reading.hit for reading in readings):
         print(
             f"{parser.prog}: no head ever looked at what the model was reading, all scores are 0: "
-            "this model does not read, or --prompt does not ask it to",
+            + (USELESS if placed else UNREAD),
             file=sys.stderr,
         )
         return 1
@@ -231,6 +287,11 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {number}")
     return number
+
+
+def _not_negative(text: str) -> int:
+    """An integer from 0 on, for argparse."""
+    return 0 if text == "0" else _positive(text)
 
 
 if __name__ == "__main__":

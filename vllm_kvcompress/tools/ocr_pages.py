@@ -5,7 +5,10 @@ Drawn with the font that Pillow brings along, so that nothing has to be download
 occurs once on its page and none contains another: text that a model produces points to one place.
 """
 
+import json
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -53,10 +56,36 @@ class Word(NamedTuple):
 
 
 class Page(NamedTuple):
-    """One drawn page."""
+    """One page."""
 
     image: "Image.Image"  # RGB
     words: tuple[Word, ...]  # in reading order
+    prompt: str = ""  # what to ask about this page; "": the same as about all others
+
+
+def read_pages(folder: Path) -> Iterator[Page]:
+    """Pages of a folder with a file ``questions.json``.
+
+    Its entries have an "image" (the name of a file), a "question", and "words", each with a "text"
+    and a "box" of four numbers: left, top, right and bottom pixel.
+
+    Raises:
+        ValueError: the file is not like that.
+    """
+    from PIL import Image
+
+    file = folder / "questions.json"
+    for entry in json.loads(file.read_text(encoding="utf-8")):
+        try:
+            words = tuple(Word(word["text"], Box(*word["box"])) for word in entry["words"])
+            name, question = entry["image"], entry["question"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f'{file}: expected entries with "image", "question" and "words", each of these '
+                f'with "text" and "box", got {entry}'
+            ) from error
+        with Image.open(folder / name) as image:
+            yield Page(image.convert("RGB"), words, question)
 
 
 def draw_page(seed: int, index: int) -> Page:
