@@ -54,7 +54,7 @@ export DO_NOT_TRACK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit kernels integration kvpress vllm-core next-vllm bench costs gpu-first gpu-second gpu-rehearsal triton-resources wheel clean
+.PHONY: help demo test lint unit kernels integration kvpress vllm-core next-vllm bench costs accuracy gpu-first gpu-second gpu-rehearsal triton-resources wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -101,6 +101,12 @@ bench: $(READY) ## with and without compression, in pairs; writes a row set to b
 
 costs: $(READY) ## time and pages of every method per request; writes benchmarks/results/methods_cpu.csv
 	$(PY) benchmarks/methods.py
+
+# goes on where it was stopped; plots need matplotlib
+accuracy: $(READY) ## right answers of every method on two test beds: many hours, stop it at will (docs/accuracy.md)
+	$(PY) benchmarks/accuracy_sweep.py --bed rows
+	$(PY) benchmarks/accuracy_sweep.py --bed smollm2 --likelihood
+	$(PY) benchmarks/accuracy_report.py
 
 # the environment is the machine's own: .venv has the CPU build of vLLM
 gpu-first: ## 9 minutes on a GPU, no network: right, and how fast? GPU_PACKAGES=DIR, if vLLM lies there
