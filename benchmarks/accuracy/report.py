@@ -21,6 +21,8 @@ from accuracy.paired import compare, wilson
 WHOLE = "uncompressed"
 RIVALS = ("bacon", "snapkv")
 """Methods that all others are compared with."""
+SAME_KEPT = 2.0
+"""Tokens by which cells that are compared may differ; batches of prompts differ a little."""
 FEW = 0.05
 """Differences of a smaller p get a star."""
 
@@ -82,6 +84,17 @@ def paired(ours: Tally, theirs: Tally) -> str:
     return f"{found.wins}/{found.losses}" + ("*" if found.p < FEW else "")
 
 
+def _rival(tallies: Mapping[Key, Tally], key: Key, rival: str) -> Tally | None:
+    """What another method answers where it keeps as much; some keep more than their budget says."""
+    found = [
+        tally
+        for other, tally in tallies.items()
+        if (other.task, other.method) == (key.task, rival)
+        and abs(tally.kept - tallies[key].kept) < SAME_KEPT
+    ]
+    return found[0] if found else None
+
+
 def table(tallies: Mapping[Key, Tally], bed: str) -> list[dict[str, Any]]:
     """One row per key."""
     rows = []
@@ -94,7 +107,7 @@ def table(tallies: Mapping[Key, Tally], bed: str) -> list[dict[str, Any]]:
             else {"right": "", "low": "", "high": ""}
         )
         for rival in RIVALS:
-            other = tallies.get(key._replace(method=rival))
+            other = _rival(tallies, key, rival)
             row[f"against {rival}"] = (
                 paired(tally, other) if other and tally.right and key.method != rival else ""
             )
@@ -111,8 +124,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> str
     lines += [
         "Right answers in %, 95 % interval, n; in brackets wins/losses against "
         + " and ".join(RIVALS)
-        + f" on the same questions, * where McNemar's exact p < {FEW}. An empty cell: the method "
-        "cannot keep so little.",
+        + " where they keep as many tokens, on the same questions, * where McNemar's exact "
+        f"p < {FEW}. An empty cell: the method cannot keep so little, or was not asked yet.",
         "",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):

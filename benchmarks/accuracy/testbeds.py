@@ -98,7 +98,7 @@ ROWS = Testbed(
 TEXT = Testbed(
     "smollm2",
     lambda: str(smollm2.checkpoint()),
-    Settings("", dtype="bfloat16", max_model_len=4608, cache_mib=1024),
+    Settings("", dtype="bfloat16", max_model_len=4608, cache_mib=768),
     texts_of(
         ("needle", 600), ("two needles", 600), ("filler", 600), ("common word", 600),
         ("needle", 2000), ("needle", 3600), ("text", 600),

@@ -172,6 +172,14 @@ class TestTables:
         assert (rows["bacon"]["n"], rows["bacon"]["right"]) == (4, "0.750")
         assert rows["bacon"]["answers"] == "1011"
 
+    def test_methods_are_compared_where_they_keep_as_much(self):
+        """Whatever budget it took: some round their budgets up."""
+        more = row("pyramidkv", 0, [False, True], "32")
+        less = row("keydiff", 0, [False, True]) | {"kept": 40.0}
+        rows = {found["method"]: found for found in table(gather([*self.ROWS, more, less]), "bed")}
+        assert rows["pyramidkv"]["against bacon"] == "1/1"
+        assert rows["keydiff"]["against bacon"] == ""
+
     def test_every_cell_is_shown(self):
         text = markdown(table(gather(self.ROWS), "bed"), {"bed": "bed"})
         assert "Full cache: **100.0** 34-100, n 2" in text
