@@ -87,7 +87,8 @@ class CompressedBuilder:
         impls = [module.impl for module in modules.values()]
         assert all(isinstance(impl, CompressedImpl) for impl in impls)
         if impls[0].layers is None:
-            layers = CompressedLayers(vllm_config, spec, modules, self.device, self.page_layout())
+            layout = self.page_layout(spec.head_size)
+            layers = CompressedLayers(vllm_config, spec, modules, self.device, layout)
             for impl in impls:
                 impl.layers = layers
         return impls[0].layers
@@ -106,7 +107,7 @@ class CompressedBuilder:
     def make_per_head_builder(self, spec: FullAttentionSpec, vllm_config) -> Any:
         raise NotImplementedError
 
-    def page_layout(self) -> PageLayout:
+    def page_layout(self, head_size: int) -> PageLayout:
         raise NotImplementedError
 
     def static_buffer(self, name: str, value: torch.Tensor) -> torch.Tensor:

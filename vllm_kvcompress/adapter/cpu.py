@@ -31,10 +31,8 @@ class CompressedCPUBuilder(CompressedBuilder, CPUAttentionMetadataBuilder):
         builder.num_heads = self.num_heads // self.num_kv_heads  # it counted the layers' own
         return builder
 
-    def page_layout(self) -> PageLayout:
-        return learn_layout(
-            self.isa, self.dtype, self.block_size, self.head_dim, self.kv_cache_dtype
-        )
+    def page_layout(self, head_size: int) -> PageLayout:
+        return learn_layout(self.isa, self.dtype, self.block_size, head_size, self.kv_cache_dtype)
 
 
 class CompressedCPUBackend(CompressedBackend, CPUAttentionBackend):

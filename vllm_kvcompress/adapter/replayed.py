@@ -2,7 +2,6 @@
 """What metadata builders on GPUs have in common: full graphs read what these make."""
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.adapter.builder import CompressedBuilder
 from vllm_kvcompress.kernels import PageLayout
@@ -14,8 +13,6 @@ class ReplayedBuilder(CompressedBuilder):
     Full graphs are captured as per-head batches. They read per-step tensors at fixed addresses: the
     buffers made here, page tables, and vLLM's own block tables and sequence lengths.
     """
-
-    kv_cache_spec: FullAttentionSpec
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -33,5 +30,5 @@ class ReplayedBuilder(CompressedBuilder):
         buffer.copy_(value)
         return buffer
 
-    def page_layout(self) -> PageLayout:
-        return PageLayout(self.block_size, self.kv_cache_spec.head_size)
+    def page_layout(self, head_size: int) -> PageLayout:
+        return PageLayout(self.block_size, head_size)
