@@ -24,26 +24,26 @@ struct QueryRows {
   int64_t num_blocks;
   int64_t num_rows;
   int64_t depth;  // head_size, or half of it in pairs
-  bool pairs;     // two bfloat16 in the place of each float, in tiles of keys, too
+  bool pairs;     // two bfloat16 in the place of each float, in tiles of keys, too; processors take
+                  // denormal ones for 0, which moves a product by 2^-126 times the other factor
   float scale, softcap;
 };
 
 struct TileKernels {
   // Logits of each row, padding included, on the keys of a tile [depth, kTileKeys]; -inf on
   // those that it does not see. logits [num_blocks * kRowBlock, stride], of which the first
-  // kTileKeys columns are written.
+  // kTileKeys columns are written. tops [num_blocks * kRowBlock, kMaxLanes]: the largest of a row
+  // is the largest of its lanes, which are raised to what is written; or nullptr.
   void (*logits)(const QueryRows& rows, const float* tile, int64_t start, float* logits,
-                 int64_t stride);
+                 int64_t stride, float* tops);
 
-  // Exponentials exp(logit) / 2^shift of each row in the same places, 0 for keys that it does not
-  // see; their sums are added to those of each lane. For rows without a softcap; shift [rows], sums
-  // [rows, kMaxLanes]. A quotient above 2^100 comes as 2^100.
-  void (*exps)(const QueryRows& rows, const float* tile, int64_t start, const float* shift,
-               float* exps, int64_t stride, float* sums);
+  // The largest of one row of logits [num_keys], a multiple of kTileKeys. As in tops, NaN do not
+  // count.
+  float (*largest)(const float* logits, int64_t num_keys);
 
-  // Turns one row of logits [num_keys], a multiple of kTileKeys, into exp(logit - largest); returns
-  // their sum.
-  float (*exp_row)(float* logits, int64_t num_keys);
+  // Turns such a row into exp(logit - top), 0 in the place of denormal numbers; returns their sum.
+  // top is the largest.
+  float (*exp_row)(float* logits, int64_t num_keys, float top);
 
   // Adds weighted rows [num_rows, stride] to out [num_keys], a multiple of kTileKeys.
   void (*add_rows)(const float* values, int64_t stride, int64_t num_rows, const float* weights,

@@ -48,21 +48,27 @@ float finite(float mass) {
 // of 2^-kShareBits; is_floor: the longest prefix of at most that share, else the shortest of at
 // least that share.
 Cover find_cover(const float* masses, int64_t num, int64_t share, bool is_floor, uint32_t* keys) {
-  float top = 0.0f;
+  int32_t top = 0;  // of bits, which order like masses
   for (int64_t t = 0; t < num; ++t) {
-    const float mass = finite(masses[t]);
-    keys[t] = std::bit_cast<uint32_t>(mass);  // orders like the mass
-    top = std::max(top, mass);
+    keys[t] = std::bit_cast<uint32_t>(finite(masses[t]));
+    top = std::max(top, static_cast<int32_t>(keys[t]));
   }
   int exponent;
-  std::frexp(top, &exponent);
+  std::frexp(std::bit_cast<float>(top), &exponent);
   const double unit = std::ldexp(1.0, kUnitBits - exponent);
   const auto units = [unit](uint32_t key) {
     return static_cast<int64_t>(static_cast<double>(std::bit_cast<float>(key)) * unit);
   };
 
   constexpr int kBits = 11, kBins = 1 << kBits;
-  int64_t count = num;           // keys that share the known leading bits, first in `keys`
+  // what is less than a unit moves no sum: a cover cannot end there
+  const float one = std::ldexp(1.0f, exponent - kUnitBits);
+  const uint32_t smallest = std::bit_cast<uint32_t>(one);
+  int64_t count = 0;  // keys that share the known leading bits, first in `keys`
+  for (int64_t i = 0; i < num; ++i) {
+    keys[count] = keys[i];
+    count += keys[i] >= smallest;
+  }
   // units of larger keys; the cover ends where a sum reaches the goal
   int64_t above = 0, goal = -1;
   uint32_t bin = 0;

@@ -54,7 +54,8 @@ at::Tensor last_row_logits(const at::Tensor& queries, const at::Tensor& pages,
         for (int64_t done = 0; done < text; done += kTileKeys) {
           const int64_t start = prompt_len - text + done;
           keys.read_tile(n, head, start, prompt_len, tile.data());
-          tile_kernels().logits(rows.rows(0, group), tile.data(), start, logits.data(), kTileKeys);
+          tile_kernels().logits(rows.rows(0, group), tile.data(), start, logits.data(), kTileKeys,
+                                nullptr);
           for (int64_t g = 0; g < group; ++g) {
             std::copy_n(&logits[g * kTileKeys], std::min(kTileKeys, text - done),
                         out + g * num_rows + done);

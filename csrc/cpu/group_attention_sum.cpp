@@ -23,22 +23,28 @@ at::Tensor group_attention_sum(const at::Tensor& queries, const at::Tensor& page
               num_groups);
   const int64_t group = queries.size(2) / num_kv_heads;
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
-  const at::Tensor source = queries.to(at::kFloat).contiguous(), lens = prompt_lens.contiguous();
+  const bool pairs = in_pairs(queries, pages);
+  const at::Tensor source = queries.to(pairs ? at::kBFloat16 : at::kFloat).contiguous();
+  const at::Tensor lens = prompt_lens.contiguous();
   const at::Tensor scales = row_scales(scale, num);
-  auto masses = at::zeros({num, num_kv_heads, num_groups, length}, source.options());
+  auto masses = at::zeros({num, num_kv_heads, num_groups, length}, source.options().dtype(at::kFloat));
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "group_attention_sum", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size,
-                                    in_pairs(queries, pages));
+                                    pairs);
     for (int64_t n = 0; n < num; ++n) {
       const int64_t prompt_len = lens.const_data_ptr<int64_t>()[n];
       TORCH_CHECK(0 < prompt_len && prompt_len <= length, "prompt_lens: expected 1 to ", length,
                   ", got ", prompt_len);
       const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, prompt_len);
-      const QueryTokens rows{source.const_data_ptr<float>() + n * source.stride(0), num_rows,
-                             num_kv_heads, group, head_size, prompt_len, 0,
-                             scales.const_data_ptr<float>()[n], softcap};
-      attend_parts(rows, tiles, num_rows / num_groups, num_groups, prompt_len, length,
-                   masses.mutable_data_ptr<float>() + n * masses.stride(0));
+      const auto attend = [&](const auto* first) {
+        const QueryTokens rows{first + n * source.stride(0), num_rows, num_kv_heads, group,
+                               head_size, prompt_len, 0, scales.const_data_ptr<float>()[n],
+                               softcap};
+        attend_parts(rows, tiles, num_rows / num_groups, num_groups, prompt_len, length,
+                     masses.mutable_data_ptr<float>() + n * masses.stride(0));
+      };
+      pairs ? attend(source.const_data_ptr<c10::BFloat16>())
+            : attend(source.const_data_ptr<float>());
     }
   });
   return masses;

@@ -20,7 +20,8 @@ namespace {
 constexpr int64_t kStrips = 16;
 
 // Adds to sums [Hkv, length].
-void add_columns(const QueryTokens& chunk, const KeyTiles& tiles, int64_t num_keys, int64_t length,
+template <typename T>
+void add_columns(const QueryTokens<T>& chunk, const KeyTiles& tiles, int64_t num_keys, int64_t length,
                  float* sums) {
   std::vector<float> partial(chunk.num_kv_heads * kStrips * num_keys);
   attend_parts(chunk, tiles, ceil_div(chunk.count, kStrips), kStrips, num_keys, num_keys,
@@ -43,13 +44,14 @@ at::Tensor key_attention_sum(const at::Tensor& queries, const at::Tensor& length
               "lengths and positions: expected int64");
   const auto counts = lengths.contiguous(), firsts = positions.contiguous();
   const auto scales = row_scales(scale, queries.size(0));
-  const auto source = queries.to(at::kFloat).contiguous();
+  const bool pairs = in_pairs(queries, pages);
+  const auto source = queries.to(pairs ? at::kBFloat16 : at::kFloat).contiguous();
   const int64_t num = queries.size(0), width = queries.size(1), head_size = queries.size(3);
   const int64_t length = block_table.size(1) * (key_index.numel() / head_size);
-  auto sums = at::zeros({num, num_kv_heads, length}, source.options());
+  auto sums = at::zeros({num, num_kv_heads, length}, source.options().dtype(at::kFloat));
   KV_DISPATCH_ELEMENTS(pages.scalar_type(), "key_attention_sum", [&] {
     const PromptKeys<scalar_t> keys(pages, block_table, num_kv_heads, key_index, head_size,
-                                    in_pairs(queries, pages));
+                                    pairs);
     for (int64_t n = 0; n < num; ++n) {
       const int64_t count = counts.const_data_ptr<int64_t>()[n];
       const int64_t position = firsts.const_data_ptr<int64_t>()[n], seen = position + count;
@@ -58,11 +60,15 @@ at::Tensor key_attention_sum(const at::Tensor& queries, const at::Tensor& length
       if (count == 0) continue;
       const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, seen);
       // rows are right-aligned
-      const QueryTokens chunk{
-          source.const_data_ptr<float>() + ((n + 1) * width - count) * source.stride(1), count,
-          num_kv_heads, queries.size(2) / num_kv_heads, head_size, position + 1, 1,
-          scales.const_data_ptr<float>()[n], softcap};
-      add_columns(chunk, tiles, seen, length, sums.mutable_data_ptr<float>() + n * sums.stride(0));
+      const auto add = [&](const auto* first) {
+        const QueryTokens chunk{
+            first + ((n + 1) * width - count) * source.stride(1), count, num_kv_heads,
+            queries.size(2) / num_kv_heads, head_size, position + 1, 1,
+            scales.const_data_ptr<float>()[n], softcap};
+        add_columns(chunk, tiles, seen, length,
+                    sums.mutable_data_ptr<float>() + n * sums.stride(0));
+      };
+      pairs ? add(source.const_data_ptr<c10::BFloat16>()) : add(source.const_data_ptr<float>());
     }
   });
   return sums;

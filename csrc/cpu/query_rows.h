@@ -57,6 +57,15 @@ class PackedRows {
     num_keys_[size_++] = num_keys;
   }
 
+  // The same of bfloat16 numbers, to rows in pairs: two neighbours are a pair already.
+  void add(const c10::BFloat16* query, int64_t num_keys) {
+    float* to = &values_[size_ / kRowBlock * kRowBlock * depth_ + size_ % kRowBlock];
+    for (int64_t d = 0; d < depth_; ++d) {
+      to[d * kRowBlock] = pair_of(query[2 * d].x, query[2 * d + 1].x);
+    }
+    num_keys_[size_++] = num_keys;
+  }
+
   int64_t size() const { return size_; }
 
   // Rows [first, first + count), or as many of them as there are; first is a multiple of kRowBlock.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of any rows on the keys of one prompt, by exponentials that are taken once.
+// Attention of any rows on the keys of one prompt, by logits and exponentials that are taken once.
 //
 // The exponentials of a panel of rows on all keys are in memory at the same time, those of a few
 // rows and in most cases in the cache; keys are read from their pages once.
@@ -9,14 +9,12 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
-#include <numbers>
-#include <numeric>
 #include <utility>
 #include <vector>
 
+#include "aligned.h"
 #include "attention_tiles.h"
 #include "prompt_keys.h"
 #include "query_rows.h"
@@ -32,7 +30,7 @@ struct KeyTiles {
   std::vector<int64_t> starts;  // position of the first key of each tile, ascending
   int64_t tile_size;            // depth * kTileKeys
   bool pairs;                   // as in QueryRows
-  std::vector<float> values;    // [Hkv, tiles, depth, kTileKeys], zeros from the prompt's end on
+  AlignedFloats values;         // [Hkv, tiles, depth, kTileKeys], zeros from the prompt's end on
 };
 
 // Whether products of these queries and keys are exact in pairs of bfloat16, and known here.
@@ -87,84 +85,64 @@ class RowAttention {
       const auto& starts = tiles_.starts;
       num_tiles_ = std::lower_bound(starts.begin(), starts.end(), seen) - starts.begin();
       const int64_t num_keys = num_tiles_ * kTileKeys;
-      exps_.resize(panel.num_blocks * kRowBlock * num_keys);
+      stride_ = num_keys + kPadding;
+      exps_.resize(panel.num_blocks * kRowBlock * stride_);
       weights_.resize(panel.num_rows);
       if (num_tiles_ == 0) continue;
-      if (hidden != nullptr || panel.softcap != 0.0f || !exps_at_once(panel, tiles_.head(head))) {
-        exps_of_logits(panel, tiles_.head(head), hidden);
-      }
+      take_exps(panel, tiles_.head(head), hidden);
       for (float& share : weights_) share = 1.0f / share;
       const TileKernels& kernels = tile_kernels();
       if (first + panel.num_rows == rows.size()) {
         const int64_t r = panel.num_rows - 1;
-        kernels.add_rows(&exps_[r * num_keys], num_keys, 1, &weights_[r], num_keys, last.data());
+        kernels.add_rows(&exps_[r * stride_], stride_, 1, &weights_[r], num_keys, last.data());
       }
       for (float& share : weights_) share *= weight;
-      kernels.add_rows(exps_.data(), num_keys, panel.num_rows, weights_.data(), num_keys,
+      kernels.add_rows(exps_.data(), stride_, panel.num_rows, weights_.data(), num_keys,
                        out.data());
     }
   }
 
-  std::vector<float> out, last;  // [num_keys] of the tiles
+  AlignedFloats out, last;  // [num_keys] of the tiles
 
  private:
-  // Exponentials of a panel's logits, and their sums as weights. Instead of the largest logit, one
-  // of the first is subtracted: false if that was too small.
-  bool exps_at_once(const QueryRows& panel, const float* tile) {
-    const TileKernels& kernels = tile_kernels();
-    const int64_t num_keys = num_tiles_ * kTileKeys, num_rows = panel.num_blocks * kRowBlock;
-    shift_.assign(num_rows, 0.0f);
-    sums_.assign(num_rows * kMaxLanes, 0.0f);
-    kernels.logits(panel, tile, tiles_.starts[0], exps_.data(), num_keys);
-    for (int64_t r = 0; r < panel.num_rows; ++r) {
-      const float* row = &exps_[r * num_keys];
-      const float top = *std::max_element(row, row + kFirstKeys);
-      shift_[r] = std::isfinite(top) ? top * std::numbers::log2e_v<float> : 0.0f;
-    }
-    for (int64_t i = 0; i < num_tiles_; ++i, tile += tiles_.tile_size) {
-      kernels.exps(panel, tile, tiles_.starts[i], shift_.data(), &exps_[i * kTileKeys], num_keys,
-                   sums_.data());
-    }
-    for (int64_t r = 0; r < panel.num_rows; ++r) {
-      const float* lanes = &sums_[r * kMaxLanes];
-      weights_[r] = std::accumulate(lanes, lanes + kMaxLanes, 0.0f);
-      if (!(weights_[r] >= kLeastSum && weights_[r] <= kLargestSum)) return false;
-    }
-    return true;
-  }
-
-  // The same, the largest logit being subtracted.
-  void exps_of_logits(const QueryRows& panel, const float* tile, const uint8_t* hidden) {
+  // Exponentials of a panel's logits, the largest being subtracted, and their sums as weights.
+  void take_exps(const QueryRows& panel, const float* tile, const uint8_t* hidden) {
     const TileKernels& kernels = tile_kernels();
     const int64_t num_keys = num_tiles_ * kTileKeys;
+    tops_.assign(panel.num_blocks * kRowBlock * kMaxLanes, -std::numeric_limits<float>::infinity());
     for (int64_t i = 0; i < num_tiles_; ++i, tile += tiles_.tile_size) {
-      kernels.logits(panel, tile, tiles_.starts[i], &exps_[i * kTileKeys], num_keys);
+      kernels.logits(panel, tile, tiles_.starts[i], &exps_[i * kTileKeys], stride_, tops_.data());
     }
     for (int64_t r = 0; r < panel.num_rows; ++r) {
-      float* row = &exps_[r * num_keys];
+      float* row = &exps_[r * stride_];
       for (int64_t j = 0; hidden != nullptr && j < num_keys; ++j) {
         row[j] = hidden[j] ? -std::numeric_limits<float>::infinity() : row[j];
       }
-      weights_[r] = kernels.exp_row(row, num_keys);
+      const float* lanes = &tops_[r * kMaxLanes];
+      const float top = hidden != nullptr ? kernels.largest(row, num_keys)
+                                          : *std::max_element(lanes, lanes + kMaxLanes);
+      weights_[r] = kernels.exp_row(row, num_keys, top);
     }
   }
 
-  // 256 KiB of exponentials; of longer prompts more, because each panel takes all keys through the
+  // 128 KiB of exponentials; of longer prompts more, because each panel takes all keys through the
   // cache
-  static constexpr int64_t kPanelFloats = int64_t{1} << 16, kLeastRows = 4 * kRowBlock;
-  static constexpr int64_t kFirstKeys = 16;
-  static constexpr float kLeastSum = 1e-3f, kLargestSum = 1e15f;
+  static constexpr int64_t kPanelFloats = int64_t{1} << 15, kLeastRows = 2 * kRowBlock;
+  // floats between rows, so that those of 2^n keys do not compete for the same lines of the cache
+  static constexpr int64_t kPadding = kMaxLanes;
 
   const KeyTiles& tiles_;
-  int64_t panel_rows_, num_tiles_ = 0;
-  std::vector<float> exps_;             // [panel_rows, keys that the panel sees]
-  std::vector<float> weights_, shift_;  // [panel_rows]
-  std::vector<float> sums_;             // [panel_rows, kMaxLanes]
+  int64_t panel_rows_, num_tiles_ = 0, stride_ = 0;
+  AlignedFloats exps_;          // [panel_rows, stride_], of which the keys that the panel sees
+  std::vector<float> weights_;  // [panel_rows]
+  AlignedFloats tops_;          // [panel_rows, kMaxLanes]
 };
 
-// Query tokens of one prompt: queries [count, Hq, D] float32. Token r sees seen + r * more keys.
+// Query tokens of one prompt: queries [count, Hq, D], float32 or, for tiles in pairs, bfloat16.
+// Token r sees seen + r * more keys.
+template <typename T>
 struct QueryTokens {
-  const float* queries;
+  const T* queries;
   int64_t count, num_kv_heads, group, head_size, seen, more;
   float scale;
   double softcap;
@@ -172,7 +150,8 @@ struct QueryTokens {
 
 // Attention of each of num_parts runs of per_part tokens, summed over them, mean over query heads.
 // out [Hkv, num_parts, stride], of which the first num_keys columns are written.
-inline void attend_parts(const QueryTokens& x, const KeyTiles& tiles, int64_t per_part,
+template <typename T>
+void attend_parts(const QueryTokens<T>& x, const KeyTiles& tiles, int64_t per_part,
                          int64_t num_parts, int64_t num_keys, int64_t stride, float* out) {
   at::parallel_for(0, x.num_kv_heads * num_parts, 1, [&](int64_t begin, int64_t end) {
     PackedRows rows(per_part * x.group, x.head_size, x.softcap, tiles.pairs);

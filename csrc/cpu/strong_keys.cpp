@@ -27,7 +27,8 @@ void count_strong(const QueryRows& rows, const KeyTiles& tiles, int64_t head, fl
   logits.resize(rows.num_blocks * kRowBlock * num_keys);
   const float* tile = tiles.head(head);
   for (size_t i = 0; i < tiles.starts.size(); ++i, tile += tiles.tile_size) {
-    tile_kernels().logits(rows, tile, tiles.starts[i], &logits[i * kTileKeys], num_keys);
+    tile_kernels().logits(rows, tile, tiles.starts[i], &logits[i * kTileKeys], num_keys,
+                          nullptr);
   }
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const float* row = &logits[r * num_keys];

@@ -32,7 +32,7 @@ void reduce_heads(const float* heads, int64_t num_heads, int64_t stride, bool ta
 
 // The window of one row. mean, last: [Hkv, stride], of which the first prompt_len - W columns are
 // written.
-void score(const QueryTokens& window, const KeyTiles& tiles, bool take_max, int64_t stride,
+void score(const QueryTokens<float>& window, const KeyTiles& tiles, bool take_max, int64_t stride,
            float* mean, float* last) {
   const int64_t num_heads = window.num_kv_heads * window.group, num_keys = tiles.num_keys();
   const int64_t count = window.seen - 1;  // keys before the window
@@ -82,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor> window_scores(const at::Tensor& queries, cons
                                     in_pairs(queries, pages));
     for (int64_t n = 0; n < num; ++n) {
       const KeyTiles tiles = read_tiles(keys, n, num_kv_heads, prompt_len[n]);
-      const QueryTokens rows{source.const_data_ptr<float>() + n * source.stride(0), window,
+      const QueryTokens<float> rows{source.const_data_ptr<float>() + n * source.stride(0), window,
                              num_kv_heads, queries.size(2) / num_kv_heads, head_size,
                              prompt_len[n] - window + 1, 1, scales.const_data_ptr<float>()[n],
                              softcap};

@@ -74,6 +74,27 @@ class TestWindowScores:
         queries = torch.randn(1, 8, 2, 4, generator=generator).abs()
         check_window_scores(queries, prompts, torch.tensor([640]))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_exponentials_that_would_be_denormal_are_zero(self, dtype):
+        """Last of the keys before the window comes one whose logit is 100 above all others."""
+        prompts = prompts_of([200], 1, 16, 16, dtype, torch.Generator().manual_seed(5))
+        keys = prompts.layout.key_index.view(16, 16)
+        prompts.pages[prompts.block_table[0, :, None, None], keys] = 0
+        prompts.pages[prompts.block_table[0, 190 // 16], keys[190 % 16]] = 10
+        queries = torch.full((1, 5, 2, 16), 2.5, dtype=dtype)
+        scale = torch.full((1,), 0.25)
+        for found in native.window_scores(queries, prompts, torch.tensor([200]), scale):
+            assert found[0, 0].nonzero().flatten().tolist() == [190]
+
+    def test_denormal_keys_count_as_small_ones(self):
+        """Pairs of bfloat16 take them for 0, which moves a logit by 2^-126 per element."""
+        generator = torch.Generator().manual_seed(6)
+        prompts = prompts_of([300], 2, 32, 16, torch.bfloat16, generator)
+        pages = prompts.pages.clone()
+        pages[:, ::3] *= 2.0**-128
+        queries = torch.randn(1, 8, 4, 32, generator=generator).bfloat16()
+        check_window_scores(queries, prompts._replace(pages=pages), torch.tensor([300]))
+
     @pytest.mark.parametrize("prompt_len", [4, 65])
     def test_lengths_that_do_not_fit_are_refused(self, prompt_len):
         prompts = prompts_of([64], 1, 8, 16, torch.float32, torch.Generator().manual_seed(4))
