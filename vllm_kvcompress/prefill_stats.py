@@ -38,8 +38,8 @@ def bytes_per_token(
     queries, taken = num_heads * head_size, [0]
     if Need.KEY_ATTENTION_SUMS in needs:  # queries, and the log-sum-exp of each
         taken.append(queries * element_size + num_heads * 4)
-    if Need.HIDDEN_MOMENTS in needs:  # as stored, as float32, what counts of them, squares
-        taken.append(hidden_size * (element_size + 3 * 4) + 8)
+    if Need.HIDDEN_MOMENTS in needs:  # as stored, and as float32
+        taken.append(hidden_size * (element_size + 4) + 8)
     if Need.QUERY_MOMENTS in needs:  # what counts of them, and both factors of the product
         taken.append(queries * 3 * 4 + 8)
     return max(taken)
@@ -101,18 +101,19 @@ class PrefillStats:
             scale: [M] float32.
         """
         added = kernels.key_attention_sum(
-            queries[rows.tokens], rows.lengths, rows.positions, prompts, scale, softcap
+            _take(queries, rows.tokens), rows.lengths, rows.positions, prompts, scale, softcap
         )
         store = self._reserve(Need.KEY_ATTENTION_SUMS, added, added.shape[1], self.max_length)
         store[rows.entries, layer, :, : added.shape[2]] += added
 
     def add_hidden(self, rows: StatsRows, layer: int, hidden: torch.Tensor) -> None:
         """Add x and x^2, and keep the last x; ``hidden`` [tokens, d] is the attention input."""
-        chunk = hidden[rows.tokens].float()  # [M, C, d]
+        x = _take(hidden, rows.tokens).float()  # [M, C, d], ours: changed in place
         counted = self._counted(rows)[:, :, None]
-        x = chunk * counted
-        count = counted.sum(1).expand_as(x[:, 0])
-        added = torch.stack([x.sum(1), x.square().sum(1), count, chunk[:, -1]], 1)
+        last = x[:, -1].clone()
+        total = x.mul_(counted).sum(1)
+        count = counted.sum(1).expand_as(total)
+        added = torch.stack([total, x.square_().sum(1), count, last], 1)
         store = self._reserve(Need.HIDDEN_MOMENTS, added, *added.shape[1:])
         store[rows.entries, layer, :3] += added[:, :3]
         store[rows.entries, layer, 3] = added[:, 3]
@@ -120,7 +121,7 @@ class PrefillStats:
     def add_queries(self, rows: StatsRows, layer: int, queries: torch.Tensor) -> None:
         """Add q and q q^T; ``queries`` [tokens, Hq, D] before RoPE, after their norm."""
         counted = self._counted(rows)
-        chunk = queries[rows.tokens].float() * counted[:, :, None, None]  # [M, C, Hq, D]
+        chunk = _take(queries, rows.tokens).float() * counted[:, :, None, None]  # [M, C, Hq, D]
         outer = torch.einsum("mchd,mche->mhde", chunk, chunk)
         count = counted.sum(1)[:, None, None, None].expand(-1, outer.shape[1], 1, outer.shape[3])
         added = torch.cat([outer, chunk.sum(1)[:, :, None], count], 2)  # [M, Hq, D + 2, D]
@@ -158,3 +159,9 @@ class PrefillStats:
         """[M, C] float32, 1 for tokens that count in moments."""
         back = torch.arange(rows.tokens.shape[1], 0, -1, device=rows.tokens.device)
         return (back <= rows.counted[:, None]).float()
+
+
+def _take(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """A copy of the rows of tokens [M, C], [M, C, ...]. Whole rows are copied: indexing with a
+    tensor copies element by element on the CPU."""
+    return rows.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)

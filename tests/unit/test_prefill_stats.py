@@ -183,6 +183,7 @@ def test_what_a_step_takes_is_counted(monkeypatch, need, dtype):
         block_table=torch.arange(num * blocks).view(num, blocks),
     )
     queries = torch.zeros(num * width, heads, size, dtype=dtype)
+    inputs = torch.full((num * width, hidden), 2.0, dtype=dtype)
     cache = torch.zeros(num * blocks * heads, 2 * BLOCK_SIZE * size)
     pages = PromptPages(cache, rows.block_table, heads, PageLayout(BLOCK_SIZE, size))
 
@@ -190,7 +191,7 @@ def test_what_a_step_takes_is_counted(monkeypatch, need, dtype):
         if need is Need.KEY_ATTENTION_SUMS:
             stats.add_keys(rows, 0, queries, pages, torch.ones(num), 0.0)
         elif need is Need.HIDDEN_MOMENTS:
-            stats.add_hidden(rows, 0, torch.zeros(num * width, hidden, dtype=dtype))
+            stats.add_hidden(rows, 0, inputs)
         else:
             stats.add_queries(rows, 0, queries)
 
@@ -204,6 +205,7 @@ def test_what_a_step_takes_is_counted(monkeypatch, need, dtype):
     (of_one,) = [sum(t.nbytes for t in tree_leaves(part)) for part in sums.values()]
     bound = num * (width * each + 2 * of_one)
     assert live.peak <= bound <= 3 * live.peak
+    assert inputs.eq(2).all(), "the model goes on with them"
 
 
 def test_only_what_is_needed_is_gathered():

@@ -333,12 +333,15 @@ class StackProjector:
             inputs = self.inputs[layers[members[0]]]
             chosen = rows[where]  # [L', N, M, H, D]
             if inputs.rotary_emb is None:
-                out[where] = chosen.float()
+                out[where] = chosen
                 continue
             flat = chosen.flatten(0, 2).flatten(1).to(inputs.hidden.dtype).contiguous()
             positions = (self.last[:, None] + offsets).expand(len(members), -1, -1).reshape(-1)
-            turned, _ = inputs.rotary_emb.forward(positions, flat, flat.clone())
-            out[where] = turned.view(chosen.shape).float()
+            # a module may turn both in place: the keys that it asks for are a head of their own
+            turned, _ = inputs.rotary_emb.forward(
+                positions, flat, flat[:, : chosen.shape[-1]].clone()
+            )
+            out[where] = turned.view(chosen.shape)
         return rotated
 
     def shares_rotation(self, layers: range) -> bool:
