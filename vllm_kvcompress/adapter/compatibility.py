@@ -63,6 +63,7 @@ class Engine:
 
     def values(self) -> dict[str, Any]:
         """What texts of rules may name."""
+        speculation = self.vllm.speculative_config
         return {
             "budget": self.config.tokens_per_head,
             "window": self.config.window,
@@ -72,7 +73,7 @@ class Engine:
             "max_model_len": self.model.max_model_len,
             "worker_cls": self.parallel.worker_cls,
             "scheduler_cls": self.scheduler.scheduler_cls,
-            "drafter": getattr(self.vllm.speculative_config, "method", None),
+            "drafter": None if speculation is None else speculation.method,
         }
 
 
