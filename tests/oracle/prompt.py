@@ -28,13 +28,13 @@ class Prompt:
         k, v: [L, Hkv, P, D] as they stand in the cache.
         scale: of the attention logits.
         segments: half-open runs of visual tokens, in order.
-        grids: first position, rows and columns of each image whose tokens stand row by row.
-        wo: [L, Hq, D, d] output projection, by the query head that it reads.
         positions: [C, P] RoPE positions; C is 3 under M-RoPE, else 1. Left out: 0 .. P-1.
         hidden: [L, P, d] what each attention layer reads (behind its norm).
         raw_q: [L, Hq, P, D] after norm, before RoPE.
         project, rotate: the model's own.
         layers: [L] index of each in the model; left out: all are here.
+        grids: first position, rows and columns of each image whose tokens stand row by row.
+        wo: [L, Hq, D, d] output projection, by the query head that it reads.
     """
 
     q: np.ndarray
@@ -42,14 +42,14 @@ class Prompt:
     scale: float
     v: np.ndarray | None = None
     segments: Sequence[tuple[int, int]] = ()
-    grids: Sequence[tuple[int, int, int]] = ()
-    wo: np.ndarray | None = None
     positions: np.ndarray | None = None
     hidden: np.ndarray | None = None
     raw_q: np.ndarray | None = None
     project: Project | None = None
     rotate: Rotate | None = None
     layers: Sequence[int] | None = None
+    grids: Sequence[tuple[int, int, int]] = ()
+    wo: np.ndarray | None = None
 
     @property
     def num_layers(self) -> int:

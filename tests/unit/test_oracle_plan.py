@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,10 @@ def random_prompt() -> Prompt:
     positions = np.arange(LENGTH)[None]
     q, k = (np.stack([rotate(0, layer, positions) for layer in x]) for x in (raw_q, k))
     hidden = rng.normal(size=(LAYERS, LENGTH, NUM_Q * SIZE))
-    return Prompt(q, k, 0.5, v, SEGMENTS, positions, hidden, raw_q, project, rotate)
+    wo = rng.normal(size=(*q.shape[:2], q.shape[3], 6))
+    made = Prompt(q, k, 0.5, v, SEGMENTS, positions, hidden, raw_q, project, rotate)
+    grids = [(start, (end - start) // 2, 2) for start, end in SEGMENTS]
+    return replace(made, grids=grids, wo=wo)
 
 
 PROMPT = random_prompt()
@@ -205,6 +209,8 @@ def test_every_scorer_on_a_model(checkpoint, scorer):
         raw_q=prompt.raw_q,
         project=prompt.project,
         rotate=prompt.rotate,
+        grids=prompt.grids,
+        wo=prompt.wo,
     )
     for ours, theirs in zip(out.kept, expected, strict=True):
         assert [p.tolist() for p in ours] == [p.tolist() for p in theirs]
