@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_kvcompress.config import Candidates, KVCompressionConfig
+from vllm_kvcompress.budget import Candidates
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.kernels import PageLayout
 from vllm_kvcompress.page_state import HeadPageState
 from vllm_kvcompress.pipeline import (

@@ -2,16 +2,16 @@
 """What the user asked for: parsing and every check that needs no engine."""
 
 import dataclasses
-import enum
+import difflib
 import functools
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from vllm_kvcompress.allocation import ALLOCATORS, Allocator, Scope
+from vllm_kvcompress.budget import Budget, Candidates
 from vllm_kvcompress.merging import MERGES, Merge
 from vllm_kvcompress.policy import ALWAYS, When
 from vllm_kvcompress.presets import PRESETS
@@ -48,6 +48,18 @@ def metrics_dir() -> str | None:
     return os.environ.get("PROMETHEUS_MULTIPROC_DIR") or server_dir()
 
 
+DEFAULT_BUDGET = Budget(tokens=128)
+
+OFF = "off"
+"""What a request asks for that does not want its prompt compressed."""
+
+ALLOWED_WORDS = (OFF, "budget", "window", "when")
+"""What requests may be allowed to choose, beside methods."""
+
+NOTHING = "nothing"
+"""Stands alone for no choice at all."""
+
+
 class KVCompressionError(ValueError):
     """The compression config, or what they are combined with, cannot be served."""
 
@@ -56,66 +68,6 @@ class KVCompressionError(ValueError):
         """One message that lists every reason, so that one restart is enough."""
         lines = "\n".join(f"  - {reason}" for reason in reasons)
         return cls(f"KV compression cannot start:\n{lines}")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many prompt tokens a KV head keeps on average, observation window included.
-
-    Exactly one of the two is set: a number of tokens, or a ratio of the prompt length in (0, 1].
-    """
-
-    tokens: int | None = None
-    ratio: float | None = None
-
-    @classmethod
-    def parse(cls, value: "int | float | str | Budget") -> "Budget":
-        """Read ``128``, ``"128"``, ``"10%"`` or ``0.1``.
-
-        Raises:
-            ValueError: neither a positive whole number of tokens nor a ratio in (0, 100%].
-        """
-        expected = f"a budget is a positive number of tokens or a ratio such as 10%, got {value!r}"
-        if isinstance(value, Budget):
-            return value
-        if isinstance(value, bool):
-            raise ValueError(expected)
-        text = str(value).strip()
-        try:
-            if isinstance(value, float):
-                ratio = value
-            elif text.endswith("%"):
-                ratio = float(f"{text[:-1].strip()}e-2")
-            elif "." in text:
-                ratio = float(text)
-            else:
-                tokens = int(text)
-                if tokens <= 0:
-                    raise ValueError(expected)
-                return cls(tokens=tokens)
-        except ValueError as error:
-            raise ValueError(expected) from error
-        if not 0 < ratio <= 1:
-            raise ValueError(expected)
-        return cls(ratio=ratio)
-
-    @property
-    def exact_ratio(self) -> Fraction:
-        """The ratio as it was written: 7 % of 1100 tokens are 77, not a little more."""
-        assert self.ratio is not None, "a budget has tokens or a ratio"
-        return Fraction(str(self.ratio))
-
-    def __str__(self) -> str:
-        return str(self.tokens) if self.ratio is None else f"{100 * self.ratio:g}%"
-
-
-class Candidates(enum.Enum):
-    """Which prompt tokens compete for the budget; all others are kept."""
-
-    ALL = "all"
-    VISUAL = "visual"
-    AFTER_TEXT = "after text"
-    """Visual tokens, for what the text leaves of the budget (LOOK-M's text prior)."""
 
 
 @dataclass(frozen=True)
@@ -133,17 +85,20 @@ class KVCompressionConfig:
         when: policy of compression.
         workspace_mib: MiB per worker for what requests keep until they are compressed, and as many
             for temporaries of one compression.
+        allow: what requests may choose for themselves: words of ALLOWED_WORDS, and methods as
+            ``parse`` takes them.
         options: of the three methods, by name; a name that two of them have goes to both.
     """
 
     scorer: str
     allocator: str = "uniform"
     merge: str = "none"
-    budget: Budget = Budget(tokens=128)
+    budget: Budget = DEFAULT_BUDGET
     window: int = 32
     candidates: Candidates = Candidates.ALL
     when: When = ALWAYS
     workspace_mib: int = 512
+    allow: tuple[str, ...] = (OFF, "budget")
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -170,16 +125,10 @@ class KVCompressionConfig:
             raise KVCompressionError.from_reasons([missing])
         preset = PRESETS[method].settings if method in PRESETS else {"method": method}
         raw = {**preset, **raw, "method": preset["method"]}
-        names = str(raw.pop("method")).split("+")
-        tables = ([*SCORERS], [*ALLOCATORS], ["none", *MERGES])
-        if len(names) > len(tables):
-            reasons.append(f"method {method!r} has too many parts: give SCORER+ALLOCATOR+MERGE.")
-        names += ("uniform", "none")[len(names) - 1 :]
-        for kind, table, name in zip(("scorer", "allocator", "merge"), tables, names, strict=False):
-            if name not in table:
-                reasons.append(unknown(kind, name, table, stands_alone="+" not in method))
+        names = _take_names(str(raw.pop("method")), reasons)
         budget, window = _take_sizes(raw, reasons)
         when, workspace_mib = _take_serving(raw, reasons)
+        allow = _take_allow(raw, reasons)
         if reasons:  # options can only be checked against methods that exist
             raise KVCompressionError.from_reasons(reasons)
 
@@ -188,14 +137,13 @@ class KVCompressionConfig:
         default = Candidates.VISUAL if SCORERS[scorer].visual_only else Candidates.ALL
         candidates = _take_candidates(raw, default, reasons)
         options = _take_options(raw, methods, reasons)
-        valid = ["method", "budget", "window", "candidates", "when", "workspace_mib"]
+        valid = ["method", "budget", "window", "candidates", "when", "workspace_mib", "allow"]
         valid += [name for m in methods for name in option_names(m)]
         chosen = "+".join(names[:2] if merge == "none" else names[:3])
         reasons += [f"unknown key {key!r} for {chosen}.{suggest(key, valid)}" for key in raw]
         if not reasons:
-            config = cls(
-                scorer, allocator, merge, budget, window, candidates, when, workspace_mib, options
-            )
+            chosen_by_all = (budget, window, candidates, when, workspace_mib, allow)
+            config = cls(scorer, allocator, merge, *chosen_by_all, options)
             if config.scoring.text_first:
                 config = dataclasses.replace(config, candidates=Candidates.AFTER_TEXT)
             reasons += [*_combination_reasons(config), *_size_reasons(config)]
@@ -212,12 +160,13 @@ class KVCompressionConfig:
             "window": self.window,
             "when": str(self.when),
             "workspace_mib": self.workspace_mib,
+            "allow": [*self.allow] or NOTHING,
             **({} if self.candidates is Candidates.AFTER_TEXT else candidates),
             **self.options,
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return KVCompressionConfig.parse, (self.to_json(),)
+        return _read, (json.dumps(self.to_json()),)
 
     @property
     def tokens_per_head(self) -> int | None:
@@ -245,6 +194,11 @@ class KVCompressionConfig:
         merge = self.merging
         return needs | Need.SEGMENTS if merge is not None and merge.needs_segments else needs
 
+    @functools.cached_property
+    def operation(self) -> "KVCompressionConfig":
+        """Without what only plans depend on: prompts of equal operations go into one call."""
+        return dataclasses.replace(self, budget=KVCompressionConfig.budget, when=ALWAYS)
+
     @property
     def spans_layers(self) -> bool:
         """Head pages of one layer may serve another."""
@@ -259,6 +213,57 @@ class KVCompressionConfig:
 
     def _options_of(self, method: type[Method]) -> dict[str, Any]:
         return {name: self.options[name] for name in option_names(method) if name in self.options}
+
+
+@functools.lru_cache(maxsize=1 << 10)  # each request of a tensor-parallel engine brings its own
+def _read(text: str) -> KVCompressionConfig:
+    return KVCompressionConfig.parse(json.loads(text))
+
+
+def method_names(method: str) -> list[str]:
+    """Scorer, allocator and merge of a preset or a method string, known or not."""
+    names = str(PRESETS[method].settings["method"] if method in PRESETS else method).split("+")
+    return [*names, *("uniform", "none")[len(names) - 1 :]]
+
+
+def is_method(method: str) -> bool:
+    """Whether it names methods that exist, whether or not they can be combined."""
+    reasons: list[str] = []
+    _take_names(method, reasons)
+    return not reasons
+
+
+def _take_names(method: str, reasons: list[str]) -> list[str]:
+    """``method_names`` of a method that exists."""
+    names = method_names(method)
+    tables = ([*SCORERS], [*ALLOCATORS], ["none", *MERGES])
+    if len(names) > len(tables):
+        reasons.append(f"method {method!r} has too many parts: give SCORER+ALLOCATOR+MERGE.")
+    for kind, table, name in zip(("scorer", "allocator", "merge"), tables, names, strict=False):
+        if name not in table:
+            reasons.append(unknown(kind, name, table, stands_alone="+" not in method))
+    return names
+
+
+def _take_allow(raw: dict[str, Any], reasons: list[str]) -> tuple[str, ...]:
+    """Move ``allow`` out of ``raw``: a list, or a text with commas; each entry once."""
+    value = raw.pop("allow", KVCompressionConfig.allow)
+    entries = value.split(",") if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple) or not all(isinstance(e, str) for e in entries):
+        expected = f"{', '.join(ALLOWED_WORDS)}, methods and presets, or {NOTHING} alone"
+        reasons.append(f"--kv-compression-allow: expected some of {expected}, got {value!r}.")
+        return ()
+    entries = [entry.strip() for entry in entries]
+    if entries == [NOTHING]:
+        return ()
+    for entry in entries:
+        found: list[str] = []
+        if entry not in ALLOWED_WORDS:
+            _take_names(entry, found)
+        words = difflib.get_close_matches(entry, ALLOWED_WORDS, n=1) if found else []
+        hint = f" Or did you mean {words[0]!r}?" if words else ""
+        reasons += [f"--kv-compression-allow: {reason}{hint}" for reason in found]
+    return tuple(dict.fromkeys(entries))
 
 
 def _take_sizes(raw: dict[str, Any], reasons: list[str]) -> tuple[Budget, int]:

@@ -17,11 +17,12 @@ one layer among themselves, or those of all layers when the allocator moves budg
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from vllm_kvcompress.allocation import StaticAllocator
-from vllm_kvcompress.config import Candidates, KVCompressionConfig
+from vllm_kvcompress.budget import Candidates
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import Need
 
@@ -48,6 +49,7 @@ class PromptPlan:
         max_hit: most tokens that may be taken from the prefix cache: query rows and
             the kept blocks must be recomputed, because compaction writes into the latter.
         facts: of the prompt.
+        config: how it is compressed.
     """
 
     num_full_blocks: int
@@ -65,6 +67,7 @@ class PromptPlan:
     moments_from: int
     max_hit: int
     facts: PromptFacts
+    config: KVCompressionConfig
 
     @property
     def first_row(self) -> int:
@@ -86,7 +89,7 @@ class BlockPlanner:
     """Makes a :class:`PromptPlan` from the facts of a prompt.
 
     Attributes:
-        config: how prompts are compressed.
+        config: how prompts are compressed, unless ``with_config`` says otherwise.
         block_size: tokens per block, as attention kernels see it.
         num_layers, num_kv_heads: compressed layers, and KV heads of the model over all ranks.
         pool_block: how many of these make one block of vLLM's pool.
@@ -103,12 +106,16 @@ class BlockPlanner:
         """Bound on ``PromptPlan.num_rows``."""
         return self.config.max_rows
 
+    def with_config(self, config: KVCompressionConfig) -> "BlockPlanner":
+        """Plans prompts of the same model by another config."""
+        return self if config is self.config else replace(self, config=config)
+
     def plan(self, facts: PromptFacts) -> PromptPlan:
         return _plan(self, facts)
 
     def head_budgets(self, plan: PromptPlan) -> list[list[int]]:
         """C[l][g] of a static allocator, over all layers and KV heads of the model."""
-        return _head_budgets(self, plan.capacity, plan.num_candidates)
+        return _head_budgets(self.with_config(plan.config), plan.capacity, plan.num_candidates)
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -168,6 +175,7 @@ def _plan(planner: BlockPlanner, facts: PromptFacts) -> PromptPlan:
         if num_freed
         else max(length - 1, 0),
         facts=facts,
+        config=config,
     )
 
 

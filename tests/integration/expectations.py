@@ -29,7 +29,8 @@ from oracle.config import budget_of
 from oracle.scorers import Scored, score_layers
 from tiny_models import TOKENIZER
 
-from vllm_kvcompress.config import Candidates, KVCompressionConfig
+from vllm_kvcompress.budget import Candidates
+from vllm_kvcompress.config import KVCompressionConfig
 
 CEILING = 1e-4
 """No tolerance of entries and scores is above it, relative to the largest of a head."""

@@ -8,7 +8,7 @@ import torch
 
 from vllm_kvcompress import kernels
 from vllm_kvcompress.allocation import Scope, StaticAllocator
-from vllm_kvcompress.config import Candidates
+from vllm_kvcompress.budget import Candidates
 from vllm_kvcompress.page_state import HeadPageState, PageTables
 from vllm_kvcompress.pipeline import CompressionPipeline, FinishedPrefills, LayerStack, PromptBatch
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan

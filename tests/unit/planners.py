@@ -6,7 +6,8 @@ from typing import Any
 import oracle
 from hypothesis import strategies as st
 
-from vllm_kvcompress.config import Budget, KVCompressionConfig
+from vllm_kvcompress.budget import Budget
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import SCORERS

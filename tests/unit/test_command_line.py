@@ -4,7 +4,8 @@
 import pytest
 
 from vllm_kvcompress.allocation import ALLOCATORS
-from vllm_kvcompress.config import CONFIG_KEY, Budget, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.budget import Budget
+from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.scoring import SCORERS
 
 

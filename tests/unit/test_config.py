@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvcompress.allocation import ALLOCATORS, Scope
+from vllm_kvcompress.budget import Budget
 from vllm_kvcompress.config import (
-    Budget,
     KVCompressionConfig,
     KVCompressionError,
     parse_cli_json,
@@ -247,8 +247,8 @@ class TestRefusals:
     def test_unknown_key(self):
         text = reasons_of(method="snapkv", kernal=5)
         assert "unknown key 'kernal' for snapkv+uniform. Did you mean 'kernel'?" in text
-        valid = "method, budget, window, candidates, when, workspace_mib, kernel, pool, reduction"
-        assert f"Valid: {valid}, score_dtype." in text
+        valid = "method, budget, window, candidates, when, workspace_mib, allow, kernel, pool"
+        assert f"Valid: {valid}, reduction, score_dtype." in text
 
     def test_options_of_a_method_that_was_not_chosen(self):
         assert "unknown key 'alpha'" in reasons_of(method="bacon", alpha=0.2)

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from vllm_kvcompress.allocation import ALLOCATORS
-from vllm_kvcompress.config import Budget, Candidates, KVCompressionConfig
+from vllm_kvcompress.budget import Budget, Candidates
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.merging import MERGES
 from vllm_kvcompress.presets import PRESETS
 from vllm_kvcompress.scoring import SCORERS

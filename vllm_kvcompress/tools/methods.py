@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_kvcompress.allocation import ALLOCATORS, Allocator, Scope
-from vllm_kvcompress.config import Candidates, KVCompressionConfig
+from vllm_kvcompress.budget import Candidates
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.merging import MERGES, Merge
 from vllm_kvcompress.presets import PRESETS
 from vllm_kvcompress.prompt import MAX_INSTRUCTION_LEN

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vllm_kvcompress.allocation import ALLOCATORS
-from vllm_kvcompress.config import Candidates, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.budget import Candidates
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.merging import MERGES
 from vllm_kvcompress.registry import needs_head_scores
 from vllm_kvcompress.scoring import SCORERS
