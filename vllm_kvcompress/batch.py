@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_kvcompress.plan import PromptPlan
+from vllm_kvcompress.scoring import Need
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,16 @@ class ChunkStats(NamedTuple):
     lengths: np.ndarray
     positions: np.ndarray
     counted: np.ndarray
+
+
+def by_statistics(chunks: Sequence[PromptChunk]) -> dict[Need, list[PromptChunk]]:
+    """Chunks by what is summed over their prompts; those without any sum are left out."""
+    found: dict[Need, list[PromptChunk]] = {}
+    for chunk in chunks:
+        needs = chunk.plan.config.needs.statistics
+        if needs:
+            found.setdefault(needs, []).append(chunk)
+    return found
 
 
 def plan_stats(chunks: Sequence[PromptChunk]) -> list[ChunkStats]:

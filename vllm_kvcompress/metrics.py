@@ -10,7 +10,7 @@ what the configuration promises.
 import bisect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from vllm_kvcompress.policy import Outcome
 
 PREFIX = "vllm:kv_compression_"
 SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+METHOD_LABEL = "method"
 
 
 class _Histogram(NamedTuple):
@@ -78,12 +80,14 @@ class _Series(NamedTuple):
         suffix: that the sample adds to it.
         text: help.
         label: name and value of the label beside those of an engine, if there is one, as a tuple.
+        by_method: there is one for each method, in a label of its own.
     """
 
     family: str
     suffix: str
     text: str
     label: tuple[tuple[str, str], ...] = ()
+    by_method: bool = False
 
     @property
     def kind(self) -> str:
@@ -95,17 +99,26 @@ class _Series(NamedTuple):
     def sample(self) -> str:
         return PREFIX + self.family + self.suffix
 
-    def key(self, labels: Labels) -> str:
+    def key(self, labels: Labels, method: str) -> str:
         """The name of the number in a file."""
         values = labels._asdict() | dict(self.label)
+        if self.by_method:
+            values[METHOD_LABEL] = method
         family = PREFIX + self.family
         return mmap_key(family, self.sample, [*values], [*values.values()], self.text)
 
 
 def _all_series() -> Iterator[tuple[str, _Series]]:
-    requests = "requests", "_total", "Prompts by outcome; kept_whole fits its budget."
-    yield "requests_compressed", _Series(*requests, (("outcome", "compressed"),))
-    yield "requests_kept_whole", _Series(*requests, (("outcome", "kept_whole"),))
+    requests = (
+        "requests",
+        "_total",
+        "Prompts by method and outcome; kept_whole fits its budget, or compression is off for it; "
+        "refused requests asked for what they cannot have.",
+    )
+    for became in ("compressed", "kept_whole"):
+        label = (("outcome", became),)
+        yield f"requests_{became}", _Series(*requests, label, by_method=True)
+    yield "requests_refused", _Series(*requests, (("outcome", "refused"), (METHOD_LABEL, "none")))
     for outcome in Outcome:
         yield (
             f"compressed_{outcome.value}",
@@ -149,17 +162,29 @@ class Counters:
 
     Args:
         info: labels of the gauge ``info``, which is 1; None for no such gauge.
+        methods: values of the label of counters that are kept by method. A process that counts
+            none of these gives none.
     """
 
     def __init__(
-        self, directory: str | None, labels: Labels, info: Mapping[str, str] | None = None
+        self,
+        directory: str | None,
+        labels: Labels,
+        info: Mapping[str, str] | None = None,
+        methods: Sequence[str] = (),
     ) -> None:
         self._series = dict(_SERIES)
         if info is not None:
             text = "What the engine was asked for; always 1."
             self._series[INFO] = _Series(INFO, "", text, tuple(info.items()))
-        self._values = dict.fromkeys(_SERIES, 0.0) | ({} if info is None else {INFO: 1.0})
-        self._keys = {name: series.key(labels) for name, series in self._series.items()}
+        self._keys = {
+            (name, method): series.key(labels, method)
+            for name, series in self._series.items()
+            for method in (methods if series.by_method else ("",))
+        }
+        self._values = dict.fromkeys(self._keys, 0.0)
+        if info is not None:
+            self._values[INFO, ""] = 1.0
         self._files: dict[str, MmapedDict] = {}
         if directory is None:
             return
@@ -168,15 +193,17 @@ class Counters:
             path = Path(directory, f"{kind}_{place}")
             beside = path.with_suffix(".new")  # nobody reads a file that is only half written
             self._files[kind] = MmapedDict(str(beside))
-            for name, series in self._series.items():
-                if series.kind == kind:
-                    self._write(name)
+            for name, method in self._keys:
+                if self._series[name].kind == kind:
+                    self._write(name, method)
             beside.rename(path)
 
-    def add(self, **amounts: float) -> None:
+    def add(self, method: str = "", **amounts: float) -> None:
+        """``method``: of those counters that are kept by method."""
         for name, amount in amounts.items():
-            self._values[name] += amount
-            self._write(name)
+            key = name, method if _SERIES[name].by_method else ""
+            self._values[key] += amount
+            self._write(*key)
 
     def observe(self, family: str, value: float) -> None:
         """Count a value in a histogram.
@@ -188,27 +215,31 @@ class Counters:
         edge = edges[bisect.bisect_left(edges, value)]
         self.add(**{f"{family}_sum": value, f"{family}_le_{floatToGoString(edge)}": 1})
 
-    def _write(self, name: str) -> None:
+    def _write(self, name: str, method: str) -> None:
         if self._files:
-            file = self._files[self._series[name].kind]
-            file.write_value(self._keys[name], self._values[name], 0.0)
+            file, key = self._files[self._series[name].kind], (name, method)
+            file.write_value(self._keys[key], self._values[key], 0.0)
 
 
 def totals(directory: str, engine: str | None = None) -> dict[str, float]:
-    """Every counter, summed over the processes that count in ``directory``.
+    """Every counter, summed over methods and over the processes that count in ``directory``.
 
     Args:
         directory: of the counters.
         engine: the replica whose processes count; None for all of them.
     """
     result = dict.fromkeys(_SERIES, 0.0)
-    names = {(series.sample, series.label): name for name, series in _SERIES.items()}
+    names = {(series.sample, _without(series.label)): name for name, series in _SERIES.items()}
     for metric in _merged(directory, accumulate=False):
         for sample in metric.samples:
-            rest = tuple(kv for kv in sample.labels.items() if kv[0] not in Labels._fields)
             if sample.name != PREFIX + INFO and engine in (None, sample.labels["engine"]):
-                result[names[sample.name, rest]] += sample.value
+                result[names[sample.name, _without(sample.labels.items())]] += sample.value
     return result
+
+
+def _without(labels: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Labels but for those that are summed over."""
+    return tuple(label for label in labels if label[0] not in (*Labels._fields, METHOD_LABEL))
 
 
 def _merged(directory: str, accumulate: bool) -> Iterable[Metric]:

@@ -55,7 +55,7 @@ class PrefillStats:
         num_layers: compressed layers.
         num_entries: most prompts at a time.
         max_length: of a prompt, in tokens.
-        needs: what is gathered.
+        needs: what is gathered, of some prompts at least.
     """
 
     def __init__(self, num_layers: int, num_entries: int, max_length: int, needs: Need) -> None:
@@ -128,17 +128,21 @@ class PrefillStats:
         store = self._reserve(Need.QUERY_MOMENTS, added, *added.shape[1:])
         store[rows.entries, layer] += added
 
-    def totals(self, entries: torch.Tensor) -> dict[str, Any]:
-        """Of N finished prompts, as fields of ``LayerStack``: L * N rows, layer by layer."""
+    def totals(self, entries: torch.Tensor, needs: Need) -> dict[str, Any]:
+        """Of N finished prompts, as fields of ``LayerStack``: L * N rows, layer by layer.
+
+        Args:
+            needs: what was gathered for all of them.
+        """
         found: dict[str, Any] = {}
-        if Need.KEY_ATTENTION_SUMS in self.needs:
+        if Need.KEY_ATTENTION_SUMS in needs:
             found["key_attention_sum"] = self._totals(Need.KEY_ATTENTION_SUMS, entries)
-        if Need.HIDDEN_MOMENTS in self.needs:
+        if Need.HIDDEN_MOMENTS in needs:
             total, square, count, last = (
                 self._totals(Need.HIDDEN_MOMENTS, entries).flatten(0, 1).unbind(1)
             )
             found["hidden"] = HiddenMoments(count[:, 0], total, square, last)
-        if Need.QUERY_MOMENTS in self.needs:
+        if Need.QUERY_MOMENTS in needs:
             total = self._totals(Need.QUERY_MOMENTS, entries).flatten(0, 1)
             found["moments"] = QueryMoments(total[:, 0, -1, 0], total[:, :, -2], total[:, :, :-2])
         return found

@@ -21,6 +21,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import core
 
 from vllm_kvcompress.adapter.kv_cache import CompressedManager
+from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry, labels_of
+from vllm_kvcompress.config import KVCompressionConfig
 
 BLOCK_SIZE = 32
 
@@ -315,6 +317,15 @@ def model_runner(llm: LLM):
 def compressed_manager(llm: LLM) -> CompressedManager:
     """The scheduler's manager of compressed blocks."""
     return scheduler_of(llm).kv_cache_manager.compressed
+
+
+def replan(llm: LLM, config: KVCompressionConfig) -> None:
+    """Make the scheduler of an idle engine plan by another config, and forget cached blocks."""
+    manager, scheduler = compressed_manager(llm), scheduler_of(llm)
+    manager.planner = manager.planner.with_config(config)
+    labels = labels_of(scheduler.vllm_config)
+    manager.telemetry = SchedulerTelemetry(labels, manager.choices.labels)
+    assert llm.reset_prefix_cache(), "requests are running"
 
 
 def compressed_layers(llm: LLM):

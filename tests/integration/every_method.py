@@ -17,12 +17,12 @@ from engine import (
     Method,
     Stepper,
     compressed_layers,
-    compressed_manager,
     engine,
     greedy,
     held_blocks,
     model_runner,
     random_prompt,
+    replan,
 )
 from head_pages import HeldPages, held_pages
 from PIL import Image
@@ -165,10 +165,8 @@ def reconfigure(llm, raw: Raw) -> None:
     layers = compressed_layers(llm)
     # read at the start of an engine whose method needs them
     output_weights.install(model_runner(llm).get_model(), layers.facts.modules, config)
-    planner = replace(layers.planner, config=config)
-    layers.configure(planner)
-    compressed_manager(llm).planner = planner
-    assert llm.reset_prefix_cache(), "requests are running"
+    layers.configure(replace(layers.planner, config=config))
+    replan(llm, config)
 
 
 @dataclass(frozen=True)

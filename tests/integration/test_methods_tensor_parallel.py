@@ -13,7 +13,7 @@ from typing import Any
 
 import oracle.plan
 import pytest
-from engine import Answer, Method, assert_same, compressed_manager, engine, generate, greedy
+from engine import Answer, Method, assert_same, engine, generate, greedy, replan
 from every_method import (
     METHODS,
     OUTPUT_TOKENS,
@@ -56,7 +56,7 @@ def answers_of_two_ranks(settings: dict[str, dict[str, Any]]) -> dict[str, list]
         for method, raw in settings.items():
             config = KVCompressionConfig.parse(raw)
             llm.collective_rpc(reconfigure_worker, args=(config,))
-            reconfigure_scheduler(llm, config)
+            replan(llm, config)
             waves = [generate(llm, prompts, greedy(OUTPUT_TOKENS)) for _ in range(2)]
             found[method] = [[[a.token_ids, a.logprobs] for a in wave] for wave in waves]
     return found
@@ -68,12 +68,6 @@ def reconfigure_worker(worker, config: KVCompressionConfig) -> None:
     model = worker.model_runner.get_model()
     output_weights.install(model, layers.facts.modules, config)
     layers.configure(replace(layers.planner, config=config))
-
-
-def reconfigure_scheduler(llm, config: KVCompressionConfig) -> None:
-    manager = compressed_manager(llm)
-    manager.planner = replace(manager.planner, config=config)
-    assert llm.reset_prefix_cache()
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,16 @@ PACKAGE = REPOSITORY / "vllm_kvcompress"
 KERNELS = REPOSITORY / "triton_kernels"
 MAX_LINES = 400
 
-FOUNDATIONS = {"options", "policy", "presets", "prompt", "request_slots", "workspace"}
+FOUNDATIONS = {"budget", "options", "policy", "presets", "prompt", "request_slots", "workspace"}
 """Modules that know none of the others."""
 
 MAY_IMPORT = {
     "": {"adapter"},  # register() alone
     "adapter": FOUNDATIONS
-    | {"adapter", "allocation", "batch", "config", "kernels", "merging", "metrics", "orders"}
+    | {"adapter", "allocation", "batch", "choices", "config", "kernels", "merging", "metrics"}
     | {
         "capacity",
+        "orders",
         "page_state",
         "pipeline",
         "pipeline_inputs",
@@ -40,6 +41,7 @@ MAY_IMPORT = {
     "tools": {
         "adapter",
         "allocation",
+        "budget",
         "capacity",
         "config",
         "merging",
@@ -59,13 +61,23 @@ MAY_IMPORT = {
     "prefill_stats": {"kernels", "scoring"},
     "orders": {"plan"},
     "capacity": {"plan", "prompt"},
-    "plan": {"allocation", "config", "prompt", "scoring"},
-    "config": {"allocation", "merging", "policy", "presets", "prompt", "registry", "scoring"},
+    "plan": {"allocation", "budget", "config", "prompt", "scoring"},
+    "config": {
+        "allocation",
+        "budget",
+        "merging",
+        "policy",
+        "presets",
+        "prompt",
+        "registry",
+        "scoring",
+    },
     "registry": {"allocation", "merging", "presets", "scoring"},
     "scoring": {"kernels", "options", "scoring", "workspace"},
     "allocation": {"allocation", "kernels", "options", "scoring", "workspace"},
     "merging": {"kernels", "merging", "options", "workspace"},
-    "batch": {"plan"},
+    "batch": {"plan", "scoring"},
+    "choices": {"budget", "config", "policy", "presets", "scoring"},
     "page_state": {"kernels"},
     "kernels": {"kernels"},
     **{part: set() for part in FOUNDATIONS},

@@ -20,6 +20,7 @@ from vllm_kvcompress.metrics import (
     totals,
 )
 
+METHODS = ("snapkv", "bacon", "off")
 FIRST, SECOND = Labels("0", "tiny"), Labels("1", "tiny")
 
 
@@ -37,10 +38,11 @@ def exported(directory, register=None) -> dict[tuple[str, tuple], float]:
 
 
 def test_files_of_several_processes_are_summed(tmp_path):
-    scheduler, worker = Counters(str(tmp_path), FIRST), Counters(str(tmp_path), FIRST)
+    scheduler = Counters(str(tmp_path), FIRST, METHODS)
+    worker = Counters(str(tmp_path), FIRST, METHODS)
     scheduler.add(blocks_freed=5, blocks_before=8)
-    worker.add(requests_compressed=2, kept_tokens=64.5)
-    worker.add(requests_compressed=1)
+    worker.add("snapkv", requests_compressed=2, kept_tokens=64.5)
+    worker.add("bacon", requests_compressed=1)
     values = totals(str(tmp_path))
     assert values["blocks_freed"] == 5
     assert values["blocks_before"] == 8
@@ -64,8 +66,8 @@ def test_engines_are_told_apart(tmp_path):
 
 def test_prometheus_reads_the_files_itself(tmp_path):
     """As a scrape of vLLM does in multiprocess mode: the same samples, without a collector."""
-    counters = Counters(str(tmp_path), FIRST)
-    counters.add(blocks_freed=3, requests_compressed=1)
+    counters = Counters(str(tmp_path), FIRST, methods=METHODS)
+    counters.add("bacon", blocks_freed=3, requests_compressed=1)
     counters.observe("seconds", 0.5)
     itself = exported(tmp_path, MultiProcessCollector(None, str(tmp_path)))
     assert itself == exported(tmp_path)
@@ -133,8 +135,11 @@ def test_every_histogram(tmp_path, family, edges, _):
 
 
 def test_exposition(tmp_path):
-    counters = Counters(str(tmp_path), FIRST)
+    counters = Counters(str(tmp_path), FIRST, METHODS)
+    counters.add("bacon", requests_compressed=2, requests_refused=4)
+    counters.add("off", requests_kept_whole=1)
     counters.add(
+        "snapkv",
         requests_compressed=3,
         compressed_at_once=2,
         compressed_pressure=0,
@@ -148,8 +153,12 @@ def test_exposition(tmp_path):
     )
     samples = exported(tmp_path)
     expected = {
-        ("requests_total", (("outcome", "compressed"),)): 3,
-        ("requests_total", (("outcome", "kept_whole"),)): 1,
+        ("requests_total", (("method", "snapkv"), ("outcome", "compressed"))): 3,
+        ("requests_total", (("method", "bacon"), ("outcome", "compressed"))): 2,
+        ("requests_total", (("method", "off"), ("outcome", "compressed"))): 0,
+        ("requests_total", (("method", "snapkv"), ("outcome", "kept_whole"))): 1,
+        ("requests_total", (("method", "off"), ("outcome", "kept_whole"))): 1,
+        ("requests_total", (("method", "none"), ("outcome", "refused"))): 4,
         ("compressions_total", (("when", "at_once"),)): 2,
         ("compressions_total", (("when", "pressure"),)): 0,
         ("compressions_total", (("when", "instead_of_preemption"),)): 1,
@@ -162,6 +171,19 @@ def test_exposition(tmp_path):
     }
     for (name, labels), value in expected.items():
         assert samples[(PREFIX + name, labels)] == value
+    values = totals(str(tmp_path))
+    assert values["requests_compressed"] == 5
+    assert values["requests_kept_whole"] == 2
+    assert values["requests_refused"] == 4
+
+
+def test_methods_are_known_from_the_start(tmp_path):
+    """No request can add a value to the label."""
+    counters = Counters(str(tmp_path), FIRST, METHODS)
+    with pytest.raises(KeyError, match="h2o"):
+        counters.add("h2o", requests_compressed=1)
+    with pytest.raises(KeyError):
+        counters.add(requests_compressed=1)
 
 
 def test_histogram(tmp_path):

@@ -99,7 +99,7 @@ class Replay:
     def check(self, request: int) -> None:
         prompt, scorer = self.cache.prompts[request], self.planner.config.scoring
         self.checked += 1
-        totals = self.stats.totals(torch.from_numpy(self.entries.of([f"r{request}"])))
+        totals = self.stats.totals(torch.from_numpy(self.entries.of([f"r{request}"])), self.need)
         (found,) = totals.values()
         for layer in range(LAYERS):
             if self.need is Need.KEY_ATTENTION_SUMS:
@@ -158,7 +158,7 @@ def test_prompts_of_several_entries_are_read_layer_by_layer():
     for layer in range(LAYERS):
         queries = torch.arange(3.0)[:, None, None].expand(3, 2, 2) + 10 * layer
         stats.add_queries(rows, layer, queries)
-    found = stats.totals(torch.tensor([1, 3]))["moments"]
+    found = stats.totals(torch.tensor([1, 3]), needs)["moments"]
     expected = [10 * layer + token for layer in range(LAYERS) for token in (2, 1)]
     assert found.total[:, 0, 0].tolist() == expected
     assert found.num_tokens.tolist() == [1] * 2 * LAYERS
@@ -201,7 +201,7 @@ def test_what_a_step_takes_is_counted(monkeypatch, need, dtype):
     each = bytes_per_token(
         need, num_heads=heads, head_size=size, hidden_size=hidden, element_size=dtype.itemsize
     )
-    sums = stats.totals(rows.entries[:1])
+    sums = stats.totals(rows.entries[:1], need)
     (of_one,) = [sum(t.nbytes for t in tree_leaves(part)) for part in sums.values()]
     bound = num * (width * each + 2 * of_one)
     assert live.peak <= bound <= 3 * live.peak

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.attention.attention import Attention
 
 from vllm_kvcompress.adapter import lora
 from vllm_kvcompress.adapter.backend import compressed_modules
-from vllm_kvcompress.adapter.compression_config import compression_config
+from vllm_kvcompress.adapter.compression_config import compression_choices
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.scoring import Need
 
@@ -88,8 +88,8 @@ def install(
     Raises:
         KVCompressionError: a layer makes its queries in a way that is not known here.
     """
-    config = compression_config(vllm_config)
-    if config is None or not config.needs & CAPTURED:
+    choices = compression_choices(vllm_config)
+    if choices is None or not choices.needs & CAPTURED:
         return
     compressed = compressed_modules(vllm_config)
     if all(layer in _inputs for layer in compressed):
@@ -143,12 +143,15 @@ def _inputs_like(
     Raises:
         KVCompressionError: what it does to its queries is not what ``StackProjector`` does.
     """
-    config = compression_config(vllm_config)
-    assert config is not None
+    choices = compression_choices(vllm_config)
+    assert choices is not None
+    looking = [config for config in choices.configs if config.needs & CAPTURED]
+    scorer = looking[0].scorer
+    lookahead = max(config.scoring.lookahead for config in looking)
 
     def refuse(why: str) -> KVCompressionError:
         return KVCompressionError(
-            f"{config.scorer} looks at attention inputs, and {layer.layer_name} {why}: use a "
+            f"{scorer} looks at attention inputs, and {layer.layer_name} {why}: use a "
             "scorer such as bacon, which works on finished queries and keys."
         )
 
@@ -160,11 +163,11 @@ def _inputs_like(
     if table is None or not _takes(parent, "positions", "hidden_states"):
         raise refuse("is called, or rotates, in an unusual way")
     qkv_proj, width = parts["qkv_proj"], layer.num_heads * layer.head_size
-    if Need.HIDDEN_MOMENTS in config.needs:
+    if Need.HIDDEN_MOMENTS in choices.needs:
         reasons = lora.conflicts(qkv_proj, width, vllm_config)
         if reasons:
             raise KVCompressionError.from_reasons(
-                [f"{config.scorer} projects rows of its own; {reason}." for reason in reasons]
+                [f"{scorer} projects rows of its own; {reason}." for reason in reasons]
             )
     if lora_manager is not None:
         nobody = LoRAMapping((0,) * _SAMPLE, (0,), is_prefill=True)
@@ -185,14 +188,13 @@ def _inputs_like(
         raise refuse("makes its queries in another way than by qkv_proj, q_norm and rotary_emb")
     if inputs.rotary_emb is None:
         return inputs
-    if Need.QUERY_MOMENTS in config.needs and found.before is None:
+    if Need.QUERY_MOMENTS in choices.needs and found.before is None:
         raise refuse("does not call its rotary_emb")
-    reach = vllm_config.model_config.max_model_len + config.scoring.lookahead
+    reach = vllm_config.model_config.max_model_len + lookahead
     if reach > len(table):
         raise KVCompressionError(
-            f"{config.scorer} looks {config.scoring.lookahead} positions past a prompt, and the "
-            f"model rotates to {len(table)} positions only: set --max-model-len "
-            f"{len(table) - config.scoring.lookahead} or less."
+            f"{scorer} looks {lookahead} positions past a prompt, and the model rotates to "
+            f"{len(table)} positions only: set --max-model-len {len(table) - lookahead} or less."
         )
     return inputs
 

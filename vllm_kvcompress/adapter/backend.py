@@ -144,8 +144,8 @@ class CompressedImpl:
             layers.waiting.keep_queries(layer_idx, queries, *meta.queries)
         if meta.stats:
             numbers = _as_numbers(queries, layer, dtype)
-            for rows in meta.stats:
-                layers.waiting.keep_stats(layer_idx, rows, numbers)
+            for needs, rows in meta.stats:
+                layers.waiting.keep_stats(layer_idx, needs, rows, numbers)
 
     def _attend_per_head(
         self,

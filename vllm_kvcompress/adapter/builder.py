@@ -31,12 +31,13 @@ from vllm_kvcompress.adapter.metadata import (
 from vllm_kvcompress.batch import (
     ChunkStats,
     StepBatch,
+    by_statistics,
     head_major_order,
     plan_stats,
     query_runs,
     ranges,
 )
-from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.config import NOTHING, KVCompressionError
 from vllm_kvcompress.kernels import PageLayout
 from vllm_kvcompress.page_state import PageTables
 from vllm_kvcompress.prefill_stats import StatsRows
@@ -122,7 +123,8 @@ class CompressedBuilder:
         runner = "V2" if vllm_config.use_v2_model_runner else "V1"
         logger.info_once(
             "KV compression is on: scorer %s, allocator %s, merge %s, budget %s per KV head, "
-            "window %d, when %s, workspace %d MiB, room for %d prompts that wait, block size %d, "
+            "window %d, when %s, requests may choose %s, workspace %d MiB, room "
+            "for %d prompts that wait, block size %d, "
             "%d layers x %d KV heads, backend %s on %s, model runner %s, kernels: %s.",
             config.scorer,
             config.allocator,
@@ -130,6 +132,7 @@ class CompressedBuilder:
             describe_budget(config),
             config.window,
             config.when,
+            ", ".join(config.allow) or NOTHING,
             config.workspace_mib,
             layers.num_entries,
             self.block_size,
@@ -223,8 +226,11 @@ class CompressedBuilder:
             req_ids = [batch.req_ids[i] for i in owners]
             places = layers.waiting.places(req_ids, np.array(distances), np.array(lengths))
             meta.queries = self._query_copy(tokens, places.tolist(), lengths)
-        if layers.waiting.stats:
-            meta.stats = [self._stats_rows(cam, batch, group) for group in plan_stats(chunks)]
+        meta.stats = [
+            (needs, self._stats_rows(cam, batch, group))
+            for needs, alike in by_statistics(chunks).items()
+            for group in plan_stats(alike)
+        ]
 
     def _query_copy(
         self, tokens: Sequence[int], places: Sequence[int], lengths: Sequence[int]

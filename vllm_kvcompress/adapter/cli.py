@@ -6,14 +6,16 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_kvcompress.adapter import compatibility, telemetry
-from vllm_kvcompress.adapter.compression_config import compression_config
+from vllm_kvcompress.adapter import compatibility, request_checks, telemetry
+from vllm_kvcompress.adapter.compression_config import BLOCK_SIZE_KEY
 from vllm_kvcompress.adapter.patching import wrap
 from vllm_kvcompress.allocation import ALLOCATORS
+from vllm_kvcompress.choices import Choices
 from vllm_kvcompress.config import (
+    ALLOWED_WORDS,
     CONFIG_KEY,
+    NOTHING,
     KVCompressionConfig,
     KVCompressionError,
     parse_cli_json,
@@ -31,6 +33,7 @@ _FLAGS = {
     "kv_budget": "budget",
     "kv_window": "window",
     "kv_compression_when": "when",
+    "kv_compression_allow": "allow",
 }
 
 
@@ -38,7 +41,7 @@ def install() -> None:
     wrap(EngineArgs, "add_cli_args", _add_flags)
     wrap(EngineArgs, "from_cli_args", _move_flags)
     wrap(EngineArgs, "create_engine_config", _check_engine)
-    wrap(InputProcessor, "process_inputs", _refuse_growing_prompts)
+    request_checks.install()
 
 
 def _add_flags(original):
@@ -79,6 +82,14 @@ def _add_flags(original):
             help="When prompts are compressed. always: at the first step after the prompt. "
             "pressure: only while more than MARK of the block pool is in use (default 0.8), and "
             "before anyone is preempted or kept waiting for blocks. Default: always.",
+        )
+        group.add_argument(
+            "--kv-compression-allow",
+            metavar="WORD|METHOD,...",
+            default=argparse.SUPPRESS,
+            help="What a request may choose for itself, by keys of its vllm_xargs: "
+            f"{', '.join(ALLOWED_WORDS)} and further methods, separated by commas, or "
+            f"{NOTHING}. Default: {','.join(KVCompressionConfig.allow)}.",
         )
         group.add_argument(
             "--kv-compression-config",
@@ -125,11 +136,14 @@ def _check_engine(original):
                 f'{{"method": "bacon", "budget": 128}}, got {raw!r}.'
             )
         config = KVCompressionConfig.parse(raw)
+        configs = Choices.of(config, block_size=1).configs
         self.additional_config = {**self.additional_config, CONFIG_KEY: config.to_json()}
         if current_platform.is_cpu() and self.block_size is None:
             self.block_size = CPU_BLOCK_SIZE
         vllm_config = original(self, *args, **kwargs)
-        compatibility.check(vllm_config, config)
+        compatibility.check(vllm_config, configs)
+        assert isinstance(vllm_config.additional_config, dict), "ours"
+        vllm_config.additional_config[BLOCK_SIZE_KEY] = vllm_config.cache_config.block_size
         # vLLM resolves both by name in the processes that need them, and fails where it cannot
         parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
         parallel.worker_cls = compatibility.WORKERS.get(parallel.worker_cls, parallel.worker_cls)
@@ -138,16 +152,3 @@ def _check_engine(original):
         return vllm_config
 
     return create_engine_config
-
-
-def _refuse_growing_prompts(original):
-    def process_inputs(self: InputProcessor, *args, **kwargs):
-        if kwargs.get("resumable") and compression_config(self.vllm_config) is not None:
-            raise KVCompressionError(
-                "KV compression happens when a prompt ends, so a streaming-input session cannot "
-                "append to it: send the whole prompt in one request, or serve without "
-                "--kv-compression."
-            )
-        return original(self, *args, **kwargs)
-
-    return process_inputs

@@ -333,13 +333,14 @@ ENGINE_RULES = (
 """What else an engine may have."""
 
 
-def check(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
-    """Raise one error with every reason why this engine cannot compress.
+def check(vllm_config: VllmConfig, configs: Sequence[KVCompressionConfig]) -> None:
+    """Raise one error with every reason why this engine cannot compress by these configs.
 
     Raises:
         KVCompressionError: at least one reason was found.
     """
-    _raise(engine_reasons(vllm_config, config))
+    found = [reason for config in configs for reason in engine_reasons(vllm_config, config)]
+    _raise([*dict.fromkeys(found)])
 
 
 def engine_reasons(vllm_config: VllmConfig, config: KVCompressionConfig) -> list[str]:

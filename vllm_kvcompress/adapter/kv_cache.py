@@ -21,10 +21,11 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
+from vllm_kvcompress.choices import Choices, RequestSettings
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.orders import CompressionOrder
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
-from vllm_kvcompress.policy import Outcome
+from vllm_kvcompress.policy import Outcome, When
 from vllm_kvcompress.prompt import PromptFacts, Run, split_evenly
 
 _hit_cap: contextvars.ContextVar[int | None] = contextvars.ContextVar("hit_cap", default=None)
@@ -50,6 +51,11 @@ class CompressedSpec(FullAttentionSpec):
     entry_bytes: int = 0
     max_entries: int = 1
     num_layers: int = 0
+
+    @property
+    def choices(self) -> Choices:
+        """What requests may choose beside ``config``."""
+        return Choices.of(self.config, self.kernel_block_size)
 
     @property
     def num_entries(self) -> int:
@@ -110,15 +116,22 @@ class TrackedRequest:
 
     Attributes:
         request: vLLM's.
+        settings: what it has chosen.
         plan: of its prompt.
         compressed: its blocks have been freed, and the workers were told to compress it.
         holds_entry: the workers keep what its prompt leaves behind until it is compressed.
     """
 
     request: Request
+    settings: RequestSettings
     plan: PromptPlan
     compressed: bool = False
     holds_entry: bool = False
+
+    @property
+    def when(self) -> When:
+        """The policy for its prompt."""
+        return self.settings.config.when
 
     @property
     def is_prefilled(self) -> bool:
@@ -147,9 +160,21 @@ class CompressedManager(FullAttentionManager):
         """What is known of the request, from now on until its blocks are freed."""
         found = self.tracked.get(request.request_id)
         if found is None:
-            plan = self.planner.plan(prompt_facts(request.num_prompt_tokens, request.mm_features))
-            found = self.tracked[request.request_id] = TrackedRequest(request, plan)
+            settings = self._settings(request)
+            facts = prompt_facts(request.num_prompt_tokens, request.mm_features)
+            plan = self.planner.with_config(settings.config).plan(facts)
+            found = self.tracked[request.request_id] = TrackedRequest(request, settings, plan)
         return found
+
+    def _settings(self, request: Request) -> RequestSettings:
+        """Checked before the request came here, see ``request_checks``."""
+        params = request.sampling_params
+        return self.choices.settings(None if params is None else params.extra_args)
+
+    @property
+    def choices(self) -> Choices:
+        """What requests may choose."""
+        return Choices.of(self.planner.config, self.planner.block_size)
 
     def take_entry(self, request: TrackedRequest) -> bool:
         """Let the workers keep what this prompt leaves behind; False when they have no room."""
@@ -174,7 +199,8 @@ class CompressedManager(FullAttentionManager):
         before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(req_id, 0, plan.num_freed_blocks)
         freed = self.block_pool.get_num_free_blocks() - before
-        self.telemetry.record(outcome, held, held - plan.num_freed_blocks, freed)
+        label = tracked.settings.label
+        self.telemetry.record(label, outcome, held, held - plan.num_freed_blocks, freed)
         tracked.compressed = True
         self._release_entry(tracked)
         return order
@@ -187,9 +213,25 @@ class CompressedManager(FullAttentionManager):
         blocks = self.req_to_blocks[tracked.request.request_id]
         return sum(1 / block.ref_cnt for block in blocks[: tracked.plan.num_freed_blocks])
 
-    def count_whole(self) -> None:
+    def count_whole(self, tracked: TrackedRequest) -> None:
         """A prompt has ended that fits its budget."""
-        self.telemetry.record_whole()
+        self.telemetry.record_whole(tracked.settings.label)
+
+    def report(self, tracked: TrackedRequest) -> dict[str, str | int]:
+        """What has become of a request, for whoever sent it."""
+        plan = tracked.plan
+        outcome, dropped = "kept_whole", 0
+        if tracked.compressed:
+            outcome = "compressed"
+            dropped = (plan.num_full_blocks - plan.num_kept_blocks) * self.planner.block_size
+        elif plan.compresses:
+            outcome = "not_compressed"
+        return {
+            "method": tracked.settings.label,
+            "outcome": outcome,
+            "prompt_tokens": plan.facts.length,
+            "kept_tokens": plan.facts.length - dropped,
+        }
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         tracked = self.tracked.pop(request_id, None)

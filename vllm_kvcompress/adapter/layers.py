@@ -20,7 +20,9 @@ from vllm_kvcompress.adapter.telemetry import WorkerTelemetry, labels_of
 from vllm_kvcompress.adapter.waiting import WaitingPrompts
 from vllm_kvcompress.allocation import Scope, StaticAllocator
 from vllm_kvcompress.batch import StepBatch
-from vllm_kvcompress.config import Candidates
+from vllm_kvcompress.budget import Candidates
+from vllm_kvcompress.choices import Choices
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.kernels import PageLayout
 from vllm_kvcompress.orders import ATTRIBUTE, CompressionOrder, StepOrders
 from vllm_kvcompress.page_state import HeadPageState
@@ -89,12 +91,15 @@ class CompressedLayers:
         self.configure(spec.planner)
 
     def configure(self, planner: BlockPlanner) -> None:
-        """Compress by this planner's configuration from now on; no request may be running."""
+        """Compress by this planner's configuration, and by what requests may choose beside it.
+
+        No request may be running.
+        """
         self.planner, self.config = planner, planner.config
+        self.choices = Choices.of(planner.config, planner.block_size)
         num_layers = self.num_layers
         assert planner.num_layers == num_layers, "plans count the layers of the group"
-        allocator = self.config.allocation
-        self.uniform = allocator.scope is Scope.UNIFORM
+        self.uniform = all(map(_is_uniform, self.choices.configs))
         self.slots = RequestSlots(self.max_num_seqs)
         self.plans: dict[str, PromptPlan] = {}
         self.is_compressed = np.zeros(self.max_num_seqs + 1, dtype=bool)  # by slot
@@ -106,23 +111,32 @@ class CompressedLayers:
             self.num_kv_heads,
             self.facts.device,
         )
-        self.pipeline = CompressionPipeline(
-            self.config.scoring,
-            allocator,
-            self.config.merging,
-            self.config.window,
-            self.num_kv_heads,
-            self.facts.layout,
-            self.state,
-            mean_over_heads=mean_over_heads,
-            first_head=int(self.heads[0]),
-            mean_over_replicas=self._mean_over_replicas,
-            workspace_bytes=self.config.workspace_mib << 20,
-        )
+        self._pipelines: dict[KVCompressionConfig, CompressionPipeline] = {}
         self.waiting = self._no_prompts()
 
+    def _pipeline(self, operation: KVCompressionConfig) -> CompressionPipeline:
+        """Of prompts with this ``KVCompressionConfig.operation``."""
+        if operation not in self._pipelines:  # one for each method and window that was chosen
+            self._pipelines[operation] = CompressionPipeline(
+                operation.scoring,
+                operation.allocation,
+                operation.merging,
+                operation.window,
+                self.num_kv_heads,
+                self.facts.layout,
+                self.state,
+                mean_over_heads=mean_over_heads,
+                first_head=int(self.heads[0]),
+                mean_over_replicas=self._mean_over_replicas,
+                workspace_bytes=operation.workspace_mib << 20,
+            )
+        return self._pipelines[operation]
+
     def _no_prompts(self) -> WaitingPrompts:
-        return WaitingPrompts(self.facts, self.config, self.num_entries, self._max_length)
+        choices = self.choices
+        return WaitingPrompts(
+            self.facts, choices.needs, choices.max_rows, self.num_entries, self._max_length
+        )
 
     @property
     def num_layers(self) -> int:
@@ -201,28 +215,36 @@ class CompressedLayers:
     # compression
 
     def compress(self, orders: Sequence[CompressionOrder]) -> None:
-        """Compress these prompts in all layers; afterwards they attend to their head pages."""
-        orders = [order for order in orders if order.req_id in self.slots]
-        together = self._prompts_together
-        adapters = self._projecting_adapters
-        if adapters is not None and adapters.count([o.req_id for o in orders]) > adapters.most:
-            together = 1  # there is no room for all of their adapters at a time
-        if self.recorder is not None:
-            together = 1
-        for start in range(0, len(orders), together):
-            self._compress(orders[start : start + together])
+        """Compress these prompts in all layers; afterwards they attend to their head pages.
 
-    def _compress(self, orders: Sequence[CompressionOrder]) -> None:
+        Prompts that differ in budgets only go together.
+        """
+        groups: dict[KVCompressionConfig, list[CompressionOrder]] = {}
+        for order in orders:
+            if order.req_id in self.slots:
+                groups.setdefault(order.plan.config.operation, []).append(order)
+        for operation, alike in groups.items():
+            together = self._prompts_together
+            adapters = self._projecting_adapters(operation)
+            if adapters is not None and adapters.count([o.req_id for o in alike]) > adapters.most:
+                together = 1  # there is no room for all of their adapters at a time
+            if self.recorder is not None:
+                together = 1
+            for start in range(0, len(alike), together):
+                self._compress(operation, alike[start : start + together])
+
+    def _compress(self, operation: KVCompressionConfig, orders: Sequence[CompressionOrder]) -> None:
         req_ids = [order.req_id for order in orders]
         slots = self.slots.of(req_ids)
         with self.telemetry.compression():
-            prompts = self._prompts(slots, orders)
+            prompts = self._prompts(operation, slots, orders)
             num_rows = max(order.plan.num_rows for order in orders)
-            stack = self._stack(req_ids, num_rows)
+            stack = self._stack(operation, req_ids, num_rows)
+            pipeline = self._pipeline(operation)
             if self.recorder is not None and self.recorder.wants(req_ids[0]):
-                count = self.recorder.compress(self.pipeline, prompts, stack, orders[0].plan)
+                count = self.recorder.compress(pipeline, prompts, stack, orders[0].plan)
             else:
-                count = self.pipeline.compress(prompts, stack)
+                count = pipeline.compress(prompts, stack)
             self.telemetry.record(
                 count,
                 tokens_per_page=self.block_size / (self.num_layers * self.num_kv_heads),
@@ -236,18 +258,24 @@ class CompressedLayers:
         for req_id in req_ids:
             del self.plans[req_id]
 
-    @property
-    def _projecting_adapters(self) -> RequestAdapters | None:
+    def _projecting_adapters(self, operation: KVCompressionConfig) -> RequestAdapters | None:
         """The adapters, where a method projects rows of its own through them."""
-        return self.adapters if Need.HIDDEN_MOMENTS in self.config.needs else None
+        return self.adapters if Need.HIDDEN_MOMENTS in operation.needs else None
 
-    def _stack(self, req_ids: Sequence[str], num_rows: int) -> LayerStack:
-        adapters, slots = self._projecting_adapters, None
+    def _stack(
+        self, operation: KVCompressionConfig, req_ids: Sequence[str], num_rows: int
+    ) -> LayerStack:
+        adapters, slots = self._projecting_adapters(operation), None
         if adapters is not None:
             slots = self.facts.upload(adapters.slots(req_ids))
-        return self.waiting.stack(req_ids, num_rows, slots)
+        return self.waiting.stack(req_ids, operation.needs, num_rows, slots)
 
-    def _prompts(self, slots: np.ndarray, orders: Sequence[CompressionOrder]) -> FinishedPrefills:
+    def _prompts(
+        self,
+        operation: KVCompressionConfig,
+        slots: np.ndarray,
+        orders: Sequence[CompressionOrder],
+    ) -> FinishedPrefills:
         plans = [order.plan for order in orders]
         lengths = [plan.facts.length for plan in plans]
         fields = PromptBatch._fields[2:]
@@ -261,19 +289,19 @@ class CompressedLayers:
         columns, block_table = (
             part.contiguous() for part in packed.split([len(fields) + 2, width], dim=1)
         )
-        only_visual = self.config.candidates is not Candidates.ALL
+        only_visual = operation.candidates is not Candidates.ALL
         extra: dict[str, Any] = {}
-        if Need.SEGMENTS in self.config.needs or only_visual:
+        if Need.SEGMENTS in operation.needs or only_visual:
             segment = np.stack([plan.facts.segments(width * self.block_size) for plan in plans])
             extra["segment"] = upload(segment)
             extra["num_segments"] = int(segment.max(initial=-1)) + 1
-            if Need.GRIDS in self.config.needs:
+            if Need.GRIDS in operation.needs:
                 most = max(extra["num_segments"], 1)
                 grids = np.stack([plan.facts.grids(most) for plan in plans])
                 extra["grids"] = upload(grids)
             if only_visual:
                 extra["visual"] = extra["segment"] >= 0
-        if isinstance(self.pipeline.allocator, StaticAllocator):
+        if isinstance(operation.allocation, StaticAllocator):
             budgets = np.array([self.planner.head_budgets(plan) for plan in plans])
             extra["head_budgets"] = self.facts.upload(
                 np.ascontiguousarray(budgets[:, :, self.heads])
@@ -288,23 +316,30 @@ class CompressedLayers:
 
     def _max_pages(self, plan: PromptPlan) -> int:
         """Bound on the pages of one head."""
-        if self.uniform:
+        config = plan.config
+        if _is_uniform(config):
             return plan.num_kept_blocks
-        owners = self.num_kv_heads * (self.num_layers if self.config.spans_layers else 1)
+        owners = self.num_kv_heads * (self.num_layers if config.spans_layers else 1)
         return min(plan.num_kept_blocks * owners, plan.num_full_blocks)
 
     def warm_up(self, max_model_len: int) -> None:
-        """Compress a made-up prompt, so that no request waits for kernels to be compiled.
+        """Compress a made-up prompt by each method, so that no request waits for compilers.
 
         All its blocks are vLLM's null block, which nobody reads; no request has its slot yet.
         """
         length, window = max_model_len - 1, self.config.window
         visual = ((1, length - window - 1),) if length > window + 2 else ()
-        plan = self.planner.plan(PromptFacts(length, visual))
-        if not plan.compresses:
-            return
-        order = CompressionOrder("", plan, [0] * -(-length // self.block_size))
-        self.waiting.fill_for_warm_up("")
-        stack = self._stack([""], plan.num_rows)
-        self.pipeline.compress(self._prompts(np.array([0]), [order]), stack)
+        for config in self.choices.configs:
+            plan = self.planner.with_config(config).plan(PromptFacts(length, visual))
+            if not plan.compresses:
+                continue
+            order = CompressionOrder("", plan, [0] * -(-length // self.block_size))
+            self.waiting.fill_for_warm_up("")
+            prompts = self._prompts(config.operation, np.array([0]), [order])
+            stack = self._stack(config.operation, [""], plan.num_rows)
+            self._pipeline(config.operation).compress(prompts, stack)
         self.waiting = self._no_prompts()  # attention may bring queries of another type
+
+
+def _is_uniform(config: KVCompressionConfig) -> bool:
+    return config.allocation.scope is Scope.UNIFORM

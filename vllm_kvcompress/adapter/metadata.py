@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_kvcompress.prefill_stats import StatsRows
+from vllm_kvcompress.scoring import Need
 
 TokenIndex = slice | torch.Tensor
 """Some tokens of a batch, ascending: a slice where they are consecutive, else [T] int64 device."""
@@ -55,7 +56,7 @@ class CompressedMetadata:
         prefill_tokens: their tokens; None when they are the whole batch.
         per_head: requests that attend to head pages; None when there are none.
         queries: queries to keep; None when there are none.
-        stats: groups of prompt tokens that statistics take in.
+        stats: groups of prompt tokens that statistics take in, with what is summed over them.
     """
 
     num_actual_tokens: int
@@ -63,4 +64,4 @@ class CompressedMetadata:
     prefill_tokens: TokenIndex | None = None
     per_head: PerHeadBatch | None = None
     queries: QueryCopy | None = None
-    stats: Sequence[StatsRows] = ()
+    stats: Sequence[tuple[Need, StatsRows]] = ()

@@ -50,10 +50,11 @@ def check_files(vllm_config: VllmConfig, spec: CompressedSpec) -> None:
     """
     heads = compressed_modules(vllm_config)[0].num_heads  # of this rank; the layers are alike
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    try:
-        spec.planner.config.allocation.check_model(spec.num_layers, heads * ranks)
-    except ValueError as error:
-        raise KVCompressionError(f"{spec.planner.config.allocator}: {error}.") from error
+    for config in spec.choices.configs:
+        try:
+            config.allocation.check_model(spec.num_layers, heads * ranks)
+        except ValueError as error:
+            raise KVCompressionError(f"{config.allocator}: {error}.") from error
 
 
 def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) -> int:
@@ -69,12 +70,12 @@ def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) ->
     kept = spec.num_entries * spec.entry_bytes * spec.num_layers
     max_blocks = -(-vllm_config.model_config.max_model_len // spec.kernel_block_size)
     num_seqs = vllm_config.scheduler_config.max_num_seqs * spec.num_kv_heads
-    config, model = spec.config, vllm_config.model_config
+    choices, model = spec.choices, vllm_config.model_config
     num_heads = compressed_modules(vllm_config)[0].num_heads
     hidden_size = model.get_hidden_size()
     assert isinstance(model.dtype, torch.dtype), "vLLM has resolved it"
     per_token = bytes_per_token(
-        config.needs,
+        choices.needs,
         num_heads=num_heads,
         head_size=spec.head_size,
         hidden_size=hidden_size,
@@ -83,7 +84,9 @@ def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) ->
     # padding takes less than as much again, and sums are added up beside what they are added to
     of_step = 2 * vllm_config.scheduler_config.max_num_batched_tokens * per_token
     of_step += spec.num_entries * spec.entry_bytes
-    workspace = max(config.workspace_mib << 20, of_step)
-    for_good = 4 * spec.num_layers * config.scoring.kept_for_good(hidden_size)
+    workspace = max(spec.config.workspace_mib << 20, of_step)
+    scorers = {config.scoring for config in choices.configs}
+    kept_for_good = sum(scorer.kept_for_good(hidden_size) for scorer in scorers)
+    for_good = 4 * spec.num_layers * kept_for_good
     tables = 4 * table_ids(num_seqs, max_blocks, spec.num_layers)
     return kept + spec.copy_bytes + workspace + for_good + tables

@@ -16,8 +16,9 @@ from vllm.v1.request import Request
 
 from vllm_kvcompress.adapter.kv_cache import CompressedKVCacheManager, TrackedRequest
 from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry, labels_of
+from vllm_kvcompress.config import CONFIG_KEY
 from vllm_kvcompress.orders import ATTRIBUTE, CompressionOrder, StepOrders
-from vllm_kvcompress.policy import Outcome, When
+from vllm_kvcompress.policy import Outcome, WaitingQueue
 
 
 class CompressionPolicy:
@@ -33,19 +34,16 @@ class CompressionPolicy:
         self.scheduler = scheduler
         self.manager = CompressedKVCacheManager.adopt(scheduler.kv_cache_manager, self.relieve)
         self.manager.compressed.telemetry = SchedulerTelemetry(
-            labels_of(scheduler.vllm_config), self.manager.compressed.planner.config
+            labels_of(scheduler.vllm_config),
+            self.manager.compressed.planner.config,
+            self.manager.compressed.choices.labels,
         )
         self.orders: dict[str, CompressionOrder] = {}
         self.boundaries: dict[str, int] = {}
         self._unsettled: set[str] = set()  # boundaries that count drafts of the step in flight
         self._took_entry: list[TrackedRequest] = []  # in this step
-        # requests whose prompts are being computed, and prompts that wait for their compression
-        self._prefilling: dict[str, TrackedRequest] = {}
-        self._waiting: dict[str, TrackedRequest] = {}
-
-    @property
-    def when(self) -> When:
-        return self.manager.compressed.planner.config.when
+        self._prefilling: dict[str, TrackedRequest] = {}  # their prompts are being computed
+        self._waiting = WaitingQueue[TrackedRequest]()
 
     # decisions
 
@@ -59,25 +57,23 @@ class CompressionPolicy:
             elif tracked.is_prefilled:
                 del self._prefilling[req_id]
                 if tracked.plan.compresses:
-                    self._waiting[req_id] = tracked
+                    self._waiting.add(req_id, tracked, tracked.when, req_id in self.boundaries)
                 else:
-                    compressed.count_whole()
-        if self.when.always or self.boundaries:  # else nobody is due
-            for req_id, tracked in list(self._waiting.items()):
-                if compressed.tracked.get(req_id) is not tracked:
-                    del self._waiting[req_id]
-                elif self._is_due(tracked):
-                    self._compress(tracked, Outcome.AT_ONCE)
-        while self.when.mark is not None and self.manager.usage > self.when.mark:
-            if not self._compress_largest(Outcome.PRESSURE):
+                    compressed.count_whole(tracked)
+        for req_id, tracked in self._waiting.expected():
+            if compressed.tracked.get(req_id) is not tracked:
+                self._waiting.discard(req_id)
+            elif self._is_due(tracked):
+                self._compress(tracked, Outcome.AT_ONCE)
+        while (usage := self.manager.usage) > self._waiting.lowest_mark:
+            if not self._compress_largest(Outcome.PRESSURE, usage=usage):
                 break
 
     @property
     def may_clip(self) -> bool:
         """Whether :meth:`clip` may shorten some request's part of the next step."""
-        returning = any(req_id in self.boundaries for req_id in self._waiting)
         _, num_waiting = self.scheduler.get_request_counts()
-        return bool(num_waiting or self._prefilling or returning)
+        return bool(num_waiting or self._prefilling or self._waiting.any_returning)
 
     def relieve(self, request: Request) -> bool:
         """Compress the prompt that frees most, because ``request`` gets no blocks."""
@@ -94,7 +90,7 @@ class CompressionPolicy:
         plan = tracked.plan
         if not plan.compresses or tracked.compressed:
             return num_new_tokens
-        prompt_end = request.num_prompt_tokens if self.when.always else None
+        prompt_end = request.num_prompt_tokens if tracked.when.always else None
         boundary = self.boundaries.get(request.request_id, prompt_end)
         if boundary is not None and start < boundary:
             num_new_tokens = min(num_new_tokens, boundary - start)
@@ -121,7 +117,7 @@ class CompressionPolicy:
             self._prefilling[req_id] = tracked[req_id]
         for req_id in output.finished_req_ids:
             self.boundaries.pop(req_id, None)
-            self._waiting.pop(req_id, None)
+            self._waiting.discard(req_id)
         orders = []
         for req_id, order in self.orders.items():
             if req_id in tracked and tracked[req_id].compressed:
@@ -144,12 +140,19 @@ class CompressionPolicy:
                 # nothing is sampled where vLLM throws the step away: it takes nothing back either
                 self.boundaries[req_id] -= len(drafts) + 1 - len(sampled) if sampled else 0
 
+    def report(self, request: Request) -> dict[str, str | int] | None:
+        """What has become of a request that asked for something of its own, else None."""
+        compressed = self.manager.compressed
+        tracked = compressed.tracked.get(request.request_id)
+        asked = tracked is not None and tracked.settings.asked
+        return compressed.report(tracked) if tracked is not None and asked else None
+
     # parts of them
 
     def _is_due(self, tracked: TrackedRequest) -> bool:
         request = tracked.request
         boundary = self.boundaries.get(request.request_id)
-        if boundary is None and not self.when.always:
+        if boundary is None and not tracked.when.always:
             return False
         return request.num_computed_tokens >= (boundary or 0) and self._goes_on(request)
 
@@ -163,20 +166,28 @@ class CompressionPolicy:
 
     def _compress(self, tracked: TrackedRequest, outcome: Outcome) -> None:
         req_id = tracked.request.request_id
-        del self._waiting[req_id]
+        self._waiting.discard(req_id)
         if tracked.request.num_output_placeholders > 1:
             self._unsettled.add(req_id)
         self.orders[req_id] = self.manager.compressed.compress(tracked, outcome)
 
-    def _compress_largest(self, outcome: Outcome, needs_entry: bool = False) -> bool:
-        """Compress the waiting prompt that frees most blocks; False if there is none that helps."""
+    def _compress_largest(
+        self, outcome: Outcome, needs_entry: bool = False, usage: float | None = None
+    ) -> bool:
+        """Compress the waiting prompt that frees most blocks; False if there is none that helps.
+
+        Args:
+            usage: of the pool, where only prompts with a mark below it are meant.
+        """
         compressed = self.manager.compressed
         best, most = None, 0.0
-        bounds = sorted(self._waiting.values(), key=lambda t: -t.plan.num_freed_blocks)
+        bounds = sorted(self._waiting.prompts(), key=lambda t: -t.plan.num_freed_blocks)
         for tracked in bounds:
             if tracked.plan.num_freed_blocks <= most:  # no later one frees more
                 break
             if not self._may_compress(tracked) or (needs_entry and not tracked.holds_entry):
+                continue
+            if usage is not None and not tracked.when.wants(usage):
                 continue
             gain = compressed.share_of_blocks(tracked)
             if gain > most or (needs_entry and best is None):
@@ -221,6 +232,14 @@ class _CompressedScheduler(Scheduler):
     ) -> Any:
         self.compression.settle(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM hands its client what this returns first, as the request's KV parameters."""
+        report = self.compression.report(request)
+        params, *others = super()._free_request(request, *args, **kwargs)
+        if report is not None:
+            params = {**(params or {}), CONFIG_KEY: report}
+        return params, *others
 
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, *computed: int

@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm_kvcompress.adapter import compatibility
 from vllm_kvcompress.adapter.backend import compressed_modules
 from vllm_kvcompress.adapter.compression_config import (
-    compression_config,
+    compression_choices,
     current_compression_config,
 )
 from vllm_kvcompress.adapter.patching import wrap
@@ -194,8 +194,8 @@ def describe_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
 
     Other layers of the model may have other heads, and so may its configuration.
     """
-    config = compression_config(vllm_config)
-    if config is None:
+    choices = compression_choices(vllm_config)
+    if choices is None:
         return
     model_config, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     dtype = model_config.dtype
@@ -206,7 +206,8 @@ def describe_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
         if layer.num_kv_heads == 1 < ranks:  # several ranks may hold the same head
             model_heads = _total_kv_heads(parents[layer]) or model_config.get_total_num_kv_heads()
         entry_bytes = bytes_per_layer(
-            config,
+            choices.needs,
+            choices.max_rows,
             num_heads=layer.num_heads,
             num_kv_heads=layer.num_kv_heads,
             head_size=layer.head_size,

@@ -38,9 +38,29 @@ _COMMAND_LINE = (
     *_symbols(
         "vllm.v1.engine.input_processor",
         ("InputProcessor", Use.HELD, "vllm_config", "is this engine compressing?"),
-        ("InputProcessor.process_inputs", Use.WRAPPED, "self resumable",
-         "refuses prompts that grow"),
+        ("InputProcessor.process_inputs", Use.WRAPPED, "self request_id prompt params resumable",
+         "refuses prompts that grow, and what requests cannot choose"),
     ),
+    *_symbols(
+        "vllm.v1.engine.async_llm",
+        ("AsyncLLM", Use.HELD, "vllm_config", "is this engine compressing?"),
+        ("AsyncLLM.generate", Use.WRAPPED, "self prompt sampling_params",
+         "refuses what requests cannot choose before a server answers"),
+    ),
+    *_symbols(
+        "vllm.v1.engine.core",
+        ("EngineCore", Use.HELD, "vllm_config", "is this engine compressing?"),
+        ("EngineCore.preprocess_add_request", Use.REPLACED, "self request",
+         "refuses requests of other front ends", "tuple[Request, int]"),
+    ),
+    *_symbols("vllm.v1.engine",
+              ("EngineCoreRequest", Use.HELD, "sampling_params", "what a request chooses")),
+    *_symbols("vllm.sampling_params",
+              ("SamplingParams", Use.HELD, "extra_args", "what a request chooses")),
+    *_symbols("vllm.exceptions",
+              ("VLLMValidationError", Use.HELD, "", "servers answer with HTTP 400"),
+              ("VLLMValidationError.__init__", Use.CALLED, "self message parameter",
+               "names the key that is refused")),
 )  # fmt: skip
 
 _REGISTRY = _symbols(
@@ -115,6 +135,9 @@ _SCHEDULER = (
          "self scheduler_output model_runner_output", "tells which drafts were rejected"),
         ("Scheduler.get_request_counts", Use.CALLED, "self",
          "that hook is off while it has nothing to do", "tuple[int, int]"),
+        ("Scheduler._free_request", Use.WRAPPED, "self request",
+         "tells a client what has become of its request",
+         "tuple[dict[str, Any] | None, dict[str, Any] | None]"),
         ("Scheduler._mamba_block_aligned_split", Use.REPLACED,
          "self request num_new_tokens num_new_local_computed_tokens num_external_computed_tokens",
          "that hook", "int"),
@@ -144,7 +167,7 @@ _SCHEDULER = (
     *_symbols("vllm.v1.request",
               ("Request", Use.HELD,
                "is_prefill_chunk max_tokens mm_features num_computed_tokens "
-               "num_output_placeholders num_prompt_tokens request_id",
+               "num_output_placeholders num_prompt_tokens request_id sampling_params",
                "its plan follows from length and images; will it go on?")),
     *_symbols(
         "vllm.multimodal.inputs",
@@ -367,6 +390,13 @@ CALLS = (
     Call("vllm.v1.core.kv_cache_coordinator", "UnitaryKVCacheCoordinator.find_longest_cache_hit",
          "find_longest_cache_hit", ("block_hashes", "max_length"),
          "our manager lowers max_length"),
+    Call("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", "_free_request", (),
+         "what this returns goes to the client"),
+    Call("vllm.v1.engine.core", "EngineCoreProc.process_input_sockets", "preprocess_add_request",
+         (), "an exception there ends one request"),
+    Call("vllm.entrypoints.openai.chat_completion.serving",
+         "OpenAIServingChat._create_chat_completion", "generate", (),
+         "is called before the answer begins"),
     Call("vllm.v1.engine.async_llm", "AsyncLLM._add_streaming_input_request", "process_inputs",
          ("resumable",), "tells prompts that grow"),
 )  # fmt: skip

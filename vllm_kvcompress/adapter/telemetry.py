@@ -91,17 +91,23 @@ class SchedulerTelemetry:
     """Counts blocks where they are freed, and logs one line per interval with news.
 
     The last news are logged, too: where no later ones come, a timer does it.
+
+    Args:
+        methods: that requests can have, and what stands for no compression.
     """
 
-    def __init__(self, labels: Labels, config: KVCompressionConfig) -> None:
+    def __init__(self, labels: Labels, config: KVCompressionConfig, methods: Sequence[str]) -> None:
         self._labels = labels
-        self._counters = Counters(metrics_dir(), labels, info_of(config))
+        self._counters = Counters(metrics_dir(), labels, info_of(config), methods)
         self._last_log = time.monotonic()
         self._timer: threading.Timer | None = None
 
-    def record(self, outcome: Outcome, held_before: int, held_after: int, freed: int) -> None:
+    def record(
+        self, method: str, outcome: Outcome, held_before: int, held_after: int, freed: int
+    ) -> None:
         """One request gave up blocks; the pool gained ``freed``, as others may share them."""
         self._counters.add(
+            method,
             requests_compressed=1,
             **{f"compressed_{outcome.value}": 1},
             blocks_before=held_before,
@@ -111,9 +117,9 @@ class SchedulerTelemetry:
         self._counters.observe("request_blocks_freed", freed)
         self._schedule_log()
 
-    def record_whole(self) -> None:
+    def record_whole(self, method: str) -> None:
         """One prompt fits its budget and is kept whole."""
-        self._counters.add(requests_kept_whole=1)
+        self._counters.add(method, requests_kept_whole=1)
         self._schedule_log()
 
     def _schedule_log(self) -> None:
@@ -143,6 +149,16 @@ def summary(values: dict[str, float]) -> str:
         f"{values['prompt_tokens']:.0f} prompt tokens kept ({dropped:.0f} dropped); "
         f"{values['blocks_freed']:.0f} blocks returned to the pool"
     )
+
+
+@functools.cache
+def _refusals(labels: Labels) -> Counters:
+    return Counters(metrics_dir(), labels)
+
+
+def record_refusal(vllm_config: VllmConfig) -> None:
+    """A request asked for what it cannot have."""
+    _refusals(labels_of(vllm_config)).add(requests_refused=1)
 
 
 class WorkerTelemetry:

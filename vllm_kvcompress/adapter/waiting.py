@@ -9,7 +9,6 @@ import torch
 
 from vllm_kvcompress.adapter import attention_inputs, output_weights
 from vllm_kvcompress.adapter.layer_facts import LayerFacts
-from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.kernels import PromptPages, as_bytes
 from vllm_kvcompress.pipeline import LayerStack
 from vllm_kvcompress.prefill_stats import PrefillStats, StatsRows
@@ -20,7 +19,8 @@ _QUERIES = Need.WINDOW_QUERIES | Need.INSTRUCTION_QUERIES | Need.LAST_QUERY
 
 
 def bytes_per_layer(
-    config: KVCompressionConfig,
+    needs: Need,
+    max_rows: int,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -29,10 +29,14 @@ def bytes_per_layer(
     max_length: int,
     element_size: int,
 ) -> int:
-    """What one layer keeps of a prompt, in bytes."""
-    needs, count = config.needs, 0
+    """What one layer keeps of a prompt, in bytes.
+
+    Args:
+        needs, max_rows: of all methods that prompts may have.
+    """
+    count = 0
     if needs & _QUERIES:
-        count += config.max_rows * num_heads * head_size * element_size
+        count += max_rows * num_heads * head_size * element_size
     if Need.KEY_ATTENTION_SUMS in needs:
         count += num_kv_heads * max_length * 4
     if Need.HIDDEN_MOMENTS in needs:
@@ -49,21 +53,21 @@ class WaitingPrompts:
 
     Args:
         facts: of the layers.
-        config: what is kept follows from its methods.
+        needs, max_rows: what is kept, of all methods that prompts may have.
         num_entries: most prompts at a time.
         max_length: of a prompt, in tokens.
     """
 
     def __init__(
-        self, facts: LayerFacts, config: KVCompressionConfig, num_entries: int, max_length: int
+        self, facts: LayerFacts, needs: Need, max_rows: int, num_entries: int, max_length: int
     ) -> None:
-        self.facts, self.config = facts, config
+        self.facts, self.needs, self.max_rows = facts, needs, max_rows
         self.num_entries = num_entries
         self.entries = RequestSlots(num_entries)
-        self.stats = PrefillStats(len(facts), num_entries, max_length, config.needs)
+        self.stats = PrefillStats(len(facts), num_entries, max_length, needs)
         self._queries: torch.Tensor | None = None  # [L, entries * rows, Hq, D]
         self._rotating = 0  # a layer that rotates, if any does: it knows positions
-        if config.needs & attention_inputs.CAPTURED:
+        if needs & attention_inputs.CAPTURED:
             rotates = [attention_inputs.inputs_of(m).rotary_emb is not None for m in facts.modules]
             self._rotating = rotates.index(True) if any(rotates) else 0
 
@@ -87,7 +91,7 @@ class WaitingPrompts:
             distance: of each run's last query from the prompt's last token.
             length: queries of each run.
         """
-        return (self.entries_of(req_ids) + 1) * self.config.max_rows - distance - length
+        return (self.entries_of(req_ids) + 1) * self.max_rows - distance - length
 
     def keep_queries(
         self,
@@ -98,19 +102,22 @@ class WaitingPrompts:
     ) -> None:
         """Copy queries [tokens, Hq, D] of the batch tokens ``source`` to the places ``target``."""
         if self._queries is None:
-            num_places = self.num_entries * self.config.max_rows
+            num_places = self.num_entries * self.max_rows
             self._queries = queries.new_zeros((len(self.facts), num_places, *queries.shape[1:]))
         as_bytes(self._queries)[layer_idx][target] = as_bytes(queries)[source]
 
-    def keep_stats(self, layer_idx: int, rows: StatsRows, queries: torch.Tensor) -> None:
+    def keep_stats(
+        self, layer_idx: int, needs: Need, rows: StatsRows, queries: torch.Tensor
+    ) -> None:
         """Take a layer's tokens of this step into the statistics of their prompts.
 
         Args:
+            needs: what is summed over these prompts.
             queries: [tokens, Hq, D] of the batch, after norm and RoPE, as numbers.
         """
         facts, stats = self.facts, self.stats
         module = facts.modules[layer_idx]
-        if Need.KEY_ATTENTION_SUMS in stats.needs:
+        if Need.KEY_ATTENTION_SUMS in needs:
             cache, num = module.kv_cache, len(rows.entries)
             key_scale = None
             if facts.float8 is not None:
@@ -124,11 +131,11 @@ class WaitingPrompts:
             )
             scale = facts.scale[layer_idx].expand(num)
             stats.add_keys(rows, layer_idx, queries, prompts, scale, facts.softcap)
-        if stats.needs & attention_inputs.CAPTURED:
+        if needs & attention_inputs.CAPTURED:
             inputs = attention_inputs.inputs_of(module)
-            if Need.HIDDEN_MOMENTS in stats.needs:
+            if Need.HIDDEN_MOMENTS in needs:
                 stats.add_hidden(rows, layer_idx, inputs.hidden)
-            if Need.QUERY_MOMENTS in stats.needs:
+            if Need.QUERY_MOMENTS in needs:
                 if inputs.rotary_emb is not None:
                     queries = inputs.queries.unflatten(1, (facts.num_heads, -1))
                 stats.add_queries(rows, layer_idx, queries)
@@ -136,11 +143,16 @@ class WaitingPrompts:
                 stats.set_positions(rows, inputs.positions)
 
     def stack(
-        self, req_ids: Sequence[str], num_rows: int, adapter_slots: torch.Tensor | None = None
+        self,
+        req_ids: Sequence[str],
+        needs: Need,
+        num_rows: int,
+        adapter_slots: torch.Tensor | None = None,
     ) -> LayerStack:
         """All that the layers hand over for N finished prompts.
 
         Args:
+            needs: of their method.
             num_rows: Q, last positions whose queries are looked at.
             adapter_slots: [N], see ``lora.RequestAdapters.slots``; None without adapters.
         """
@@ -149,13 +161,13 @@ class WaitingPrompts:
         extra: dict[str, Any] = {}
         shape = (len(facts), len(req_ids), 0, facts.num_heads, facts.layout.head_size)
         queries = torch.empty(shape, dtype=facts.dtype, device=facts.device)
-        if num_rows or self.stats:
+        if num_rows or needs.statistics:
             entries = facts.upload(self.entries_of(req_ids))
         if num_rows:
             queries = self._kept_queries(entries, num_rows)
-        if self.stats:
-            extra = self.stats.totals(entries)
-        if self.config.needs & attention_inputs.CAPTURED:
+        if needs.statistics:
+            extra = self.stats.totals(entries, needs)
+        if needs & attention_inputs.CAPTURED:
             extra["projector"] = attention_inputs.StackProjector(
                 [attention_inputs.inputs_of(module) for module in facts.modules],
                 self.stats.last_positions(entries),
@@ -182,7 +194,7 @@ class WaitingPrompts:
         """[L, N, Q, Hq, D] of the last Q positions, in the order of positions."""
         store = self._queries
         assert store is not None, "queries were kept while the prompts were computed"
-        by_entry = as_bytes(store).unflatten(1, (self.num_entries, self.config.max_rows))
+        by_entry = as_bytes(store).unflatten(1, (self.num_entries, self.max_rows))
         kept = by_entry[:, :, -num_rows:][:, entries].view(store.dtype)
         if kept.dtype.itemsize > 1:
             return kept
@@ -195,10 +207,11 @@ class WaitingPrompts:
         facts, zero = self.facts, torch.zeros(1, dtype=torch.int64, device=self.facts.device)
         shape = (1, facts.num_heads, facts.layout.head_size)
         queries = torch.zeros(shape, dtype=facts.dtype, device=facts.device)
-        if self.config.needs & _QUERIES:
+        if self.needs & _QUERIES:
             self.keep_queries(0, queries, slice(0, 1), slice(0, 1))
-        if self.stats:
+        statistics = self.needs.statistics
+        if statistics:
             entries = facts.upload(self.entries_of([req_id]))
             rows = StatsRows(entries, zero[:, None], zero + 1, zero, zero + 1, zero[:, None])
             for layer_idx in range(len(facts)):
-                self.keep_stats(layer_idx, rows, queries)
+                self.keep_stats(layer_idx, statistics, rows, queries)

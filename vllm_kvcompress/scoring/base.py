@@ -33,9 +33,14 @@ class Need(enum.Flag):
     OUTPUT_GRAMS = enum.auto()
 
     @property
+    def statistics(self) -> "Need":
+        """What is summed over the tokens of a prompt, among all that is needed."""
+        return self & (Need.KEY_ATTENTION_SUMS | Need.HIDDEN_MOMENTS | Need.QUERY_MOMENTS)
+
+    @property
     def all_rows(self) -> bool:
         """Needs something of every prompt token, which a cached prefix no longer shows."""
-        return bool(self & (Need.KEY_ATTENTION_SUMS | Need.HIDDEN_MOMENTS | Need.QUERY_MOMENTS))
+        return bool(self.statistics)
 
 
 class LayerTrace:
