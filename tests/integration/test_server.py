@@ -23,6 +23,7 @@ def server(docvqa):
         docvqa,
         "--kv-compression", "bacon", "--kv-budget", str(BUDGET), "--kv-window", "32",
         "--kv-compression-config", '{"kernel": 9}', "--worker-extension-cls", EXTENSION,
+        "--kv-compression-allow", "off,budget,snapkv",
         VLLM_SERVER_DEV_MODE="1",
     )  # fmt: skip
     try:
@@ -35,6 +36,11 @@ def server(docvqa):
 @pytest.fixture(scope="module")
 def pages(make_page):
     return [make_page(seed) for seed in range(1000, 1004)]
+
+
+def requests(method: str, outcome: str) -> str:
+    """Name of a counter without prefix."""
+    return f'requests_total{{method="{method}",outcome="{outcome}"}}'
 
 
 def test_answers_about_pages(server, pages):
@@ -51,8 +57,8 @@ def test_answers_about_pages(server, pages):
         name = "vllm:kv_compression_" + name
         return after[name] - before.get(name, 0)
 
-    assert gained('requests_total{outcome="compressed"}') == len(pages)
-    assert gained('requests_total{outcome="kept_whole"}') == 0
+    assert gained(requests("bacon+uniform", "compressed")) == len(pages)
+    assert gained(requests("bacon+uniform", "kept_whole")) == 0
     assert gained("prompt_tokens_total") == prompt_tokens > 300 * len(pages)
     kept = gained("kept_tokens_total")
     assert BUDGET * len(pages) <= kept < (BUDGET + BLOCK_SIZE) * len(pages)
@@ -93,8 +99,90 @@ def test_short_prompt_is_kept_whole(server):
     assert response.status == 200
     response.read()
     connection.close()
-    name = 'vllm:kv_compression_requests_total{outcome="kept_whole"}'
+    name = "vllm:kv_compression_" + requests("bacon+uniform", "kept_whole")
     assert server.metrics()[name] - before[name] == 1
+
+
+def told(kept_tokens: int, outcome: str, method: str, prompt_tokens: int) -> dict:
+    report = {"method": method, "outcome": outcome, "prompt_tokens": prompt_tokens}
+    return {"kv_compression": report | {"kept_tokens": kept_tokens}}
+
+
+def test_requests_choose(server, pages):
+    """By three endpoints, and each is told, and counted, by what it chose."""
+    before = server.metrics()
+    plain = server.chat(pages[0])
+    length = plain["usage"]["prompt_tokens"]
+    tail = length % BLOCK_SIZE
+    assert plain["kv_transfer_params"] is None
+    whole = server.chat(pages[0], vllm_xargs={"kv_compression": "off"})
+    assert whole["kv_transfer_params"] == told(length, "kept_whole", "off", length)
+    assert whole["choices"][0]["message"]["content"] == pages[0].answer
+    small = server.chat(pages[0], vllm_xargs={"kv_budget": 64, "kv_compression": "snapkv"})
+    kept = -(-(64 - tail) // BLOCK_SIZE) * BLOCK_SIZE + tail
+    assert small["kv_transfer_params"] == told(kept, "compressed", "snapkv+uniform", length)
+    prompt = {"prompt": "a prompt " * 40, "max_tokens": 4, "vllm_xargs": {"kv_budget": "25%"}}
+    completion = answered(server, "/v1/completions", prompt)
+    assert completion["kv_transfer_params"]["kv_compression"]["outcome"] == "compressed"
+    message = answered(server, "/v1/messages", anthropic(server, kv_compression="off"))
+    assert message["kv_transfer_params"]["kv_compression"]["method"] == "off"
+    after = server.metrics()
+    for method, outcome, number in (
+        ("bacon+uniform", "compressed", 2),
+        ("snapkv+uniform", "compressed", 1),
+        ("off", "kept_whole", 2),
+    ):
+        name = "vllm:kv_compression_" + requests(method, outcome)
+        assert after[name] - before[name] == number
+
+
+def anthropic(server, **xargs) -> dict:
+    text = [{"role": "user", "content": "what is on this page " * 8}]
+    return {"model": server.model, "max_tokens": 4, "messages": text, "vllm_xargs": xargs}
+
+
+def answered(server, path: str, request: dict, status: int = 200) -> dict:
+    connection, response = server.request("POST", path, request)
+    found = json.loads(response.read())
+    connection.close()
+    assert response.status == status, found
+    return found
+
+
+def test_bad_choices_get_400(server, pages):
+    """On each endpoint, streamed or not, while others are served."""
+    connection, response = server.request(
+        "POST", "/v1/chat/completions", body(pages[1], stream=True, max_tokens=200, ignore_eos=True)
+    )
+    assert response.status == 200
+    assert response.readline().startswith(b"data: ")
+    name = "vllm:kv_compression_" + requests("none", "refused")
+    before = server.metrics().get(name, 0)
+    bad = (
+        ({"kv_budget": 8}, "Nearest valid value: 33."),
+        ({"kv_budget": "120%"}, "Nearest valid value: 100%."),
+        ({"kv_compression": "h2o"}, "--kv-compression-allow off,budget,snapkv,h2o."),
+        ({"kv_compression": "snapvk"}, "Nearest valid value: snapkv."),
+        ({"kv_window": 16}, "Nearest valid value: 32."),
+        ({"kv_bugdet": 64}, "Did you mean 'kv_budget'?"),
+    )
+    for xargs, expected in bad:
+        chat = body(pages[0], vllm_xargs=xargs)
+        prompt = {"prompt": "a short one", "max_tokens": 4, "vllm_xargs": xargs}
+        for path, request in (
+            ("/v1/chat/completions", chat),
+            ("/v1/chat/completions", chat | {"stream": True}),
+            ("/v1/completions", prompt),
+            ("/v1/completions", prompt | {"stream": True}),
+            ("/v1/messages", anthropic(server, **xargs)),
+        ):
+            found = answered(server, path, request, status=400)
+            assert expected in found["error"]["message"]
+    assert server.metrics()[name] - before == 5 * len(bad)
+    others = [line for line in response if line.startswith(b"data: {")]
+    connection.close()
+    assert len(others) > 150
+    assert not any(b'"error"' in line for line in others)
 
 
 def test_streaming(server, pages):

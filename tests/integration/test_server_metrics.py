@@ -66,7 +66,7 @@ def test_every_scrape_has_all_engines(checkpoint, tmp_path, flags, num_engines):
         each = 4 // num_engines
         for _ in range(4):  # connections are spread over the API servers
             for name, expected in (
-                ("requests_total outcome=compressed", each),
+                ("requests_total method=bacon+uniform outcome=compressed", each),
                 ("prompt_tokens_total", each * LENGTH),
                 ("seconds_count", each),
                 ("seconds_bucket le=+Inf", each),

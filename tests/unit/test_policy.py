@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.policy import ALWAYS, DEFAULT_MARK, When
+from vllm_kvcompress.policy import ALWAYS, DEFAULT_MARK, WaitingQueue, When
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,36 @@ def test_settings_keep_the_mark(mark):
 def test_workspace_is_a_whole_number_of_mib(size):
     with pytest.raises(KVCompressionError, match="workspace_mib: expected a whole number"):
         KVCompressionConfig.parse({"method": "snapkv", "workspace_mib": size})
+
+
+class TestWaitingQueue:
+    def test_each_prompt_keeps_its_policy(self):
+        queue = WaitingQueue[str]()
+        assert queue.lowest_mark == 1
+        queue.add("a", "A", ALWAYS, returns=False)
+        queue.add("b", "B", When(0.9), returns=False)
+        queue.add("c", "C", When(0.5), returns=True)
+        assert queue.prompts() == ["A", "B", "C"]
+        assert queue.expected() == [("a", "A"), ("c", "C")]
+        assert queue.lowest_mark == 0.5
+        assert queue.any_returning
+        queue.discard("c")
+        queue.discard("c")
+        assert queue.lowest_mark == 0.9
+        assert not queue.any_returning
+        assert queue.prompts() == ["A", "B"]
+
+    def test_who_comes_again_is_there_once(self):
+        queue = WaitingQueue[str]()
+        queue.add("a", "before", When(0.3), returns=False)
+        queue.add("a", "after", When(0.7), returns=False)
+        assert queue.prompts() == ["after"]
+        assert queue.lowest_mark == 0.7
+        queue.discard("a")
+        assert queue.prompts() == queue.expected() == []
+        assert queue.lowest_mark == 1
+
+    def test_marks(self):
+        assert When(0.5).wants(0.6)
+        assert not When(0.5).wants(0.5)
+        assert not ALWAYS.wants(1.0)
