@@ -121,14 +121,15 @@ def test_requests_choose(server, pages):
     small = server.chat(pages[0], vllm_xargs={"kv_budget": 64, "kv_compression": "snapkv"})
     kept = -(-(64 - tail) // BLOCK_SIZE) * BLOCK_SIZE + tail
     assert small["kv_transfer_params"] == told(kept, "compressed", "snapkv+uniform", length)
-    prompt = {"prompt": "a prompt " * 40, "max_tokens": 4, "vllm_xargs": {"kv_budget": "25%"}}
-    completion = answered(server, "/v1/completions", prompt)
+    prompt = {"prompt": "a prompt " * 40, "max_tokens": 4, "ignore_eos": True}
+    xargs = {"vllm_xargs": {"kv_budget": "25%"}}
+    completion = answered(server, "/v1/completions", prompt | xargs)
     assert completion["kv_transfer_params"]["kv_compression"]["outcome"] == "compressed"
     message = answered(server, "/v1/messages", anthropic(server, kv_compression="off"))
     assert message["kv_transfer_params"]["kv_compression"]["method"] == "off"
     after = server.metrics()
     for method, outcome, number in (
-        ("bacon+uniform", "compressed", 2),
+        ("bacon+uniform", "compressed", 2),  # the plain one, and the completion
         ("snapkv+uniform", "compressed", 1),
         ("off", "kept_whole", 2),
     ):

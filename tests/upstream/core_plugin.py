@@ -145,7 +145,9 @@ def replace(compression: KVCompressionConfig) -> None:
         made = stock(**given)
         compressing = manager_of(made)
         assert compressing is not None
-        compressing.telemetry = SchedulerTelemetry(Labels("0", "tests"), compressing.planner.config)
+        labels = Labels("0", "tests")
+        planned = compressing.planner.config, compressing.choices.labels
+        compressing.telemetry = SchedulerTelemetry(labels, *planned)
         return CompressedKVCacheManager.adopt(made, lambda request: False)
 
     kv_cache_manager.KVCacheManager = manager
