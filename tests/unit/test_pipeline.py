@@ -26,7 +26,7 @@ from vllm_kvcompress.allocation.pyramid import Pyramid
 from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import PromptFacts
 from vllm_kvcompress.scoring import SCORERS, Scorer
-from vllm_kvcompress.testing.inputs import Prompt, maker_of, rotation
+from vllm_kvcompress.testing.inputs import Prompt, maker_of, output_projections, rotation
 
 
 def oracle_prompt(prompt: Prompt, facts: PromptFacts) -> oracle.Prompt:
@@ -46,6 +46,12 @@ def oracle_prompt(prompt: Prompt, facts: PromptFacts) -> oracle.Prompt:
         raw_q=prompt.raw,
         project=lambda layer, inputs: np.einsum("nx,xhd->hnd", inputs, weight),
         rotate=rotate,
+        grids=[
+            (int(first), int((end - first) // width), int(width))
+            for first, end, width, _ in facts.grids(len(facts.visual))
+            if width
+        ],
+        wo=output_projections(NUM_Q_HEADS, HEAD_SIZE),
     )
 
 
@@ -113,8 +119,8 @@ def texts(*lengths: int) -> list[PromptFacts]:
 
 
 IMAGES = [
-    PromptFacts(150, ((10, 60), (65, 120))),
-    PromptFacts(97, ((0, 80),)),  # begins with its image
+    PromptFacts(150, ((10, 60), (65, 120)), widths=(5, 11)),
+    PromptFacts(97, ((0, 80),), widths=(8,)),  # begins with its image
     PromptFacts(131),
     PromptFacts(120, ((30, 120),)),  # ends with one
     PromptFacts(40, ((4, 20),)),
