@@ -34,7 +34,7 @@ _COMMAND_LINE = (
               ("Platform", Use.HELD,
                "device_type get_device_capability get_device_name is_cpu is_cuda is_cuda_alike "
                "is_rocm", "current_platform"),
-              ("DeviceCapability", Use.HELD, "to_int", "what Triton attention takes")),
+              ("DeviceCapability", Use.HELD, "to_int", "float8 needs one")),
     *_symbols(
         "vllm.v1.engine.input_processor",
         ("InputProcessor", Use.HELD, "vllm_config", "is this engine compressing?"),
