@@ -54,7 +54,7 @@ class CompressedTritonBuilder(ReplayedBuilder, TritonAttentionMetadataBuilder):
         return TritonAttentionMetadataBuilder(spec, [], scaled, self.device)
 
     def build_for_cudagraph_capture(self, cam: CommonAttentionMetadata):
-        cam.seq_lens.fill_(1)  # else capturing runs over the longest sequences, see the base class
+        cam.seq_lens.fill_(1)  # else making a graph takes long, see the base class
         return super().build_for_cudagraph_capture(cam)
 
 
