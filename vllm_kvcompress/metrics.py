@@ -213,7 +213,7 @@ class Counters:
         """
         edges = _EDGES[family]
         edge = edges[bisect.bisect_left(edges, value)]
-        self.add(**{f"{family}_sum": value, f"{family}_le_{floatToGoString(edge)}": 1})
+        self.add("", **{f"{family}_sum": value, f"{family}_le_{floatToGoString(edge)}": 1})
 
     def _write(self, name: str, method: str) -> None:
         if self._files:

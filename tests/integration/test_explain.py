@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from oracle import Oracle, OracleConfig
 from oracle.attention import by_group, row_means
-from oracle.scorers import boundary_calibration, last_row, reduce_and_pool, window_score
+from oracle.scorers import boundary_calibration, last_row
+from oracle.window import window_rows
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -78,8 +79,7 @@ def test_maps(explained, oracle_prompt):
     n = prompt.length - WINDOW
     trace: list[np.ndarray] = []
     for layer in range(prompt.num_layers):
-        base = window_score(prompt, layer, CONFIG)
-        last = reduce_and_pool(last_row(prompt, layer)[:, :n], prompt.num_kv, CONFIG)
+        base, last, _ = window_rows(prompt, layer, CONFIG)
         earlier = trace[max(0, layer - CONFIG.trace_r) :]
         found = boundary_calibration(base, last, earlier, BUDGET - WINDOW, CONFIG)
         rows = np.arange(n, prompt.length)

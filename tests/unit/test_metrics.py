@@ -38,8 +38,8 @@ def exported(directory, register=None) -> dict[tuple[str, tuple], float]:
 
 
 def test_files_of_several_processes_are_summed(tmp_path):
-    scheduler = Counters(str(tmp_path), FIRST, METHODS)
-    worker = Counters(str(tmp_path), FIRST, METHODS)
+    scheduler = Counters(str(tmp_path), FIRST, methods=METHODS)
+    worker = Counters(str(tmp_path), FIRST, methods=METHODS)
     scheduler.add(blocks_freed=5, blocks_before=8)
     worker.add("snapkv", requests_compressed=2, kept_tokens=64.5)
     worker.add("bacon", requests_compressed=1)
@@ -135,7 +135,7 @@ def test_every_histogram(tmp_path, family, edges, _):
 
 
 def test_exposition(tmp_path):
-    counters = Counters(str(tmp_path), FIRST, METHODS)
+    counters = Counters(str(tmp_path), FIRST, methods=METHODS)
     counters.add("bacon", requests_compressed=2, requests_refused=4)
     counters.add("off", requests_kept_whole=1)
     counters.add(
@@ -179,25 +179,12 @@ def test_exposition(tmp_path):
 
 def test_methods_are_known_from_the_start(tmp_path):
     """No request can add a value to the label."""
-    counters = Counters(str(tmp_path), FIRST, METHODS)
+    counters = Counters(str(tmp_path), FIRST, methods=METHODS)
     with pytest.raises(KeyError, match="h2o"):
         counters.add("h2o", requests_compressed=1)
     with pytest.raises(KeyError):
         counters.add(requests_compressed=1)
 
-
-def test_histogram(tmp_path):
-    counters = Counters(str(tmp_path), FIRST)
-    observations = [0.00005, 0.0001, 0.002, 0.5, 10.0, 99.0]
-    for seconds in observations:
-        counters.observe("seconds", seconds)
-    samples = exported(tmp_path)
-    for edge in SECONDS_BUCKETS:
-        at_most = sum(seconds <= edge for seconds in observations)
-        assert samples[(PREFIX + "seconds_bucket", (("le", floatToGoString(edge)),))] == at_most
-    assert samples[(PREFIX + "seconds_bucket", (("le", "+Inf"),))] == len(observations)
-    assert samples[(PREFIX + "seconds_count", ())] == len(observations)
-    assert samples[(PREFIX + "seconds_sum", ())] == pytest.approx(sum(observations))
 
 
 def test_counters_of_two_collections_only_grow(tmp_path):

@@ -9,7 +9,8 @@ import paged_cache
 import pytest
 import torch
 from oracle.attention import by_group, row_means
-from oracle.scorers import boundary_calibration, last_row, reduce_and_pool, window_score
+from oracle.scorers import boundary_calibration, last_row
+from oracle.window import window_rows
 from paged_cache import LAYERS, NUM_KV_HEADS, SCALE, Cache, finished_prefills, layer_stack
 from planners import oracle_config, planner_of
 
@@ -103,8 +104,7 @@ def test_maps():
         rows = np.arange(n, prompt.length)
         trace: list[np.ndarray] = []
         for layer in range(LAYERS):
-            base = window_score(prompt, layer, config)
-            last = reduce_and_pool(last_row(prompt, layer)[:, :n], prompt.num_kv, config)
+            base, last, _ = window_rows(prompt, layer, config)
             earlier = trace[max(0, layer - config.trace_r) :]
             capacity = planner.plan(FACTS).capacity
             found = boundary_calibration(base, last, earlier, capacity, config)

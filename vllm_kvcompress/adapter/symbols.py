@@ -367,16 +367,14 @@ _QUESTION = (
               ("LLM.collective_rpc", Use.CALLED, "self method args", "the same")),
     *_symbols("vllm.v1.engine.llm_engine",
               ("LLMEngine", Use.HELD, "engine_core", "an engine is ended when it has answered")),
-    *_symbols("vllm.v1.engine.core_client",
-              ("EngineCoreClient", Use.HELD, "shutdown", "the same")),
+    *_symbols("vllm.v1.engine.core_client", ("EngineCoreClient", Use.HELD, "shutdown", "the same")),
     *_symbols("vllm.entrypoints.serve.dev.rpc.api_router",
               ("collective_rpc", Use.HELD, "", "the same of a running server")),
 )  # fmt: skip
 
 SYMBOLS = (
     *_COMMAND_LINE, *_REGISTRY, *_CONFIGURATION, *_SCHEDULER, *_ATTENTION, *_BACKENDS, *_WORKER,
-    *_ADAPTERS,
-    *_QUESTION,
+    *_ADAPTERS, *_QUESTION,
 )  # fmt: skip
 
 CALLS = (

@@ -175,7 +175,7 @@ class WaitingPrompts:
                 facts.layout.head_size,
                 adapter_slots,
             )
-        if Need.OUTPUT_GRAMS in self.config.needs:
+        if Need.OUTPUT_GRAMS in needs:
             extra["output_grams"] = output_weights.grams_of(facts.modules)
         if facts.float8 is not None:
             extra["key_scale"] = facts.float8_scales["key"]

@@ -17,7 +17,7 @@ from vllm_kvcompress.adapter import (
     selection,
 )
 from vllm_kvcompress.adapter.backend import compressed_modules, layers_of
-from vllm_kvcompress.adapter.compression_config import compression_config
+from vllm_kvcompress.adapter.compression_config import compression_choices
 from vllm_kvcompress.adapter.layers import CompressedLayers
 from vllm_kvcompress.adapter.lora import RequestAdapters
 from vllm_kvcompress.adapter.telemetry import last_words
@@ -40,8 +40,8 @@ class CompressedWorker(Worker):
         lora_manager = runner.lora_manager if has_adapters else None
         selection.describe_layers(runner.get_model(), self.vllm_config)
         attention_inputs.install(runner.get_model(), self.vllm_config, lora_manager)
-        config = compression_config(self.vllm_config)
-        if config is not None:
+        choices = compression_choices(self.vllm_config)
+        for config in choices.configs if choices is not None else ():
             layers = compressed_modules(self.vllm_config)
             output_weights.install(runner.get_model(), layers, config)
         specs = super().get_kv_cache_spec()
