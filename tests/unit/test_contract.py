@@ -139,7 +139,9 @@ class TestSources:
             missing = set(symbol.relies_on) - sources.attributes(module, node)
             assert not missing, f"{symbol.name} has no {sorted(missing)}; {symbol.reason}"
             return
-        assert isinstance(node, ast.FunctionDef), f"{symbol.name} is no function; {symbol.reason}"
+        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef), (
+            f"{symbol.name} is no function; {symbol.reason}"
+        )
         names = parameters(node)
         if symbol.use is Use.REPLACED:
             assert names == list(symbol.relies_on), symbol.reason
