@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "allocation": {"allocation", "kernels", "options", "scoring", "workspace"},
     "merging": {"kernels", "merging", "options", "workspace"},
     "batch": {"plan", "scoring"},
-    "choices": {"budget", "config", "policy", "presets", "scoring"},
+    "choices": {"budget", "config", "policy", "presets", "registry", "scoring"},
     "page_state": {"kernels"},
     "kernels": {"kernels"},
     **{part: set() for part in FOUNDATIONS},

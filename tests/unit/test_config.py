@@ -248,7 +248,7 @@ class TestRefusals:
         text = reasons_of(method="snapkv", kernal=5)
         assert "unknown key 'kernal' for snapkv+uniform. Did you mean 'kernel'?" in text
         valid = "method, budget, window, candidates, when, workspace_mib, allow, kernel, pool"
-        assert f"Valid: {valid}, reduction, score_dtype." in text
+        assert f"Valid: {valid}, reduction, score_dtype, grid, clamp, weight." in text
 
     def test_options_of_a_method_that_was_not_chosen(self):
         assert "unknown key 'alpha'" in reasons_of(method="bacon", alpha=0.2)

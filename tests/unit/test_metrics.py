@@ -13,7 +13,6 @@ from prometheus_client.utils import floatToGoString
 from vllm_kvcompress.metrics import (
     HISTOGRAMS,
     PREFIX,
-    SECONDS_BUCKETS,
     CompressionCollector,
     Counters,
     Labels,
@@ -184,7 +183,6 @@ def test_methods_are_known_from_the_start(tmp_path):
         counters.add("h2o", requests_compressed=1)
     with pytest.raises(KeyError):
         counters.add(requests_compressed=1)
-
 
 
 def test_counters_of_two_collections_only_grow(tmp_path):
