@@ -324,7 +324,7 @@ def replan(llm: LLM, config: KVCompressionConfig) -> None:
     manager, scheduler = compressed_manager(llm), scheduler_of(llm)
     manager.planner = manager.planner.with_config(config)
     labels = labels_of(scheduler.vllm_config)
-    manager.telemetry = SchedulerTelemetry(labels, manager.choices.labels)
+    manager.telemetry = SchedulerTelemetry(labels, config, manager.choices.labels)
     assert llm.reset_prefix_cache(), "requests are running"
 
 
