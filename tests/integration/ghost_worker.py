@@ -6,13 +6,13 @@ compaction, or hit under a wrong hash shows at the step that reads it.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_kvcompress.orders import ATTRIBUTE, CompressionOrder
-from vllm_kvcompress.plan import BlockPlanner
-from vllm_kvcompress.prompt import PromptFacts
+from vllm_kvcompress.plan import PromptPlan
 
 
 @dataclass
@@ -44,14 +44,21 @@ class Ghost:
     """A worker whose KV cache holds prefix hashes instead of keys and values.
 
     Args:
-        planner: what is compacted, in the first cache group.
-        num_blocks: of the pool.
+        plan_of: plan of a request, by its id and the length of its prompt; the first cache group
+            is compacted by it.
+        block_size, num_blocks: of the pool.
         sliding: window of the other groups, in tokens.
     """
 
-    def __init__(self, planner: BlockPlanner, num_blocks: int, sliding: int) -> None:
-        self.planner = planner
-        self.block_size = planner.block_size
+    def __init__(
+        self,
+        plan_of: Callable[[str, int], PromptPlan],
+        block_size: int,
+        num_blocks: int,
+        sliding: int,
+    ) -> None:
+        self.plan_of = plan_of
+        self.block_size = block_size
         self.sliding = sliding
         self.slots: list = [None] * (num_blocks * self.block_size)
         self.requests: dict[str, GhostRequest] = {}
@@ -72,8 +79,8 @@ class Ghost:
             tokens = list(new.prompt_token_ids)
             self.requests[new.req_id] = GhostRequest(tokens, len(tokens), tables)
             computed[new.req_id] = new.num_computed_tokens
-            self.check_hit(len(tokens), new.num_computed_tokens)
-            plan = self.planner.plan(PromptFacts(len(tokens)))
+            self.check_hit(new.req_id, new.num_computed_tokens)
+            plan = self.plan(new.req_id)
             assert (new.req_id in orders.plans) == plan.compresses
         cached = output.scheduled_cached_reqs
         for index, req_id in enumerate(cached.req_ids):
@@ -85,7 +92,7 @@ class Ghost:
                 # what was sampled and then dropped will be sampled again
                 del known.tokens[known.prompt_len + cached.num_output_tokens[index] :]
                 del known.prefix[len(known.tokens) :]
-                self.check_hit(known.prompt_len, cached.num_computed_tokens[index])
+                self.check_hit(req_id, cached.num_computed_tokens[index])
             elif ids is not None:
                 for table, group in zip(known.tables, ids, strict=True):
                     table += group
@@ -103,8 +110,11 @@ class Ghost:
                 self.requests.pop(req_id, None)
         return ModelRunnerOutput(req_ids, {r: i for i, r in enumerate(req_ids)}, sampled)
 
-    def check_hit(self, prompt_len: int, num_hit: int) -> None:
-        plan = self.planner.plan(PromptFacts(prompt_len))
+    def plan(self, req_id: str) -> PromptPlan:
+        return self.plan_of(req_id, self.requests[req_id].prompt_len)
+
+    def check_hit(self, req_id: str, num_hit: int) -> None:
+        plan = self.plan(req_id)
         assert not plan.compresses or num_hit <= plan.max_hit, "a hit beyond max_hit"
 
     def slot_ids(self, table: list[int], start: int, end: int) -> list[int]:
@@ -122,29 +132,29 @@ class Ghost:
     def compress(self, order: CompressionOrder) -> None:
         """Read the whole prompt, then write its kept blocks."""
         known, plan = self.requests[order.req_id], order.plan
-        assert plan == self.planner.plan(PromptFacts(known.prompt_len))
+        assert plan == self.plan(order.req_id)
         assert plan.compresses
         assert not known.compressed, "compressed twice"
         self.check_uncompressed(order.req_id, order.block_ids, 0, known.prompt_len)
-        for slot in self.kept_slots(known):
+        for slot in self.kept_slots(order.req_id):
             self.slots[slot] = ("compacted", order.req_id, slot)
         known.compressed = True
 
-    def kept_slots(self, known: GhostRequest) -> list[int]:
-        plan, size = self.planner.plan(PromptFacts(known.prompt_len)), self.block_size
+    def kept_slots(self, req_id: str) -> list[int]:
+        plan, size = self.plan(req_id), self.block_size
         first, end = plan.num_freed_blocks * size, plan.num_full_blocks * size
-        return self.slot_ids(known.tables[0], first, end)
+        return self.slot_ids(self.requests[req_id].tables[0], first, end)
 
     def attend(self, req_id: str, start: int, count: int) -> None:
         known = self.requests[req_id]
         full, end = known.tables[0], start + count
         for table in known.tables[1:]:
             self.check_uncompressed(req_id, table, max(0, start - self.sliding + 1), end)
-        plan = self.planner.plan(PromptFacts(known.prompt_len))
+        plan = self.plan(req_id)
         if not known.compressed:
             if known.boundary is not None:
                 assert end <= known.boundary, "a replay goes on uncompressed"
-            if self.planner.config.when.always and plan.compresses:
+            if plan.config.when.always and plan.compresses:
                 assert end <= known.prompt_len, "outputs came before the compression"
             self.check_uncompressed(req_id, full, 0, end)
             return
@@ -152,7 +162,7 @@ class Ghost:
         if known.boundary is None:
             known.boundary = start
         assert start >= known.boundary, "a replay was compressed earlier than before"
-        for slot in self.kept_slots(known):
+        for slot in self.kept_slots(req_id):
             assert self.slots[slot] == ("compacted", req_id, slot), f"{req_id} lost a kept block"
         self.check_uncompressed(req_id, full, plan.num_full_blocks * self.block_size, end)
 

@@ -49,6 +49,7 @@ from vllm_kvcompress.adapter.scheduler import (
 )
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.orders import ATTRIBUTE
+from vllm_kvcompress.plan import PromptPlan
 from vllm_kvcompress.prompt import PromptFacts
 
 BLOCK = 16
@@ -60,6 +61,19 @@ STEPS_PER_RUN = 100
 init_none_hash(sha256)
 _hasher = get_request_block_hasher(BLOCK, sha256)
 _total = collections.Counter()
+
+WISHES = (
+    {},
+    {},
+    {},
+    {"kv_compression": "off"},
+    {"kv_budget": 48},
+    {"kv_budget": "25%"},
+    {"kv_compression": "snapkv", "kv_budget": "60%"},
+    {"kv_compression_when": "always"},
+    {"kv_compression_when": "pressure:0.5"},
+)
+"""What requests choose: each is followed by its own plan."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,8 @@ class Setup:
     @property
     def settings(self) -> dict:
         names = ("method", "budget", "window", "when")
-        return {"workspace_mib": 1, **{name: getattr(self, name) for name in names}}
+        allow = "off,budget,when,snapkv"
+        return {"workspace_mib": 1, "allow": allow, **{name: getattr(self, name) for name in names}}
 
     def spec(self) -> CompressedSpec:
         base = FullAttentionSpec(
@@ -144,6 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """One scheduler, up to two steps in flight."""
 
     model = ""
+    may_wish: tuple[dict, ...] = ({},)
 
     @initialize(
         # any prefix may be hit; budgets span layers; sums over the prompt, so nothing may be hit
@@ -165,11 +181,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.pool = self.manager.block_pool
         self.full = self.manager.coordinator.single_type_managers[0]
         self.planner = self.setup.spec().planner
-        self.ghost = Ghost(self.planner, self.setup.num_blocks, SLIDING)
+        self.wishes: dict[str, dict] = {}
+        self.ghost = Ghost(self.plan_of, BLOCK, self.setup.num_blocks, SLIDING)
         self.in_flight: collections.deque = collections.deque()
         self.processed: dict[str, int] = {}
         self.depth = 2 if choices["asynchronous"] else 1
         self.failed = False
+
+    def plan_of(self, req_id: str, prompt_len: int) -> PromptPlan:
+        config = self.setup.spec().choices.settings(self.wishes[req_id]).config
+        return self.planner.with_config(config).plan(PromptFacts(prompt_len))
 
     @property
     def alive(self) -> list[Request]:
@@ -186,7 +207,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         number = next(self.numbers)
         prompt = random.Random(stem).choices(range(50), k=160)[:shared]
         prompt += random.Random(number % 7 - 7).choices(range(50), k=own)
-        params = SamplingParams(max_tokens=min(answer, MAX_LEN - len(prompt)), ignore_eos=True)
+        wish = self.may_wish[number % len(self.may_wish)]
+        params = SamplingParams(
+            max_tokens=min(answer, MAX_LEN - len(prompt)), ignore_eos=True, extra_args=wish
+        )
+        self.wishes[str(number)] = wish
         params.update_from_generation_config({}, None)
         self.scheduler.add_request(Request(str(number), prompt, params, None, block_hasher=_hasher))
         _total["requests"] += 1
@@ -203,8 +228,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for req_id in output.num_scheduled_tokens:
             request, tracked = self.scheduler.requests[req_id], self.full.tracked[req_id]
             blocks, plan = self.full.req_to_blocks[req_id], tracked.plan
-            assert plan == self.planner.plan(PromptFacts(request.num_prompt_tokens))
-            if not self.planner.config.when.always:
+            assert plan == self.plan_of(req_id, request.num_prompt_tokens)
+            if not plan.config.when.always:
                 _total["not yet compressed"] += before[req_id] > request.num_prompt_tokens
             elif plan.compresses:
                 ended = before[req_id] >= request.num_prompt_tokens
@@ -274,7 +299,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.full.free_entries == self.setup.entries - holders >= 0
         for req_id, blocks in self.full.req_to_blocks.items():
             request = self.scheduler.requests[req_id]
-            plan = self.planner.plan(PromptFacts(request.num_prompt_tokens))
+            plan = self.plan_of(req_id, request.num_prompt_tokens)
             if not plan.compresses:
                 continue
             for block in blocks[plan.num_freed_blocks :]:
@@ -322,7 +347,8 @@ def machine(checkpoint):
     _total.clear()
 
 
-def test_random_lives(capsys):
+def test_random_lives(capsys, monkeypatch):
+    monkeypatch.setattr(SchedulerMachine, "may_wish", WISHES)
     run_machine(80)
     with capsys.disabled():
         print(f"\n{_total['steps']} scheduler steps checked: {dict(_total)}")
@@ -436,4 +462,4 @@ def _forget_entries():
 def test_mutations_are_noticed(monkeypatch, mutation):
     monkeypatch.setattr(*mutation())
     with pytest.raises((AssertionError, KeyError)):
-        run_machine(80, shrink=False)
+        run_machine(400, shrink=False)  # stops at the first
