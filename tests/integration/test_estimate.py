@@ -130,7 +130,7 @@ def test_memory_of_a_gpu(capsys, docvqa):
                             "--gpu-memory-utilization", "0.5", "--other", "1"])  # fmt: skip
     text = capsys.readouterr().out
     assert status == 0
-    assert "4 layers x 2 KV heads x 32, 1,024 bytes of cache per token, weights 0.01 GiB" in text
+    assert "4 layers x 2 KV heads x 32, 1,024 bytes of cache per token, weights 0.00497 GiB" in text
     assert re.search(r"GiB for the KV cache +3.99 +2.87\n", text)
 
 

@@ -184,9 +184,9 @@ def test_more_adapters_than_room(model, adapters, monkeypatch):
         layers, batches = compressed_layers(llm), []
         compress = layers._compress
 
-        def spy(orders):
+        def spy(operation, orders):
             batches.append(len(orders))
-            compress(orders)
+            compress(operation, orders)
 
         monkeypatch.setattr(layers, "_compress", spy)
         monkeypatch.setattr(layers.adapters, "most", 1)

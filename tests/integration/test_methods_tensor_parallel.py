@@ -74,6 +74,7 @@ def reconfigure_worker(worker, config: KVCompressionConfig) -> None:
 def raws(tmp_path_factory) -> dict[str, dict[str, Any]]:
     found = {method: settings(method) for method in TESTED}
     found["aircache"]["elite_scope"] = "layer"
+    found["bacon-plus"]["method"] = "bacon-plus+uniform"  # its preset shares out by adakv
     found["snapkv+sparsemm"]["head_scores"] = write_head_scores(tmp_path_factory.mktemp("scores"))
     return found
 

@@ -90,7 +90,7 @@ def info_of(config: KVCompressionConfig) -> dict[str, str]:
 class SchedulerTelemetry:
     """Counts blocks where they are freed, and logs one line per interval with news.
 
-    The last news are logged, too: where no later ones come, a timer does it.
+    Workers count later what was kept, so a timer looks again after each line, until nothing is new.
 
     Args:
         methods: that requests can have, and what stands for no compression.
@@ -101,6 +101,7 @@ class SchedulerTelemetry:
         self._counters = Counters(metrics_dir(), labels, info_of(config), methods)
         self._last_log = time.monotonic()
         self._timer: threading.Timer | None = None
+        self._line = ""
 
     def record(
         self, method: str, outcome: Outcome, held_before: int, held_after: int, freed: int
@@ -137,7 +138,11 @@ class SchedulerTelemetry:
         assert self._timer is not None, "it calls this"
         self._timer.finished.set()  # news from now on are for the next line
         if directory is not None and Path(directory).is_dir():
-            logger.info("%s", summary(totals(directory, self._labels.engine)))
+            line = summary(totals(directory, self._labels.engine))
+            if line != self._line:
+                self._line = line
+                logger.info("%s", line)
+                self._schedule_log()
 
 
 def summary(values: dict[str, float]) -> str:

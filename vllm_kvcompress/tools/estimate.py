@@ -108,7 +108,7 @@ def report(args: argparse.Namespace, shape: ModelShape, config: KVCompressionCon
         f"{shape.head_size}, {token:,} bytes of cache per token"
     )
     if shape.weight_bytes:
-        head += f", weights {shape.weight_bytes / GIB:.2f} GiB"
+        head += f", weights {shape.weight_bytes / GIB:.3g} GiB"
     asked = f"with: {config.method}, budget {config.budget}, window {config.window}, when always"
     lines = [f"{title:<36}{left:>14}{right:>14}" for title, left, right in rows]
     notes = []
