@@ -255,8 +255,8 @@ def test_log(server, pages):
     assert kept + dropped == seen
     assert 0 < kept < seen / 2
     assert blocks > 0
-    # vLLM logs what it answers with 400 on one of its endpoints
-    assert server.log.count("Traceback") == server.log.count("in check_wishes")
+    # API servers log what they answer with 400 on some endpoints
+    assert not re.search(r"EngineCore.*Traceback", server.log)
 
 
 def test_the_log_tells_the_last_state(server, pages):
