@@ -135,18 +135,20 @@ class Sweeper:
             use_tqdm_on_load=False,
         )
         engine = self.llm.llm_engine
-        self.manager = engine.engine_core.engine_core.scheduler.kv_cache_manager.compressed
+        self.scheduler = engine.engine_core.engine_core.scheduler
         self.layers = engine.model_executor.driver_worker.worker.compressed_layers
         self.tokenizer = engine.get_tokenizer()
 
     def use(self, compression: dict[str, Any] | None) -> None:
         """Compress by these settings from now on; None: keep every prompt whole."""
+        from serving_engine import plan_by
+
         from vllm_kvcompress.config import KVCompressionConfig
 
         config = KVCompressionConfig.parse(compression or {"method": "streaming", "budget": "100%"})
         planner = replace(self.layers.planner, config=config)
         self.layers.configure(planner)
-        self.manager.planner = planner
+        plan_by(self.scheduler, planner)
 
     def ask(
         self, prompts: Sequence[Any], max_tokens: int, forced: Sequence[Sequence[int]] = ()

@@ -151,7 +151,7 @@ def main() -> None:
 
     from dummy_models import make
     from serving import ROOT
-    from serving_engine import Engine, Settings
+    from serving_engine import Engine, Settings, plan_by
 
     from vllm_kvcompress.config import KVCompressionConfig
 
@@ -166,14 +166,13 @@ def main() -> None:
     calls = Compressions(on_gpu)
     engine = Engine(settings, "always")
     worker = engine.core.model_executor.driver_worker.worker.compressed_layers
-    manager = engine.scheduler.compression.manager.compressed
     with (args.out / "profile.csv").open("w", newline="") as sink:
         writer = None
         for method in METHODS:
             config = KVCompressionConfig.parse({"method": method, "budget": load.budget})
-            planner = replace(manager.planner, config=config)
+            planner = replace(worker.planner, config=config)
             worker.configure(planner)  # no graph knows its tensors: the engine is eager
-            manager.planner = planner
+            plan_by(engine.scheduler, planner)
             row, table = measure(engine, calls, load)
             line = {"method": method, "tokens": load.tokens, "layers": worker.num_layers} | {
                 key: f"{value:.4g}" if isinstance(value, float) else value

@@ -120,8 +120,8 @@ def test_several_programs_in_full_graphs(llm, model, name, builder, tolerance, m
     seen = []
     original = builder._decode_batch
 
-    def decode_batch(cam, slots, max_seq_len):
-        batch = original(cam, slots, max_seq_len)
+    def decode_batch(cam, slots, max_seq_len, query_len):
+        batch = original(cam, slots, max_seq_len, query_len)
         meta = batch.metadata_of(0)
         tensors = (meta.query_start_loc, meta.seq_lens, meta.block_table, meta.softmax_segm_output)
         seen.append((cam.num_reqs, *(tensor.data_ptr() for tensor in tensors)))
