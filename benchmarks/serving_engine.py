@@ -103,16 +103,6 @@ def time_calls(owner: type, name: str) -> Callable[[], float]:
     return lambda: seconds
 
 
-def plan_by(scheduler: Any, planner: Any) -> None:
-    """Have an idle scheduler plan, and count, by a planner with another method."""
-    from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry, labels_of
-
-    manager = scheduler.kv_cache_manager.compressed
-    manager.planner = planner
-    labels = labels_of(scheduler.vllm_config)
-    manager.telemetry = SchedulerTelemetry(labels, planner.config, manager.choices.labels)
-
-
 class Engine:
     """An engine inside this process, where scheduler, block pool and worker are within reach.
 

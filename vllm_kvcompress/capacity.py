@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from vllm_kvcompress.plan import BlockPlanner, PromptPlan
+from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import PromptFacts
 
 
@@ -65,16 +65,11 @@ def uncompressed(facts: PromptFacts, output_len: int, block_size: int, pool: int
 
 def compressed(planner: BlockPlanner, facts: PromptFacts, output_len: int, pool: int) -> Holding:
     """With every prompt compressed at once: one uncompressed prompt on top of the others."""
-    plan, block_size = planner.plan(facts), planner.block_size
-    stock = uncompressed(facts, output_len, block_size, pool)
+    plan = planner.plan(facts)
+    stock = uncompressed(facts, output_len, planner.block_size, pool)
     if not plan.compresses or output_len < 2:  # whoever ends with the first token is not compressed
         return stock
     end = stock.end_blocks - plan.num_freed_blocks
     most = max(stock.peak_blocks, end)
     at_once = 1 + (pool - 1 - most) // end if pool > most else 0
-    return Holding(stock.peak_blocks, end, at_once, kept_tokens(plan, block_size) + output_len / 2)
-
-
-def kept_tokens(plan: PromptPlan, block_size: int) -> int:
-    """Prompt tokens that a KV head keeps, mean over the heads."""
-    return plan.num_kept_blocks * block_size + plan.tail
+    return Holding(stock.peak_blocks, end, at_once, planner.kept_tokens(plan) + output_len / 2)

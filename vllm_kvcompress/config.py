@@ -200,6 +200,11 @@ class KVCompressionConfig:
         return dataclasses.replace(self, budget=KVCompressionConfig.budget, when=ALWAYS)
 
     @property
+    def copy_bytes(self) -> int:
+        """Bound on what is copied at a time of what prompts keep."""
+        return (self.workspace_mib << 20) // 4
+
+    @property
     def spans_layers(self) -> bool:
         """Head pages of one layer may serve another."""
         return self.allocation.scope.spans_layers

@@ -101,17 +101,16 @@ class BlockPlanner:
     num_kv_heads: int
     pool_block: int = 1
 
-    @property
-    def max_rows(self) -> int:
-        """Bound on ``PromptPlan.num_rows``."""
-        return self.config.max_rows
-
     def with_config(self, config: KVCompressionConfig) -> "BlockPlanner":
         """Plans prompts of the same model by another config."""
         return self if config is self.config else replace(self, config=config)
 
     def plan(self, facts: PromptFacts) -> PromptPlan:
         return _plan(self, facts)
+
+    def kept_tokens(self, plan: PromptPlan) -> int:
+        """Prompt tokens that a KV head keeps of a compressed prompt, mean over the heads."""
+        return plan.num_kept_blocks * self.block_size + plan.tail
 
     def head_budgets(self, plan: PromptPlan) -> list[list[int]]:
         """C[l][g] of a static allocator, over all layers and KV heads of the model."""

@@ -141,14 +141,12 @@ class Sweeper:
 
     def use(self, compression: dict[str, Any] | None) -> None:
         """Compress by these settings from now on; None: keep every prompt whole."""
-        from serving_engine import plan_by
-
         from vllm_kvcompress.config import KVCompressionConfig
 
         config = KVCompressionConfig.parse(compression or {"method": "streaming", "budget": "100%"})
         planner = replace(self.layers.planner, config=config)
         self.layers.configure(planner)
-        plan_by(self.scheduler, planner)
+        self.scheduler.compression.configure(planner)
 
     def ask(
         self, prompts: Sequence[Any], max_tokens: int, forced: Sequence[Sequence[int]] = ()

@@ -151,7 +151,7 @@ def main() -> None:
 
     from dummy_models import make
     from serving import ROOT
-    from serving_engine import Engine, Settings, plan_by
+    from serving_engine import Engine, Settings
 
     from vllm_kvcompress.config import KVCompressionConfig
 
@@ -172,7 +172,7 @@ def main() -> None:
             config = KVCompressionConfig.parse({"method": method, "budget": load.budget})
             planner = replace(worker.planner, config=config)
             worker.configure(planner)  # no graph knows its tensors: the engine is eager
-            plan_by(engine.scheduler, planner)
+            engine.scheduler.compression.configure(planner)
             row, table = measure(engine, calls, load)
             line = {"method": method, "tokens": load.tokens, "layers": worker.num_layers} | {
                 key: f"{value:.4g}" if isinstance(value, float) else value

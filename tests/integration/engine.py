@@ -21,7 +21,6 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import core
 
 from vllm_kvcompress.adapter.kv_cache import CompressedManager
-from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry, labels_of
 from vllm_kvcompress.config import KVCompressionConfig
 
 BLOCK_SIZE = 32
@@ -321,10 +320,8 @@ def compressed_manager(llm: LLM) -> CompressedManager:
 
 def replan(llm: LLM, config: KVCompressionConfig) -> None:
     """Make the scheduler of an idle engine plan by another config, and forget cached blocks."""
-    manager, scheduler = compressed_manager(llm), scheduler_of(llm)
-    manager.planner = manager.planner.with_config(config)
-    labels = labels_of(scheduler.vllm_config)
-    manager.telemetry = SchedulerTelemetry(labels, config, manager.choices.labels)
+    planner = compressed_manager(llm).planner
+    scheduler_of(llm).compression.configure(planner.with_config(config))
     assert llm.reset_prefix_cache(), "requests are running"
 
 

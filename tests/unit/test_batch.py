@@ -118,7 +118,7 @@ def test_every_row_that_is_looked_at_is_kept_once(case):
             assert count > 0
             for i in range(count):
                 away = distance + count - 1 - i
-                assert 0 <= away < planner.max_rows
+                assert 0 <= away < planner.config.max_rows
                 assert away not in of_owner
                 of_owner[away] = positions[token + i]
     for i, fact in enumerate(facts):

@@ -158,8 +158,8 @@ def test_the_longer_of_window_and_instruction_is_looked_at(monkeypatch):
 @given(planners(), prompts())
 def test_stored_rows_have_a_bound(planner, facts):
     plan = planner.plan(facts)
-    assert plan.num_rows <= min(planner.max_rows, facts.length)
-    assert planner.max_rows <= max(planner.config.window, MAX_INSTRUCTION_LEN)
+    assert plan.num_rows <= min(planner.config.max_rows, facts.length)
+    assert planner.config.max_rows <= max(planner.config.window, MAX_INSTRUCTION_LEN)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ from vllm_kvcompress.adapter.kv_cache import (
     CompressedSpec,
     manager_of,
 )
-from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.metrics import Labels
 
@@ -145,9 +144,7 @@ def replace(compression: KVCompressionConfig) -> None:
         made = stock(**given)
         compressing = manager_of(made)
         assert compressing is not None
-        labels = Labels("0", "tests")
-        planned = compressing.planner.config, compressing.choices.labels
-        compressing.telemetry = SchedulerTelemetry(labels, *planned)
+        compressing.configure(compressing.planner, Labels("0", "tests"))
         return CompressedKVCacheManager.adopt(made, lambda request: False)
 
     kv_cache_manager.KVCacheManager = manager

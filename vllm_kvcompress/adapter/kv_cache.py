@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
 from vllm_kvcompress.choices import Choices, RequestSettings
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.metrics import Labels
 from vllm_kvcompress.orders import CompressionOrder
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.policy import Outcome, When
@@ -64,11 +65,6 @@ class CompressedSpec(FullAttentionSpec):
             return self.max_entries
         room = (self.config.workspace_mib << 20) // (self.num_layers * self.entry_bytes)
         return max(1, min(room, self.max_entries))
-
-    @property
-    def copy_bytes(self) -> int:
-        """Bound on what is copied at a time of what prompts keep."""
-        return (self.config.workspace_mib << 20) // 4
 
     @property
     def planner(self) -> BlockPlanner:
@@ -176,6 +172,11 @@ class CompressedManager(FullAttentionManager):
         """What requests may choose."""
         return Choices.of(self.planner.config, self.planner.block_size)
 
+    def configure(self, planner: BlockPlanner, labels: Labels) -> None:
+        """Plan and count by this planner's configuration, and by what requests may choose."""
+        self.planner = planner
+        self.telemetry = SchedulerTelemetry(labels, self.choices)
+
     def take_entry(self, request: TrackedRequest) -> bool:
         """Let the workers keep what this prompt leaves behind; False when they have no room."""
         if not request.holds_entry and self.free_entries > 0:
@@ -220,17 +221,16 @@ class CompressedManager(FullAttentionManager):
     def report(self, tracked: TrackedRequest) -> dict[str, str | int]:
         """What has become of a request, for whoever sent it."""
         plan = tracked.plan
-        outcome, dropped = "kept_whole", 0
+        outcome, kept = "kept_whole", plan.facts.length
         if tracked.compressed:
-            outcome = "compressed"
-            dropped = (plan.num_full_blocks - plan.num_kept_blocks) * self.planner.block_size
+            outcome, kept = "compressed", self.planner.kept_tokens(plan)
         elif plan.compresses:
             outcome = "not_compressed"
         return {
             "method": tracked.settings.label,
             "outcome": outcome,
             "prompt_tokens": plan.facts.length,
-            "kept_tokens": plan.facts.length - dropped,
+            "kept_tokens": kept,
         }
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

@@ -74,7 +74,7 @@ class CompressedLayers:
         self.num_entries = spec.num_entries
         # what waits is copied to be compressed: no more than reserved_bytes counts
         per_prompt = max(1, spec.entry_bytes * spec.num_layers)
-        self._prompts_together = max(1, spec.copy_bytes // per_prompt)
+        self._prompts_together = max(1, spec.config.copy_bytes // per_prompt)
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         max_blocks = -(-vllm_config.model_config.max_model_len // self.block_size)
         self._max_length = max_blocks * self.block_size

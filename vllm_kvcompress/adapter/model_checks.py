@@ -89,4 +89,4 @@ def reserved_bytes(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) ->
     kept_for_good = sum(scorer.kept_for_good(hidden_size) for scorer in scorers)
     for_good = 4 * spec.num_layers * kept_for_good
     tables = 4 * table_ids(num_seqs, max_blocks, spec.num_layers)
-    return kept + spec.copy_bytes + workspace + for_good + tables
+    return kept + spec.config.copy_bytes + workspace + for_good + tables

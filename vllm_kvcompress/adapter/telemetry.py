@@ -20,6 +20,7 @@ from prometheus_client import REGISTRY
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from vllm_kvcompress.choices import Choices
 from vllm_kvcompress.config import (
     KVCompressionConfig,
     KVCompressionError,
@@ -93,12 +94,12 @@ class SchedulerTelemetry:
     Workers count later what was kept, so a timer looks again after each line, until nothing is new.
 
     Args:
-        methods: that requests can have, and what stands for no compression.
+        choices: what requests can have; counters know all methods from the start.
     """
 
-    def __init__(self, labels: Labels, config: KVCompressionConfig, methods: Sequence[str]) -> None:
+    def __init__(self, labels: Labels, choices: Choices) -> None:
         self._labels = labels
-        self._counters = Counters(metrics_dir(), labels, info_of(config), methods)
+        self._counters = Counters(metrics_dir(), labels, info_of(choices.own), choices.labels)
         self._last_log = time.monotonic()
         self._timer: threading.Timer | None = None
         self._line = ""

@@ -41,8 +41,8 @@ class CompressedWorker(Worker):
         selection.describe_layers(runner.get_model(), self.vllm_config)
         attention_inputs.install(runner.get_model(), self.vllm_config, lora_manager)
         choices = compression_choices(self.vllm_config)
+        layers = compressed_modules(self.vllm_config)
         for config in choices.configs if choices is not None else ():
-            layers = compressed_modules(self.vllm_config)
             output_weights.install(runner.get_model(), layers, config)
         specs = super().get_kv_cache_spec()
         assert self.device is not None, "the worker has been initialized"

@@ -16,8 +16,6 @@ from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.prompt import PromptFacts
 
 GIB = 1 << 30
-WORKSPACES = 2.25
-"""Of ``workspace_mib``: what prompts keep, temporaries, and what is copied at a time."""
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,11 +54,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def cache_bytes(args: argparse.Namespace, shape: ModelShape, workspace_mib: int) -> int:
+def reserved_bytes(config: KVCompressionConfig) -> int:
+    """At most, for what prompts keep, for temporaries, and for what is copied at a time."""
+    return 2 * (config.workspace_mib << 20) + config.copy_bytes
+
+
+def cache_bytes(args: argparse.Namespace, shape: ModelShape, reserved: int) -> int:
     """What is left for the cache of one GPU.
 
     Args:
-        workspace_mib: 0 without compression.
+        reserved: for compression; 0 without it.
 
     Raises:
         KVCompressionError: nothing is left.
@@ -69,7 +72,7 @@ def cache_bytes(args: argparse.Namespace, shape: ModelShape, workspace_mib: int)
         return args.kv_cache_memory_bytes
     left = args.gpu_memory * args.gpu_memory_utilization * GIB - args.other * GIB
     left -= shape.weight_bytes / args.tensor_parallel_size
-    left -= WORKSPACES * workspace_mib * (1 << 20)
+    left -= reserved
     if left <= 0:
         raise KVCompressionError(
             f"the weights of {shape.weight_bytes / GIB:.1f} GiB leave no room for a cache on "
@@ -85,7 +88,7 @@ def report(args: argparse.Namespace, shape: ModelShape, config: KVCompressionCon
     token = shape.token_bytes(ranks)
     planner = BlockPlanner(config, block, shape.num_layers, shape.num_kv_heads)
     facts = PromptFacts(args.prompt, ((0, args.visual),) if args.visual else ())
-    sizes = [cache_bytes(args, shape, mib) for mib in (0, config.workspace_mib)]
+    sizes = [cache_bytes(args, shape, reserved) for reserved in (0, reserved_bytes(config))]
     pools = [num_blocks(size, token, block) for size in sizes]
     stock = uncompressed(facts, args.output, block, pools[0])
     ours = compressed(planner, facts, args.output, pools[1])
