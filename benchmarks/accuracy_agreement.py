@@ -24,6 +24,9 @@ from tqdm import tqdm
 
 sys.path.append(str(ROOT / "tests"))
 from oracle import Oracle, OracleConfig
+from oracle_settings import oracle_settings
+
+from vllm_kvcompress.config import KVCompressionConfig
 
 BLOCK_SIZE = 32
 
@@ -68,24 +71,6 @@ class Independent(Oracle):
         return expanded
 
 
-def oracle_config(compression: dict[str, Any]) -> OracleConfig:
-    """The same settings for the oracle."""
-    from vllm_kvcompress.config import Candidates, KVCompressionConfig
-
-    config = KVCompressionConfig.parse(compression)
-    budget = config.budget
-    return OracleConfig(
-        budget=f"{100 * budget.ratio:g}%" if budget.tokens is None else budget.tokens,
-        scorer=config.scorer,
-        allocator=config.allocator,
-        merge=config.merge,
-        candidates=None if config.candidates is Candidates.AFTER_TEXT else config.candidates.value,
-        window=config.window,
-        block_size=BLOCK_SIZE,
-        **config.options,
-    )
-
-
 def agreement(bed: Testbed, rows: Sequence[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
     """One row per task, method and budget of a sweep's first questions.
 
@@ -105,7 +90,10 @@ def agreement(bed: Testbed, rows: Sequence[dict[str, Any]], count: int) -> Itera
         question = bed.tasks[task](number)
         for row, ours in given:
             chosen = known.get(row["method"], {"method": row["method"]})
-            config = oracle_config(chosen | {"budget": row["budget"]}) if row["budget"] else None
+            config = None
+            if row["budget"]:
+                settings = KVCompressionConfig.parse(chosen | {"budget": row["budget"]})
+                config = oracle_settings(settings, BLOCK_SIZE)
             theirs = oracle.answer(question, config, bed.output_tokens)
             same = theirs == ours, question.answer in ours, question.answer in theirs
             totals.setdefault((task, row["method"], row["budget"]), []).append(same)

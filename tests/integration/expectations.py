@@ -27,9 +27,9 @@ from oracle import Oracle, OracleConfig, Prompt, Selection, merged_entries, sele
 from oracle.allocators import head_tokens, layer_capacities
 from oracle.config import budget_of
 from oracle.scorers import Scored, score_layers
+from oracle_settings import oracle_settings
 from tiny_models import TOKENIZER
 
-from vllm_kvcompress.budget import Candidates
 from vllm_kvcompress.config import KVCompressionConfig
 
 CEILING = 1e-4
@@ -97,18 +97,7 @@ class PatientOracle(Oracle):
 
 def oracle_config(raw: Raw) -> OracleConfig:
     """The same settings for the oracle."""
-    config = KVCompressionConfig.parse(raw)
-    budget = config.budget
-    return OracleConfig(
-        budget=f"{100 * budget.ratio:g}%" if budget.tokens is None else budget.tokens,
-        scorer=config.scorer,
-        allocator=config.allocator,
-        merge=config.merge,
-        candidates=None if config.candidates is Candidates.AFTER_TEXT else config.candidates.value,
-        window=config.window,
-        block_size=BLOCK_SIZE,
-        **config.options,
-    )
+    return oracle_settings(KVCompressionConfig.parse(raw), BLOCK_SIZE)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import oracle
 from hypothesis import strategies as st
+from oracle_settings import oracle_settings
 
 from vllm_kvcompress.budget import Budget
 from vllm_kvcompress.config import KVCompressionConfig
@@ -22,19 +23,7 @@ def planner_of(block_size: int, pool_block: int = 1, **settings: Any) -> BlockPl
 
 def oracle_config(planner: BlockPlanner) -> oracle.OracleConfig:
     """The oracle's form of a planner's settings."""
-    config = planner.config
-    budget = config.budget
-    return oracle.OracleConfig(
-        budget=f"{100 * budget.ratio:.12g}%" if budget.tokens is None else budget.tokens,
-        scorer=config.scorer,
-        allocator=config.allocator,
-        merge=config.merge,
-        candidates="all" if config.candidates.value == "all" else "visual",
-        window=config.window,
-        block_size=planner.block_size,
-        pool_block=planner.pool_block,
-        **config.options,
-    )
+    return oracle_settings(planner.config, planner.block_size, planner.pool_block)
 
 
 @st.composite
