@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import torch
 
+from vllm_kvcompress import registry
 from vllm_kvcompress.options import require_whole
-from vllm_kvcompress.scoring import SCORERS, Need, Scorer, Scores, ScoringContext
+from vllm_kvcompress.scoring import Need, Scorer, Scores, ScoringContext
 
 
 @dataclass(frozen=True)
@@ -32,4 +33,4 @@ class Chance(Scorer):
 
 def register() -> None:
     """Make the controls known as methods, in this process."""
-    SCORERS[Chance.name] = Chance
+    registry.add(Chance.name, Chance)
