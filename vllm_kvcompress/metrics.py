@@ -173,6 +173,7 @@ class Counters:
         info: Mapping[str, str] | None = None,
         methods: Sequence[str] = (),
     ) -> None:
+        self._labels = labels
         self._series = dict(_SERIES)
         if info is not None:
             text = "What the engine was asked for; always 1."
@@ -197,6 +198,15 @@ class Counters:
                 if self._series[name].kind == kind:
                     self._write(name, method)
             beside.rename(path)
+
+    def know(self, methods: Iterable[str]) -> None:
+        """Count these methods, too, where counters are kept by method."""
+        for name, series in self._series.items():
+            for method in methods if series.by_method else ():
+                if (name, method) not in self._values:
+                    self._keys[name, method] = series.key(self._labels, method)
+                    self._values[name, method] = 0.0
+                    self._write(name, method)
 
     def add(self, method: str = "", **amounts: float) -> None:
         """``method``: of those counters that are kept by method."""

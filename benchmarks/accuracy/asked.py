@@ -135,7 +135,7 @@ class Sweeper:
             use_tqdm_on_load=False,
         )
         engine = self.llm.llm_engine
-        self.scheduler = engine.engine_core.engine_core.scheduler
+        self.manager = engine.engine_core.engine_core.scheduler.kv_cache_manager.compressed
         self.layers = engine.model_executor.driver_worker.worker.compressed_layers
         self.tokenizer = engine.get_tokenizer()
 
@@ -146,7 +146,7 @@ class Sweeper:
         config = KVCompressionConfig.parse(compression or {"method": "streaming", "budget": "100%"})
         planner = replace(self.layers.planner, config=config)
         self.layers.configure(planner)
-        self.scheduler.compression.configure(planner)
+        self.manager.configure(planner)
 
     def ask(
         self, prompts: Sequence[Any], max_tokens: int, forced: Sequence[Sequence[int]] = ()

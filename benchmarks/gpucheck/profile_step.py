@@ -172,7 +172,7 @@ def main() -> None:
             config = KVCompressionConfig.parse({"method": method, "budget": load.budget})
             planner = replace(worker.planner, config=config)
             worker.configure(planner)  # no graph knows its tensors: the engine is eager
-            engine.scheduler.compression.configure(planner)
+            engine.scheduler.compression.manager.compressed.configure(planner)
             row, table = measure(engine, calls, load)
             line = {"method": method, "tokens": load.tokens, "layers": worker.num_layers} | {
                 key: f"{value:.4g}" if isinstance(value, float) else value

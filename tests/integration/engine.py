@@ -320,8 +320,8 @@ def compressed_manager(llm: LLM) -> CompressedManager:
 
 def replan(llm: LLM, config: KVCompressionConfig) -> None:
     """Make the scheduler of an idle engine plan by another config, and forget cached blocks."""
-    planner = compressed_manager(llm).planner
-    scheduler_of(llm).compression.configure(planner.with_config(config))
+    manager = compressed_manager(llm)
+    manager.configure(manager.planner.with_config(config))
     assert llm.reset_prefix_cache(), "requests are running"
 
 

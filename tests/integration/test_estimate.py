@@ -131,7 +131,7 @@ def test_memory_of_a_gpu(capsys, docvqa):
     text = capsys.readouterr().out
     assert status == 0
     assert "4 layers x 2 KV heads x 32, 1,024 bytes of cache per token, weights 0.00497 GiB" in text
-    assert re.search(r"GiB for the KV cache +3.99 +2.87\n", text)
+    assert re.search(r"GiB for the KV cache +4.00 +2.87\n", text)
 
 
 def test_parameters_are_counted(docvqa):

@@ -185,6 +185,22 @@ def test_methods_are_known_from_the_start(tmp_path):
         counters.add(requests_compressed=1)
 
 
+def test_an_engine_learns_methods(tmp_path):
+    """Series begin at 0, and what was counted before stays."""
+    counters = Counters(str(tmp_path), FIRST, methods=METHODS)
+    counters.add("bacon", requests_compressed=2)
+    counters.know(["bacon", "h2o"])
+    compressed = {
+        labels: value
+        for (name, labels), value in exported(tmp_path).items()
+        if name == PREFIX + "requests_total" and ("outcome", "compressed") in labels
+    }
+    assert compressed[("method", "h2o"), ("outcome", "compressed")] == 0
+    assert compressed[("method", "bacon"), ("outcome", "compressed")] == 2
+    counters.add("h2o", requests_compressed=1)
+    assert totals(str(tmp_path))["requests_compressed"] == 3
+
+
 def test_counters_of_two_collections_only_grow(tmp_path):
     counters = Counters(str(tmp_path), FIRST)
     counters.observe("seconds", 0.01)

@@ -36,6 +36,7 @@ from vllm_kvcompress.adapter.kv_cache import (
     CompressedSpec,
     manager_of,
 )
+from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.metrics import Labels
 
@@ -144,7 +145,7 @@ def replace(compression: KVCompressionConfig) -> None:
         made = stock(**given)
         compressing = manager_of(made)
         assert compressing is not None
-        compressing.configure(compressing.planner, Labels("0", "tests"))
+        compressing.telemetry = SchedulerTelemetry(Labels("0", "tests"), compressing.choices)
         return CompressedKVCacheManager.adopt(made, lambda request: False)
 
     kv_cache_manager.KVCacheManager = manager

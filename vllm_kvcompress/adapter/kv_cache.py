@@ -23,7 +23,6 @@ from vllm.v1.request import Request
 from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry
 from vllm_kvcompress.choices import Choices, RequestSettings
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.metrics import Labels
 from vllm_kvcompress.orders import CompressionOrder
 from vllm_kvcompress.plan import BlockPlanner, PromptPlan
 from vllm_kvcompress.policy import Outcome, When
@@ -172,10 +171,13 @@ class CompressedManager(FullAttentionManager):
         """What requests may choose."""
         return Choices.of(self.planner.config, self.planner.block_size)
 
-    def configure(self, planner: BlockPlanner, labels: Labels) -> None:
-        """Plan and count by this planner's configuration, and by what requests may choose."""
+    def configure(self, planner: BlockPlanner) -> None:
+        """Plan by this planner's configuration, and by what requests may choose beside it.
+
+        No request may be running.
+        """
         self.planner = planner
-        self.telemetry = SchedulerTelemetry(labels, self.choices)
+        self.telemetry.configure(self.choices)
 
     def take_entry(self, request: TrackedRequest) -> bool:
         """Let the workers keep what this prompt leaves behind; False when they have no room."""

@@ -15,10 +15,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_kvcompress.adapter.kv_cache import CompressedKVCacheManager, TrackedRequest
-from vllm_kvcompress.adapter.telemetry import labels_of
+from vllm_kvcompress.adapter.telemetry import SchedulerTelemetry, labels_of
 from vllm_kvcompress.config import CONFIG_KEY
 from vllm_kvcompress.orders import ATTRIBUTE, CompressionOrder, StepOrders
-from vllm_kvcompress.plan import BlockPlanner
 from vllm_kvcompress.policy import Outcome, WaitingQueue
 
 
@@ -34,20 +33,15 @@ class CompressionPolicy:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.manager = CompressedKVCacheManager.adopt(scheduler.kv_cache_manager, self.relieve)
-        self.configure(self.manager.compressed.planner)
+        compressed = self.manager.compressed
+        labels = labels_of(scheduler.vllm_config)
+        compressed.telemetry = SchedulerTelemetry(labels, compressed.choices)
         self.orders: dict[str, CompressionOrder] = {}
         self.boundaries: dict[str, int] = {}
         self._unsettled: set[str] = set()  # boundaries that count drafts of the step in flight
         self._took_entry: list[TrackedRequest] = []  # in this step
         self._prefilling: dict[str, TrackedRequest] = {}  # their prompts are being computed
         self._waiting = WaitingQueue[TrackedRequest]()
-
-    def configure(self, planner: BlockPlanner) -> None:
-        """Plan by this planner's configuration, and by what requests may choose beside it.
-
-        No request may be running.
-        """
-        self.manager.compressed.configure(planner, labels_of(self.scheduler.vllm_config))
 
     # decisions
 

@@ -91,7 +91,7 @@ def info_of(config: KVCompressionConfig) -> dict[str, str]:
 class SchedulerTelemetry:
     """Counts blocks where they are freed, and logs one line per interval with news.
 
-    Workers count later what was kept, so a timer looks again after each line, until nothing is new.
+    Workers count later what was kept, so a timer looks once more after the last news.
 
     Args:
         choices: what requests can have; counters know all methods from the start.
@@ -102,7 +102,12 @@ class SchedulerTelemetry:
         self._counters = Counters(metrics_dir(), labels, info_of(choices.own), choices.labels)
         self._last_log = time.monotonic()
         self._timer: threading.Timer | None = None
+        self._has_news = False
         self._line = ""
+
+    def configure(self, choices: Choices) -> None:
+        """Requests can have other methods from now on."""
+        self._counters.know(choices.labels)
 
     def record(
         self, method: str, outcome: Outcome, held_before: int, held_after: int, freed: int
@@ -117,33 +122,40 @@ class SchedulerTelemetry:
             blocks_freed=freed,
         )
         self._counters.observe("request_blocks_freed", freed)
-        self._schedule_log()
+        self._note_news()
 
     def record_whole(self, method: str) -> None:
         """One prompt fits its budget and is kept whole."""
         self._counters.add(method, requests_kept_whole=1)
-        self._schedule_log()
+        self._note_news()
 
-    def _schedule_log(self) -> None:
-        """Have a line logged an interval after the last one, unless that is planned already."""
+    def _note_news(self) -> None:
+        self._has_news = True
+        self._plan_look()
+
+    def _plan_look(self) -> None:
+        """Look for news an interval after the last time, unless that is planned already."""
         if self._timer is None or self._timer.finished.is_set():
             wait = self._last_log + LOG_INTERVAL_S - time.monotonic()
             # workers count what was kept when the step has run
-            self._timer = threading.Timer(max(wait, LOG_DELAY_S), self._log)
+            self._timer = threading.Timer(max(wait, LOG_DELAY_S), self._look)
             self._timer.daemon = True
             self._timer.start()
 
-    def _log(self) -> None:
+    def _look(self) -> None:
+        """Log a line that differs from the last one."""
         self._last_log = time.monotonic()
         directory = metrics_dir()
         assert self._timer is not None, "it calls this"
         self._timer.finished.set()  # news from now on are for the next line
+        had_news, self._has_news = self._has_news, False
         if directory is not None and Path(directory).is_dir():
             line = summary(totals(directory, self._labels.engine))
             if line != self._line:
                 self._line = line
                 logger.info("%s", line)
-                self._schedule_log()
+            if had_news:
+                self._plan_look()
 
 
 def summary(values: dict[str, float]) -> str:
